@@ -1,0 +1,81 @@
+"""The protocol every solver stands on: D(x, t) = E[x_0 | x_t = x].
+
+A denoiser is any callable `(x, t, **cond) -> x0` with a `.process`. One that also shows its network (a `Preconditioned`)
+is used through that network, so that its preconditioning folds into the solver's own coefficients.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from pfode.process import Process
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A callable `(x, t, **cond) -> x0`; x and x0 of shape (batch, ...), t 0-d or (batch,).
+
+    Optional attributes, used where present: `shape` (of one sample, without the batch), `labels` (names of the classes),
+    `evals` (network forwards per call; 1 when absent), `guided(scale)` (classifier-free guidance).
+    """
+
+    @property
+    def process(self) -> Process: ...
+
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor: ...
+
+
+class Preconditioning(NamedTuple):
+    """D(x, t) = c_skip x + c_out F(c_in x, c_noise), each of the shape of t (Karras et al. 2022, eq. 7)."""
+
+    c_in: Tensor
+    c_noise: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+
+
+class Preconditioned(ABC):
+    """A denoiser that shows its network F and how it is preconditioned."""
+
+    process: Process
+
+    @abstractmethod
+    def precondition(self, t: Tensor) -> Preconditioning:
+        """The four coefficients at times t, computed in the dtype of t."""
+
+    @abstractmethod
+    def network(self, x: Tensor, c_noise: Tensor, **cond: Any) -> Tensor:
+        """F(x, c_noise): x of shape (batch, ...), c_noise 0-d or (batch,); the output may be of a lower precision."""
+
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """D(x, t) in the dtype of x."""
+        c = Preconditioning(*(_like(value, x) for value in self.precondition(torch.as_tensor(t, dtype=torch.float64))))
+        noise = c.c_noise.reshape(-1) if c.c_noise.ndim else c.c_noise
+        return c.c_skip * x + c.c_out * self.network(c.c_in * x, noise, **cond).to(x.dtype)
+
+
+class Bare(Preconditioned):
+    """Any denoiser seen as a network with the identity preconditioning: c_in = c_out = 1, c_skip = 0, c_noise = t."""
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+        self.process = denoiser.process
+
+    def precondition(self, t: Tensor) -> Preconditioning:
+        return Preconditioning(torch.ones_like(t), t, torch.zeros_like(t), torch.ones_like(t))
+
+    def network(self, x: Tensor, c_noise: Tensor, **cond: Any) -> Tensor:
+        return self.denoiser(x, c_noise, **cond)
+
+
+def preconditioned(denoiser: Denoiser) -> Preconditioned:
+    """The denoiser itself if it shows its network, else the same function with the identity preconditioning."""
+    return denoiser if isinstance(denoiser, Preconditioned) else Bare(denoiser)
+
+
+def _like(value: Tensor, x: Tensor) -> Tensor:
+    """value (0-d or (batch,)) cast to x and shaped to broadcast against it."""
+    value = value.to(x)
+    return value.reshape(-1, *[1] * (x.ndim - 1)) if value.ndim else value

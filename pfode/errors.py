@@ -1,0 +1,76 @@
+"""The errors pfode raises on purpose: each says the cause, the value and what to write instead.
+
+Every class carries the exit code of the command line, so that `pfode` needs no table of its own.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PfodeError(Exception):
+    """Base of every error that is the caller's or the world's fault, never a bug.
+
+    Args:
+        message: what is wrong, with the value found.
+        hint: what to write or do instead; shown on a second line.
+    """
+
+    code = 1
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class UsageError(PfodeError, ValueError):
+    """A call or an option that cannot be carried out as written."""
+
+    code = 2
+
+
+class FileError(PfodeError, ValueError):
+    """An input file that is missing, damaged or of another kind."""
+
+    code = 3
+
+
+class MissingError(PfodeError, RuntimeError):
+    """A package, a device or a data set that is not there."""
+
+    code = 4
+
+
+class NumericalError(PfodeError, ArithmeticError):
+    """A result that is not finite, or a tolerance that cannot be met."""
+
+    code = 5
+
+
+class MemoryLimitError(PfodeError, RuntimeError):
+    """Out of memory at the smallest batch."""
+
+    code = 6
+
+
+class WriteError(PfodeError, OSError):
+    """A file that could not be written; what stood there before is kept."""
+
+    code = 7
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the closest known ones, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return "known: " + ", ".join(sorted(names))
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
+    """The error for a name that is not in a table."""
+    return UsageError(f"unknown {kind} {name!r}", did_you_mean(name, known))

@@ -1,0 +1,385 @@
+"""Noise processes: x_t = alpha(t) x_0 + sigma(t) eps (idea A of the design).
+
+Each process gives alpha, sigma and the log-SNR `log(alpha^2 / sigma^2)` with its exact inverse, all without
+cancellation over the whole range. Times are a float (computed in float64), a 0-d tensor, or shape (batch,).
+
+Three times matter: `t_max` and `t_min` bound where a network may be evaluated; `t_data` is the time of clean data,
+sigma(t_data) = 0, where nothing is evaluated but where a trajectory may end.
+"""
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pfode.errors import UsageError, unknown
+
+T = TypeVar("T", float, Tensor)
+
+
+class Process(ABC):
+    """A forward noising process. Two processes are equal when alpha and sigma are the same functions of t."""
+
+    t_min: float
+    t_max: float
+
+    def alpha(self, t: T) -> T:
+        """Scale of the data at time t."""
+        return _apply(self._alpha, t)
+
+    def sigma(self, t: T) -> T:
+        """Standard deviation of the noise at time t."""
+        return _apply(self._sigma, t)
+
+    def log_snr(self, t: T) -> T:
+        """log(alpha^2 / sigma^2) at time t; twice the lambda of DPM-Solver."""
+        return _apply(self._log_snr, t)
+
+    def time(self, log_snr: T) -> T:
+        """The time at which the log-SNR has this value: the inverse of `log_snr`."""
+        return _apply(self._time, log_snr)
+
+    def log_snr_rate(self, t: Tensor) -> Tensor:
+        """Derivative of the log-SNR with respect to t, shape of t."""
+        with torch.enable_grad():
+            t = t.detach().requires_grad_()
+            return torch.autograd.grad(self._log_snr(t).sum(), t)[0]
+
+    @property
+    def t_data(self) -> float:
+        """The time of clean data (sigma = 0)."""
+        return 0.0
+
+    def uniform_clock(self, t: Tensor) -> Tensor:
+        """The clock in which the grid `time` is uniform: t itself, unless the process has a time shift."""
+        return t
+
+    def from_uniform_clock(self, clock: Tensor) -> Tensor:
+        """Inverse of `uniform_clock`."""
+        return clock
+
+    def config(self) -> dict[str, Any]:
+        """A JSON object from which `from_config` rebuilds the process."""
+        return {"name": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+    @abstractmethod
+    def _alpha(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _sigma(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _log_snr(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _time(self, log_snr: Tensor) -> Tensor: ...
+
+
+def _apply(function: Callable[[Tensor], Tensor], t: T) -> T:
+    if isinstance(t, Tensor):
+        return function(t)
+    return function(torch.tensor(t, dtype=torch.float64)).item()
+
+
+def _check(condition: bool, message: str, hint: str) -> None:
+    if not condition:
+        raise UsageError(message, hint)
+
+
+def _check_times(process: Process) -> None:
+    name, low, high = type(process).__name__, process.t_min, process.t_max
+    _check(0 < low < high <= 1, f"{name}: need 0 < t_min < t_max <= 1, got {low} and {high}", f"{name}(t_min=1e-3)")
+
+
+@dataclass(frozen=True)
+class _BetaProcess(Process):
+    """Shared by VP and SubVP: B(t) = beta_min t + (beta_max - beta_min) t^2 / 2 and its inverse."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = field(default=1e-3, compare=False)
+    t_max: float = field(default=1.0, compare=False)
+
+    def __post_init__(self) -> None:
+        low, high = self.beta_min, self.beta_max
+        name = type(self).__name__
+        _check(0 < low <= high < math.inf, f"{name}: need 0 < beta_min <= beta_max, got {low}, {high}", f"{name}(0.1, 20.0)")
+        _check_times(self)
+
+    def _integral(self, t: Tensor) -> Tensor:
+        return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
+
+    def _integral_inverse(self, b: Tensor) -> Tensor:
+        return 2 * b / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * b))
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(-0.5 * self._integral(t))
+
+
+@dataclass(frozen=True)
+class VP(_BetaProcess):
+    """Variance preserving with linear beta: alpha = exp(-B/2), sigma^2 = 1 - exp(-B) (Song et al. 2021, eq. 32-33)."""
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(-self._integral(t)))
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        return -torch.log(torch.expm1(self._integral(t)))
+
+    def _time(self, log_snr: Tensor) -> Tensor:
+        return self._integral_inverse(torch.nn.functional.softplus(-log_snr, threshold=60))
+
+
+@dataclass(frozen=True)
+class SubVP(_BetaProcess):
+    """Sub-variance preserving: alpha = exp(-B/2), sigma = 1 - exp(-B) (Song et al. 2021, appendix B)."""
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return -torch.expm1(-self._integral(t))
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        return -2 * torch.log(2 * torch.sinh(0.5 * self._integral(t)))
+
+    def _time(self, log_snr: Tensor) -> Tensor:
+        return self._integral_inverse(2 * torch.asinh(0.5 * torch.exp(-0.5 * log_snr)))
+
+
+@dataclass(frozen=True)
+class VPCosine(Process):
+    """Cosine schedule: alpha = cos(theta(t)) / cos(theta(0)), theta = (t+s)/(1+s) pi/2 (Nichol & Dhariwal 2021, eq. 17).
+
+    The default t_max stops short of alpha = 0, as DPM-Solver does; `t_max=1.0` gives zero terminal SNR.
+    """
+
+    s: float = 0.008
+    t_min: float = field(default=1e-3, compare=False)
+    t_max: float = field(default=0.9946, compare=False)
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.s < 1, f"VPCosine: need 0 <= s < 1, got {self.s}", "VPCosine(s=0.008)")
+        _check_times(self)
+
+    @property
+    def _theta0(self) -> float:
+        return self.s / (1 + self.s) * math.pi / 2
+
+    def _angle(self, t: Tensor) -> Tensor:
+        """theta(t) - theta(0)."""
+        return t / (1 + self.s) * (math.pi / 2)
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        # cos(theta) as the sine of the distance to pi/2, exact where alpha vanishes at t = 1
+        return torch.sin((1 - t) / (1 + self.s) * (math.pi / 2)) / math.cos(self._theta0)
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        # sin^2 theta - sin^2 theta0 = sin(theta + theta0) sin(theta - theta0)
+        d = self._angle(t)
+        return torch.sqrt(torch.sin(d + 2 * self._theta0) * torch.sin(d)) / math.cos(self._theta0)
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        return 2 * (torch.log(self._alpha(t)) - torch.log(self._sigma(t)))
+
+    def _time(self, log_snr: Tensor) -> Tensor:
+        c2 = math.cos(self._theta0) ** 2
+        p = c2 * torch.sigmoid(log_snr)  # cos^2 theta
+        q = c2 * torch.sigmoid(-log_snr)  # sin^2 theta - sin^2 theta0
+        # tan(d) solves (cos 2theta0 - q) T^2 + sin(2theta0) T - q = 0, whose discriminant is 4 p (1 - p)
+        d = torch.atan2(2 * q, math.sin(2 * self._theta0) + 2 * torch.sqrt(p * (1 - p)))
+        return d * (1 + self.s) / (math.pi / 2)
+
+
+@dataclass(frozen=True)
+class VPDiscrete(Process):
+    """A discrete VP schedule; t is the index 0 ... n-1 of `alphas_cumprod`, made continuous.
+
+    Between indices log(alpha/sigma) is linear in t; next to clean data (t = -1) and to a last value alpha = 0, where it
+    is infinite, the finite one of sigma/alpha and alpha/sigma is.
+    """
+
+    alphas_cumprod: tuple[float, ...]
+
+    def __init__(self, alphas_cumprod: Tensor | list[float] | tuple[float, ...]):
+        values = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().tolist()
+        falling = all(a > b for a, b in zip(values, values[1:], strict=False))
+        _check(
+            len(values) >= 2 and falling and 0 <= values[-1] and values[0] < 1,
+            "VPDiscrete: alphas_cumprod must fall strictly within [0, 1)",
+            "VPDiscrete(torch.cumprod(1 - betas, 0))",
+        )
+        object.__setattr__(self, "alphas_cumprod", tuple(values))
+
+    @property
+    def t_min(self) -> float:  # type: ignore[override]
+        return 0.0
+
+    @property
+    def t_max(self) -> float:  # type: ignore[override]
+        return len(self.alphas_cumprod) - 1.0
+
+    @property
+    def t_data(self) -> float:
+        return -1.0
+
+    @functools.cached_property
+    def _knots(self) -> Tensor:
+        """log(alpha/sigma) at the indices."""
+        a = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
+        return 0.5 * (torch.log(a) - torch.log1p(-a))
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        return torch.sqrt(torch.sigmoid(self._log_snr(t)))
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(torch.sigmoid(-self._log_snr(t)))
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        knots = self._knots.to(t)
+        last = len(knots) - 1
+        i = t.detach().floor().clamp(0, last - 1).long()
+        inner = torch.lerp(knots[i], knots[i + 1], t - i)
+        inner = torch.where(t < 0, knots[0] - torch.log1p(t), inner)
+        if self.alphas_cumprod[-1] == 0:
+            inner = torch.where(t > last - 1, knots[-2] + torch.log(last - t), inner)
+        return 2 * inner
+
+    def _time(self, log_snr: Tensor) -> Tensor:
+        value = 0.5 * log_snr
+        knots = self._knots.to(value)
+        last = len(knots) - 1
+        i = (last - torch.searchsorted(knots.flip(0).contiguous(), value.contiguous())).clamp(0, last - 1)
+        inner = i + (value - knots[i]) / (knots[i + 1] - knots[i])
+        inner = torch.where(value > knots[0], torch.expm1(knots[0] - value), inner)
+        if self.alphas_cumprod[-1] == 0:
+            inner = torch.where(value < knots[-2], last - torch.exp(value - knots[-2]), inner)
+        return inner
+
+
+@dataclass(frozen=True)
+class VE(Process):
+    """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t, t in [0, 1] (Song et al. 2021, eq. 30)."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        low, high = self.sigma_min, self.sigma_max
+        _check(0 < low < high < math.inf, f"VE: need 0 < sigma_min < sigma_max, got {low}, {high}", "VE(0.01, 50.0)")
+
+    @property
+    def t_min(self) -> float:  # type: ignore[override]
+        return 0.0
+
+    @property
+    def t_max(self) -> float:  # type: ignore[override]
+        return 1.0
+
+    @property
+    def t_data(self) -> float:
+        return -math.inf
+
+    @property
+    def _span(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_min * torch.exp(self._span * t)
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        return -2 * (math.log(self.sigma_min) + self._span * t)
+
+    def _time(self, log_snr: Tensor) -> Tensor:
+        return (-0.5 * log_snr - math.log(self.sigma_min)) / self._span
+
+
+@dataclass(frozen=True)
+class EDM(Process):
+    """alpha = 1, sigma = t (Karras et al. 2022). t_min = sigma_min, t_max = sigma_max."""
+
+    sigma_min: float = field(default=0.002, compare=False)
+    sigma_max: float = field(default=80.0, compare=False)
+
+    def __post_init__(self) -> None:
+        low, high = self.sigma_min, self.sigma_max
+        _check(0 < low < high < math.inf, f"EDM: need 0 < sigma_min < sigma_max, got {low}, {high}", "EDM(0.002, 80.0)")
+
+    @property
+    def t_min(self) -> float:  # type: ignore[override]
+        return self.sigma_min
+
+    @property
+    def t_max(self) -> float:  # type: ignore[override]
+        return self.sigma_max
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        return -2 * torch.log(t)
+
+    def _time(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(-0.5 * log_snr)
+
+
+@dataclass(frozen=True)
+class Flow(Process):
+    """Rectified flow, flow matching: alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023).
+
+    Args:
+        shift: the grid `time` is uniform in u with t = shift u / (1 + (shift - 1) u) (Esser et al. 2024, eq. 23).
+    """
+
+    shift: float = field(default=1.0, compare=False)
+    t_min: float = field(default=1e-3, compare=False)
+    t_max: float = field(default=1.0, compare=False)
+
+    def __post_init__(self) -> None:
+        _check(0 < self.shift < math.inf, f"Flow: need shift > 0, got {self.shift}", "Flow(shift=3.0)")
+        _check_times(self)
+
+    def uniform_clock(self, t: Tensor) -> Tensor:
+        return t / (self.shift - (self.shift - 1) * t)
+
+    def from_uniform_clock(self, clock: Tensor) -> Tensor:
+        return self.shift * clock / (1 + (self.shift - 1) * clock)
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        return 2 * (torch.log1p(-t) - torch.log(t))
+
+    def _time(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-0.5 * log_snr)
+
+
+PROCESSES: dict[str, type[Process]] = {c.__name__: c for c in (VP, VPCosine, VPDiscrete, SubVP, VE, EDM, Flow)}
+
+
+def from_config(config: dict[str, Any]) -> Process:
+    """Rebuild a process from `Process.config()`.
+
+    Raises:
+        UsageError: an unknown process or parameter, or a value out of range.
+    """
+    parameters = dict(config)
+    name = parameters.pop("name", None)
+    if name not in PROCESSES:
+        raise unknown("process", name, PROCESSES)
+    try:
+        return PROCESSES[name](**parameters)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"process {name}: {error}") from error
