@@ -1,0 +1,88 @@
+"""The `pfode` command. A subcommand's module is imported when it is used; torch only when something is computed."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+import pfode
+from pfode.cli.common import COMMANDS, EPILOG, Output, fail, find_command
+from pfode.errors import unknown
+
+
+class Group(click.Group):
+    """The commands of the table, imported one by one when asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in COMMANDS:
+            return find_command(cmd_name)
+        if cmd_name.startswith("-") or ctx.resilient_parsing:
+            return None
+        raise unknown("command", cmd_name, COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=Group,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=False,
+    invoke_without_command=True,
+)
+@click.version_option(pfode.__version__, prog_name="pfode", message="%(prog)s %(version)s")
+@click.pass_context
+def group(ctx: click.Context) -> None:
+    """Draw pictures from score networks through the probability-flow ODE."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with the code that `pfode --help` states."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    out = Output(json="--json" in given, debug="--debug" in given)
+    try:
+        with _terminable():
+            code = group.main(given, prog_name="pfode", standalone_mode=False, obj=out)
+            sys.stdout.flush()
+    except BaseException as error:
+        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody is left to speak to
+            sys.exit(141)
+        if isinstance(error, SystemExit) and error.code != 143:
+            raise
+        fail(error, out)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that nothing half-written is left."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(143)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()

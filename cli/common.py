@@ -1,0 +1,317 @@
+"""What every command shares: where option values come from, output, and the way errors leave the process."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from click.core import ParameterSource
+
+from pfode.errors import FileError, PfodeError, did_you_mean
+
+COMMANDS = {
+    "sample": "Draw pictures from a score network.",
+    "train": "Train a score network.",
+    "info": "Say what a model, a plan or a picture holds.",
+    "samplers": "List the samplers.",
+}
+CONFIG_FILE = "pfode.toml"
+CONFIG_LIMIT = 1_000_000  # bytes
+EPILOG = """\b
+Values: flag > PFODE_<OPTION> in the environment > --config FILE.toml
+        > [tool.pfode] in ./pfode.toml > default.
+        `pfode info config` shows each value and where it comes from.
+Exit codes:
+  0  done                          5  numerical failure
+  1  a bug: please report          6  out of memory
+  2  wrong use                     7  a file could not be written
+  3  bad input file or config      130, 143  interrupted, terminated
+  4  missing package or device     141  the reader of the output went away
+"""
+KINDS = {
+    1: "internal", 2: "usage", 3: "file", 4: "missing", 5: "numerical", 6: "memory", 7: "write",
+    130: "interrupted", 143: "terminated",
+}  # fmt: skip
+
+
+@dataclass
+class Output:
+    """How this run speaks; lives in the root context."""
+
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+    def emit(self, data: Any, text: str) -> None:
+        """Put the result on stdout: as JSON or as text."""
+        click.echo(json.dumps(data, allow_nan=False) if self.json else text)
+
+    def note(self, text: str) -> None:
+        """Put a remark on stderr, unless the run is quiet."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+
+def output(ctx: click.Context) -> Output:
+    """The Output of this run."""
+    return ctx.find_root().ensure_object(Output)
+
+
+class Command(click.Command):
+    """A command with the shared options, PFODE_* variables and configuration files."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.context_settings |= {"auto_envvar_prefix": "PFODE", "help_option_names": ["-h", "--help"]}
+        self.epilog = EPILOG
+        self.params += [
+            click.Option(
+                ["--config"],
+                metavar="FILE.toml",
+                is_eager=True,
+                expose_value=False,
+                callback=_use_config,
+                help="Values for the options.",
+            ),
+            _switch(["--json"], "One JSON object on stdout, also for an error."),
+            _switch(["--quiet", "-q"], "No progress and no remarks on stderr."),
+            _switch(["--debug"], "Show the traceback of an error."),
+        ]
+
+
+def _switch(names: list[str], text: str) -> click.Option:
+    return click.Option(names, is_flag=True, expose_value=False, callback=_set_switch, help=text)
+
+
+def _set_switch(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and param.name:
+        setattr(output(ctx), param.name, True)
+
+
+class Finite(click.types.FloatParamType):
+    """A float that is neither infinite nor NaN, of at least `low`."""
+
+    def __init__(self, low: float = -math.inf):
+        self.low = low
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number) or number < self.low:
+            self.fail(
+                f"{value} is not a finite number" + (f" of at least {self.low:g}." if self.low == 0 else "."),
+                param,
+                ctx,
+            )
+        return number
+
+
+# ---- configuration files
+
+
+def _use_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    files = [Path(CONFIG_FILE)] if Path(CONFIG_FILE).is_file() else []
+    if value is not None:
+        files.append(Path(value))
+        ctx.meta["pfode.config"] = value
+    merged: dict[str, Any] = {}
+    for file in files:
+        found = read_config(file, ctx.command, ctx.info_name or "")
+        merged |= found
+        ctx.meta.setdefault("pfode.origin", {}).update(dict.fromkeys(found, str(file)))
+    ctx.default_map = merged
+
+
+def read_config(file: Path, command: click.Command, name: str) -> dict[str, Any]:
+    """The values a TOML file gives to the options of one command.
+
+    Keys stand in [tool.pfode], or in [tool.pfode.COMMAND] for one command; a file given by --config may also have them
+    at its top.
+
+    Raises:
+        FileError: no such file, broken TOML, an unknown key, or a value of the wrong type.
+    """
+    import tomllib
+
+    try:
+        if file.stat().st_size > CONFIG_LIMIT:
+            raise FileError(f"{file}: larger than {CONFIG_LIMIT} bytes: not a configuration file")
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file}: broken TOML: {error}") from error
+    tool = content.get("tool", {})
+    if not isinstance(tool, dict) or not isinstance(tool.get("pfode", {}), dict):
+        raise FileError(f"{file}: tool.pfode: expected a table", "[tool.pfode]")
+    if "tool" not in content and file.name != CONFIG_FILE:
+        table = content
+    else:
+        table = tool.get("pfode", {})
+    general = {k: v for k, v in table.items() if not isinstance(v, dict)}
+    for key in table.keys() - general.keys() - COMMANDS.keys():
+        raise FileError(f"{file}: unknown table {key!r}", did_you_mean(key, COMMANDS))
+    known = _config_options(command)
+    values = {}
+    for key, value in general.items():
+        if key in known:
+            values[key] = check_value(f"{file}: {key}", known[key], value)
+        elif not any(key in _config_options(other) for other in _other_commands(command)):
+            raise FileError(f"{file}: unknown key {key!r}", did_you_mean(key, known))
+    for key, value in table.get(name, {}).items():
+        if key not in known:
+            raise FileError(f"{file}: [{name}]: unknown key {key!r}", did_you_mean(key, known))
+        values[key] = check_value(f"{file}: [{name}]: {key}", known[key], value)
+    return values
+
+
+def check_value(where: str, option: click.Parameter, value: Any) -> Any:
+    """The value itself if it has the type of the option (click alone would turn 2.5 into 2).
+
+    Raises:
+        FileError: it has another type.
+    """
+    if isinstance(option, click.Option) and option.is_flag:
+        sound, expected = isinstance(value, bool), "true or false"
+    elif isinstance(option.type, click.types.IntParamType):
+        sound, expected = type(value) is int, "a whole number"
+    elif isinstance(option.type, click.types.FloatParamType):
+        sound, expected = type(value) in (int, float), "a number"
+    else:
+        sound, expected = type(value) is int or (type(value) is str and value.isprintable()), "a string"
+    if not sound:
+        raise FileError(f"{where}: expected {expected}, got {value!r:.60}")
+    return value
+
+
+def _config_options(command: click.Command) -> dict[str, click.Parameter]:
+    options = (p for p in command.params if isinstance(p, click.Option))
+    return {p.name: p for p in options if p.name and p.name not in ("config", "help")}
+
+
+def _other_commands(command: click.Command) -> list[click.Command]:
+    return [other for other in map(find_command, COMMANDS) if other is not command]
+
+
+def find_command(name: str) -> click.Command:
+    """Import the module of a command and return the command."""
+    from importlib import import_module
+
+    return import_module(f"pfode.cli.{name}").command
+
+
+def source(ctx: click.Context, name: str) -> str:
+    """Where the value of an option comes from, in words."""
+    where = ctx.get_parameter_source(name)
+    if where is ParameterSource.COMMANDLINE:
+        return "flag"
+    if where is ParameterSource.ENVIRONMENT:
+        return f"PFODE_{name.upper()}"
+    if where is ParameterSource.DEFAULT_MAP:
+        return ctx.meta.get("pfode.origin", {}).get(name, "config")
+    return "default"
+
+
+# ---- errors
+
+
+def fail(error: BaseException, out: Output) -> NoReturn:
+    """Report an error that ends the run, and exit with its code."""
+    code, message, hint = _describe(error)
+    if out.debug or code == 1:
+        import traceback
+
+        trace = "".join(traceback.format_exception(error))
+        if out.debug:
+            click.echo(trace, err=True)
+        if code == 1:
+            hint = f"this is a bug: please report it with {_log(trace)}"
+    if out.json:
+        found = {"code": code, "kind": KINDS.get(code, "internal"), "message": message, "hint": hint}
+        click.echo(json.dumps({"error": found}))
+    click.echo(f"pfode: error: {message}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    sys.exit(code)
+
+
+def _describe(error: BaseException) -> tuple[int, str, str]:
+    """Exit code, message and hint."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, PfodeError):
+        return error.code, _one_line(error.message), _one_line(error.hint)
+    if isinstance(error, click.ClickException):
+        return _describe_click(error)
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return 130, "interrupted", ""
+    if isinstance(error, SystemExit):
+        return 143, "terminated", ""
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return 6, "out of memory", "a smaller --batch or a smaller --n"
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("pfode"):
+        return 4, f"the package {error.name!r} is not installed", f"pip install {error.name}"
+    return 1, f"internal error: {type(error).__name__}: {_one_line(str(error))}", ""
+
+
+def _describe_click(error: click.ClickException) -> tuple[int, str, str]:
+    ctx, param = getattr(error, "ctx", None), getattr(error, "param", None)
+    hint = f"`{ctx.command_path} --help` lists the options" if ctx else "`pfode --help`"
+    message = _one_line(error.format_message())
+    if ctx and param and param.name:
+        where = source(ctx, param.name)
+        if ctx.get_parameter_source(param.name) is ParameterSource.DEFAULT_MAP:
+            return 3, f"{where}: {message}", hint
+        if ctx.get_parameter_source(param.name) is ParameterSource.ENVIRONMENT:
+            hint = f"the value comes from {where} in the environment"
+    return 2, message, hint
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _log(trace: str) -> str:
+    """Keep a traceback in a file of the temporary folder and return its path."""
+    import tempfile
+
+    handle, path = tempfile.mkstemp(prefix="pfode-", suffix=".log")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(f"pfode {' '.join(sys.argv[1:])}\n\n{trace}")
+    return path
+
+
+# ---- small things
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the last one unpadded."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def shipped() -> dict[str, Path]:
+    """The models that come with the package, found without importing torch."""
+    spec = find_spec("pfode.scores")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    files = (file for folder in folders for file in sorted(Path(folder, "weights").glob("*.safetensors")))
+    return {file.stem: file for file in files}
+
+
+def model_path(model: str) -> Path:
+    """The file behind a model argument: the name of a shipped model or a path.
+
+    Raises:
+        FileError: neither.
+    """
+    known = shipped()
+    if model in known:
+        return known[model]
+    if not Path(model).exists():
+        raise FileError(f"{model}: no such file, and no shipped model of that name", did_you_mean(model, known))
+    return Path(model)

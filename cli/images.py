@@ -1,0 +1,157 @@
+"""Pictures: from tensors to pixels, contact sheets, animations, and the recipe in a PNG's text."""
+
+import io
+import json
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from pfode.errors import FileError, UsageError
+
+GAP = 2  # white pixels between and around the pictures of a sheet
+MAX_PIXELS = 80_000_000  # of a sheet; Pillow calls more a bomb when it reads it back
+MAX_RECIPE = 1_000_000  # characters
+ANIMATIONS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP"}
+
+Pixels = np.ndarray  # uint8, (n, height, width) grey or (n, height, width, 3)
+
+
+def to_pixels(x: Any) -> Pixels:
+    """A tensor (n, channels, height, width) in [-1, 1] as bytes.
+
+    Raises:
+        UsageError: neither grey nor RGB.
+    """
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise UsageError(f"samples of shape {tuple(x.shape[1:])} are no pictures", "needs (1 or 3, height, width)")
+    scaled = ((x.detach().cpu().double().clamp(-1, 1) + 1) * 127.5).round().numpy().astype(np.uint8)
+    return scaled[:, 0] if scaled.shape[1] == 1 else scaled.transpose(0, 2, 3, 1)
+
+
+def default_scale(height: int, width: int) -> int:
+    """The whole number that brings a picture to about 64 pixels: 8 for 8x8, 2 for 32x32."""
+    return max(1, 64 // max(height, width))
+
+
+def sheet_columns(n: int, classes: int = 0) -> int:
+    """Columns of a sheet: one per class where that fills the rows, else near-square."""
+    if 1 < classes <= 20 and n % classes == 0:
+        return classes
+    return math.ceil(math.sqrt(n))
+
+
+def sheet_size(n: int, height: int, width: int, scale: int, columns: int) -> tuple[int, int]:
+    """(height, width) of a contact sheet.
+
+    Raises:
+        UsageError: more pixels than a picture may have.
+    """
+    rows = -(-n // columns)
+    size = rows * (height * scale + GAP) + GAP, columns * (width * scale + GAP) + GAP
+    if size[0] * size[1] > MAX_PIXELS:
+        raise UsageError(
+            f"a sheet of {n} pictures would have {size[1]} x {size[0]} pixels, more than {MAX_PIXELS}",
+            "a smaller --scale or --n",
+        )
+    return size
+
+
+def contact_sheet(pixels: Pixels, scale: int, columns: int) -> np.ndarray:
+    """All pictures on one white sheet, each enlarged by repeating its pixels."""
+    n, height, width = pixels.shape[:3]
+    sheet = np.full((*sheet_size(n, height, width, scale, columns), *pixels.shape[3:]), 255, np.uint8)
+    large = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    for i, picture in enumerate(large):
+        row, column = divmod(i, columns)
+        top, left = GAP + row * (height * scale + GAP), GAP + column * (width * scale + GAP)
+        sheet[top : top + height * scale, left : left + width * scale] = picture
+    return sheet
+
+
+def encode_png(picture: np.ndarray, recipe: dict[str, Any]) -> bytes:
+    """A PNG that says how it was made: tEXt `parameters` as other tools write it, iTXt `pfode` with everything."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", parameters(recipe))
+    text.add_itxt("pfode", json.dumps(recipe, allow_nan=False, ensure_ascii=False))
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG", pnginfo=text, optimize=True)
+    return stream.getvalue()
+
+
+def parameters(recipe: dict[str, Any]) -> str:
+    """The recipe in the one-line form of the webui family."""
+    options = recipe["options"]
+    fields = {
+        "Steps": recipe["steps"],
+        "Sampler": recipe["sampler"],
+        "Schedule type": recipe["grid"],
+        "CFG scale": options.get("guidance"),
+        "Seed": options["seed"] if "seed" in options else options["seeds"].split("-")[0].split(",")[0],
+        "Size": f"{recipe['shape'][2]}x{recipe['shape'][1]}",
+        "Model hash": (recipe["model"]["digest"] or "")[:10] or None,
+        "Model": re.sub(r"[,:\n]", "_", Path(recipe["model"]["name"]).stem),
+        "Version": f"pfode {recipe['version']}",
+    }
+    return ", ".join(f"{key}: {value}" for key, value in fields.items() if value is not None)
+
+
+def encode_animation(frames: Sequence[np.ndarray], suffix: str) -> bytes:
+    """An endless animation of about two seconds, its last frame held."""
+    duration = max(40, 2000 // len(frames))
+    pictures = [Image.fromarray(frame) for frame in frames]
+    format_ = ANIMATIONS[suffix]
+    extra: dict[str, Any] = {"WEBP": {"lossless": True}, "GIF": {"optimize": False}}.get(format_, {})
+    stream = io.BytesIO()
+    durations = [duration] * (len(pictures) - 1) + [1500]
+    pictures[0].save(
+        stream, format_, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **extra
+    )  # fmt: skip
+    return stream.getvalue()
+
+
+def read_text(path: Path) -> dict[str, str]:
+    """The texts of a PNG, read from its header without decoding a pixel.
+
+    Raises:
+        FileError: missing, no PNG, damaged, or too large to be a picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with Image.open(path, formats=["PNG"]) as picture:
+                return {str(k): str(v) for k, v in picture.info.items() if isinstance(v, str)}
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise FileError(f"{path}: too many pixels for a sheet", "only pictures written by pfode can be read") from error
+    except FileNotFoundError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise FileError(f"{path}: not a PNG, or a damaged one", "give a picture written by pfode sample") from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe in a PNG written by `pfode sample`, its outer form checked; the values of the options are not.
+
+    Raises:
+        FileError: as `read_text`, or no recipe, or one of another form.
+    """
+    raw = read_text(path).get("pfode")
+    if raw is None:
+        raise FileError(f"{path}: holds no pfode settings", "give a picture written by pfode sample, unchanged")
+    if len(raw) > MAX_RECIPE:
+        raise FileError(f"{path}: pfode: settings of {len(raw)} characters, more than {MAX_RECIPE}")
+    try:
+        recipe = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: pfode: broken JSON") from error
+    if not isinstance(recipe, dict):
+        raise FileError(f"{path}: pfode: expected a JSON object, got {type(recipe).__name__}")
+    for key, kind in (("version", str), ("options", dict), ("model", dict)):
+        if not isinstance(recipe.get(key), kind):
+            raise FileError(f"{path}: pfode: {key}: expected {kind.__name__}, got {recipe.get(key)!r:.60}")
+    return recipe

@@ -1,0 +1,157 @@
+"""pfode info: what a file holds, read without torch; and what this installation is."""
+
+import json
+import platform
+import shlex
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+import pfode
+from pfode.cli.common import Command, find_command, model_path, output, shipped, source, table
+from pfode.errors import FileError, MissingError, UsageError
+from pfode.files import Header, read_header
+
+PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "pillow", "click", "huggingface_hub")
+PNG = b"\x89PNG\r\n\x1a\n"
+LONG = 100  # characters of a value that are shown
+
+
+@click.command(cls=Command, name="info")
+@click.argument("what", metavar="MODEL|PLAN|PNG|models|config|env")
+@click.option("--verify", is_flag=True, help="Recompute the digest of a model or a plan.")
+@click.pass_context
+def command(ctx: click.Context, what: str, verify: bool) -> None:
+    """Say what a model, a plan or a picture holds.
+
+    WHAT is a file, the name of a shipped model, or one of the words `models` (those that come with pfode), `config`
+    (every option's value and where it comes from) and `env` (versions, for a bug report).
+    """
+    words = {"models": _models, "config": _config, "env": _env}
+    if what in words:
+        if verify:
+            raise UsageError(f"--verify: {what} has no digest", "give a model or a plan")
+        found, text = words[what](ctx)
+    else:
+        path = model_path(what)
+        found = _picture(path, verify) if _is_png(path) else _tensors(read_header(path), verify)
+        text = _lines(found)
+    output(ctx).emit(found, text)
+
+
+def _is_png(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(8) == PNG
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _tensors(header: Header, verify: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"file": str(header.path), "kind": header.metadata.get("pfode.kind", "safetensors")}
+    if found["kind"] in ("model", "plan"):
+        found |= header.config("pfode.config")
+    else:
+        found |= {"metadata": header.metadata}
+    if found["kind"] == "plan":
+        found["nfe"] = header.entries["t"].shape[0] if "t" in header.entries and header.entries["t"].shape else None
+    else:
+        found["parameters"] = header.parameters
+        found["dtypes"] = sorted({entry.dtype for entry in header.entries.values()})
+    found["bytes"] = header.path.stat().st_size
+    found["digest"] = header.metadata.get("pfode.digest")
+    if verify:
+        if found["digest"] is None:
+            raise FileError(
+                f"{header.path}: pfode.digest: there is none to verify", "only files written by pfode have one"
+            )
+        header.verify()
+        found["verified"] = True
+    return found
+
+
+def _picture(path: Path, verify: bool) -> dict[str, Any]:
+    from pfode.cli.images import read_recipe
+
+    if verify:
+        raise UsageError(f"--verify: {path} is a picture and has no digest", "give a model or a plan")
+    recipe = read_recipe(path)
+    words = ["pfode", "sample"]
+    for key, value in recipe["options"].items():
+        words += [f"--{key}", str(value)]
+    return {"file": str(path), "kind": "picture", **recipe, "command": shlex.join(words)}
+
+
+def _models(ctx: click.Context) -> tuple[Any, str]:
+    found, rows = [], []
+    for name, path in shipped().items():
+        header = read_header(path)
+        config = header.config("pfode.config")
+        size = path.stat().st_size
+        found.append({"name": name, "file": str(path), "parameters": header.parameters, "bytes": size, **config})
+        process = config.get("process")
+        process = process.get("name") if isinstance(process, dict) else process
+        shape = "x".join(map(str, config.get("shape") or ()))
+        rows.append([name, str(process), str(config.get("prediction")), shape, f"{header.parameters:,}", f"{size:,}"])
+    return found, table(("name", "process", "prediction", "shape", "parameters", "bytes"), rows)
+
+
+def _config(ctx: click.Context) -> tuple[Any, str]:
+    """Every option of the commands that compute, with the configuration this call sees."""
+    found, parts = {}, []
+    for name in ("sample", "train"):
+        try:
+            command = find_command(name)
+        except ModuleNotFoundError:
+            continue
+        with command.make_context(name, _config_arguments(ctx), parent=ctx.parent) as inner:
+            values = {key: (inner.params[key], source(inner, key)) for key in sorted(inner.params)}
+        found[name] = {key: {"value": value, "source": where} for key, (value, where) in values.items()}
+        rows = [[key, "-" if value is None else str(value), where] for key, (value, where) in values.items()]
+        parts.append(table((f"[{name}]", "value", "source"), rows))
+    return found, "\n\n".join(parts)
+
+
+def _config_arguments(ctx: click.Context) -> list[str]:
+    file = ctx.meta.get("pfode.config")
+    return ["--config", file] if file else []
+
+
+def _env(ctx: click.Context) -> tuple[Any, str]:
+    found = {"pfode": pfode.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "missing"
+    if found["torch"] == "missing":
+        raise MissingError("torch is not installed", "pip install torch")
+    import torch
+
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found["threads"] = str(torch.get_num_threads())
+    return found, _lines(found)
+
+
+def _lines(found: dict[str, Any]) -> str:
+    rows = [(key, _short(value)) for key, value in found.items() if value is not None]
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key.ljust(width)}  {value}" for key, value in rows)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and "name" in value and all(isinstance(v, str | int | float) for v in value.values()):
+        rest = ", ".join(f"{k}={v}" for k, v in value.items() if k != "name")
+        text = f"{value['name']}({rest})"
+    elif isinstance(value, list) and all(isinstance(v, str | int) for v in value):
+        text = ", ".join(map(str, value))
+    elif isinstance(value, bool):
+        text = "yes" if value else "no"
+    elif isinstance(value, int):
+        text = f"{value:,}"
+    else:
+        text = value if isinstance(value, str) else json.dumps(value)
+    text = "".join(c if c.isprintable() else "?" for c in text)  # a file has no say over the terminal
+    return text if len(text) <= LONG or " " not in text or text.startswith("pfode ") else text[: LONG - 3] + "..."

@@ -1,0 +1,357 @@
+"""pfode sample: draw pictures, write the sheet, say what was done."""
+
+import hashlib
+import json
+import math
+import re
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import pfode
+from pfode.cli.common import Command, Finite, model_path, output
+from pfode.cli.recipe import check_digest, format_seeds, parse_seeds, seed_range, settle
+from pfode.errors import MissingError, UsageError, WriteError, unknown
+from pfode.files import read_header, write_atomic
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from pfode.plan import Plan
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+@click.command(cls=Command, name="sample")
+@click.option(
+    "--model", default="digits", show_default=True, metavar="NAME|FILE", help="`pfode info models`, or a file."
+)
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, metavar="N", help="Number of steps.")
+@click.option("--nfe", type=click.IntRange(1), metavar="N", help="As many steps as fit in N denoiser calls.")
+@click.option(
+    "--sampler", default="auto", show_default=True, metavar="NAME|PLAN", help="`pfode samplers`, or a plan file."
+)
+@click.option("--grid", metavar="NAME", help="Where the steps lie: karras, time, log-snr ...")
+@click.option("--eta", type=Finite(0), metavar="X", help="Amount of noise of the samplers that take it.")
+@click.option("--n", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Number of pictures.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Of picture 0; i has seed + i."
+)
+@click.option("--seeds", metavar="LIST", help="The seeds themselves: 0-63,80.")
+@click.option("--label", metavar="NAME|all", help="Class of the pictures; all: every class in turn.")
+@click.option("--guidance", type=Finite(), metavar="W", help="Classifier-free guidance scale (doubles the evals).")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the network; the state stays float32 or better.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
+@click.option("--batch", type=click.IntRange(1), metavar="N", help="Pictures at a time; changes no picture.")
+@click.option("--out", default="sheet.png", show_default=True, metavar="FILE.png", help="The contact sheet.")
+@click.option("--scale", type=click.IntRange(1, 64), metavar="N", help="Enlarge each picture on the sheet.")
+@click.option("--separate", metavar="DIR", help="Also every picture as a file, results.jsonl and run.json.")
+@click.option("--trajectory", metavar="FILE", help="Also an animation: .gif, .png or .webp.")
+@click.option("--like", metavar="FILE.png", help="Repeat the settings of a picture; flags still win.")
+@click.pass_context
+def command(ctx: click.Context, **options: Any) -> None:
+    """Draw pictures from a score network.
+
+    Writes a contact sheet and prints its path. The settings are in the PNG's text: --like SHEET.png repeats them,
+    `pfode info SHEET.png` shows them.
+    """
+    out = output(ctx)
+    options = settle(ctx, options)
+    check_outputs(options["out"], options["trajectory"], options["separate"])
+    job = prepare(options)
+    plan, n = job.plan, len(job.seeds)
+    names = f"model {options['model']}, sampler {plan.name}, grid {plan.meta.get('grid', 'of the plan')}"
+    out.note(f"{names}, n {n}, seeds {format_seeds(job.seeds)}, device {job.device}")
+    began = time.perf_counter()
+    with Progress(n, hidden=out.quiet or not sys.stderr.isatty()) as progress:
+        result = pfode.sample(
+            job.net,
+            plan=plan,
+            seeds=job.seeds,
+            label=job.label,
+            guidance=options["guidance"],
+            batch=options["batch"],
+            dtype=job.dtype,
+            device=job.device,
+            callback=progress,
+            trajectory=options["trajectory"] is not None,
+        )
+    seconds = time.perf_counter() - began
+    out.note(f"steps {result.steps}, NFE {result.nfe}, evals {result.evals} ({seconds:.2f} s)")
+    files = write(job, result)
+    summary = {
+        "out": files[0],
+        "files": files,
+        "n": n,
+        "steps": result.steps,
+        "nfe": result.nfe,
+        "evals": result.evals,
+        "seconds": seconds,
+        "images_per_second": n / seconds,
+        "recipe": recipe(job, result.evals),
+    }
+    out.emit(summary, files[0])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the options resolve to."""
+
+    options: dict[str, Any]
+    net: Any
+    digest: str | None  # of the model's file
+    plan: "Plan"
+    plan_digest: str | None  # of the plan's file, if it came from one
+    seeds: list[int]
+    label: "Tensor | int | None"
+    classes: list[str]  # the class of each picture; empty: unconditional
+    dtype: "torch.dtype | None"
+    device: str
+    columns: int
+    scale: int
+
+
+def prepare(options: dict[str, Any]) -> Job:
+    """Load model and plan, resolve the rest. Everything that can be wrong is found here, before sampling.
+
+    Raises:
+        PfodeError: an option that the model, the plan or the machine cannot carry out.
+    """
+    import torch
+
+    from pfode.cli import images
+
+    device = find_device(options["device"])
+    path = model_path(options["model"])
+    net = pfode.load(options["model"])
+    digest = read_header(path).metadata.get("pfode.digest") if path.is_file() else None
+    check_digest(options, "model", digest)
+    shape = tuple(net.shape or ())
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise UsageError(
+            f"model {options['model']!r}: samples of shape {shape} are no pictures", "use pfode.sample in Python"
+        )
+    plan, plan_digest = find_plan(options, net)
+    labels = list(net.labels or ())
+    n = options["n"] or (len(labels) if options["label"] == "all" and labels else 16)
+    seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
+    indices = find_labels(options["label"], labels, len(seeds))
+    columns = images.sheet_columns(len(seeds), len(labels) if options["label"] == "all" else 0)
+    scale = options["scale"] or images.default_scale(*shape[1:])
+    size = images.sheet_size(len(seeds), *shape[1:], scale, columns)
+    if options["trajectory"] is not None and size[0] * size[1] * (plan.steps + 1) > 4 * images.MAX_PIXELS:
+        frames = f"{plan.steps + 1} frames of twice {size[1]} x {size[0]} pixels"
+        raise UsageError(f"--trajectory: {frames} are too many", "a smaller --n or --scale")
+    return Job(
+        options=options,
+        net=net,
+        digest=digest,
+        plan=plan,
+        plan_digest=plan_digest,
+        seeds=seeds,
+        label=torch.tensor(indices) if options["label"] == "all" else indices[0] if indices else None,
+        classes=[labels[i] for i in indices],
+        dtype=getattr(torch, DTYPES[options["dtype"]]) if options["dtype"] else None,
+        device=device,
+        columns=columns,
+        scale=scale,
+    )
+
+
+def recipe(job: Job, evals: int, index: int | None = None) -> dict[str, Any]:
+    """How the sheet, or one picture of it, was made; `options` are what to type to make it again."""
+    plan = job.plan
+    given = ("model", "sampler", "guidance", "dtype")
+    options = {key: job.options[key] for key in given if job.options[key] is not None}
+    if job.plan_digest is None:
+        options |= {"sampler": plan.name, "steps": plan.steps, "grid": plan.meta["grid"]}
+        options |= {"eta": plan.meta["eta"]} if "eta" in plan.meta else {}
+    if index is None:
+        options["scale"] = job.scale
+        options |= {"label": job.options["label"]} if job.classes else {}
+        if job.seeds == list(range(job.seeds[0], job.seeds[0] + len(job.seeds))):
+            options |= {"seed": job.seeds[0], "n": len(job.seeds)}
+        else:
+            options["seeds"] = format_seeds(job.seeds)
+    else:
+        options |= {"seed": job.seeds[index], "n": 1}
+        options |= {"label": job.classes[index]} if job.classes else {}
+    return {
+        "version": pfode.__version__,
+        "options": options,
+        "model": {"name": job.options["model"], "digest": job.digest},
+        "plan": job.plan_digest,
+        "sampler": plan.name,
+        "grid": plan.meta.get("grid"),
+        "steps": plan.steps,
+        "nfe": plan.nfe,
+        "evals": evals,
+        "shape": list(job.net.shape),
+        "process": job.net.process.config(),
+    }
+
+
+def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan, str | None]":
+    """The plan to run, and the digest of its file if it comes from one."""
+    name = options["sampler"]
+    if not name.endswith(".safetensors"):
+        chosen = {key: options[key] for key in ("steps", "nfe", "grid", "eta")}
+        return pfode.make_plan(name, process=net.process, **chosen), None
+    plan = pfode.Plan.load(name)
+    digest = read_header(name).metadata.get("pfode.digest", "")
+    check_digest(options, "sampler", digest)
+    return plan, digest
+
+
+def find_labels(wanted: str | None, labels: list[str], n: int) -> list[int]:
+    """The class of each picture by number; empty without --label.
+
+    Raises:
+        UsageError: no such class, or a model without classes.
+    """
+    if wanted is None:
+        return []
+    if not labels:
+        raise UsageError(f"--label {wanted}: the model has no classes", "leave --label out")
+    if wanted == "all":
+        return [i % len(labels) for i in range(n)]
+    if wanted not in labels:
+        raise unknown("label", wanted, [*labels, "all"])
+    return [labels.index(wanted)] * n
+
+
+def find_device(name: str) -> str:
+    """The device to use.
+
+    Raises:
+        UsageError: no device of that name exists. MissingError: it is not on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps") or not re.fullmatch(r"[a-z]+(:\d{1,3})?", name):
+        raise unknown("device", name, ("auto", "cpu", "cuda", "mps"))
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[kind]:
+        raise MissingError(f"device {name!r} is not available on this machine", "--device cpu")
+    if kind == "cuda" and ":" in name and int(name[5:]) >= torch.cuda.device_count():
+        raise MissingError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs", "--device cuda")
+    return name
+
+
+def check_outputs(out: str, trajectory: str | None, separate: str | None) -> None:
+    """Find out before sampling whether the results can be written.
+
+    Raises:
+        UsageError: a name that no output can have. WriteError: a folder that takes no file.
+    """
+    if Path(out).suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: the sheet is a PNG", "--out sheet.png")
+    if trajectory is not None:
+        suffix = Path(trajectory).suffix.lower()
+        if suffix not in (".gif", ".png", ".apng", ".webp"):
+            raise UsageError(
+                f"--trajectory {trajectory}: unknown kind {suffix!r}", "a name that ends in .gif, .png or .webp"
+            )
+        if Path(trajectory).resolve() == Path(out).resolve():
+            raise UsageError(f"--trajectory and --out are the same file {out}", "give them different names")
+    for key, name in (("out", out), ("trajectory", trajectory)):
+        if name is not None:
+            _check_folder(Path(name).parent, f"--{key}")
+            if Path(name).is_dir():
+                raise WriteError(f"{name}: is a folder", f"--{key} {Path(name) / Path(name).name}")
+    if separate is not None:
+        try:
+            Path(separate).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WriteError(f"{separate}: cannot be made: {error.strerror}", "another --separate") from error
+        _check_folder(Path(separate), "--separate")
+
+
+def _check_folder(folder: Path, option: str) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WriteError(f"{folder}: cannot be written: {error.strerror}", f"another folder for {option}") from error
+
+
+# ---- sampling and writing
+
+
+class Progress:
+    """A bar over the steps of all batches; the callback of `pfode.sample`."""
+
+    def __init__(self, n: int, hidden: bool):
+        from tqdm import tqdm
+
+        self.n = n
+        self.bar = tqdm(total=0, disable=hidden, unit="step", leave=False, dynamic_ncols=True)
+
+    def __call__(self, point: Any) -> None:
+        if not self.bar.total:
+            self.bar.total = point.steps * -(-self.n // len(point.x))
+        self.bar.set_postfix_str(f"NFE {point.nfe}", refresh=False)
+        self.bar.update()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def write(job: Job, result: Any) -> list[str]:
+    """Write everything that was asked for; the sheet comes first in the list and last on the disk."""
+    from pfode.cli import images
+
+    out, separate, trajectory = (job.options[key] for key in ("out", "separate", "trajectory"))
+    pixels = images.to_pixels(result.x)
+    files = [out]
+    if separate is not None:
+        files += _write_separate(job, pixels, result.evals, Path(separate))
+    if trajectory is not None:
+        frames = [_frame(job, result, k) for k in range(len(result.trajectory))]
+        write_atomic(trajectory, images.encode_animation(frames, Path(trajectory).suffix.lower()))
+        files.append(trajectory)
+    sheet = images.contact_sheet(pixels, job.scale, job.columns)
+    write_atomic(out, images.encode_png(sheet, recipe(job, result.evals)))
+    return files
+
+
+def _write_separate(job: Job, pixels: "np.ndarray", evals: int, folder: Path) -> list[str]:
+    from pfode.cli.images import encode_png
+
+    lines, files = [], []
+    for i, seed in enumerate(job.seeds):
+        data = encode_png(pixels[i], recipe(job, evals, i))
+        name = f"{seed:06d}.png"
+        files.append(str(write_atomic(folder / name, data)))
+        line = {"seed": seed, "file": name, "sha256": hashlib.sha256(data).hexdigest(), "nfe": job.plan.nfe}
+        lines.append(json.dumps(line) + "\n")
+    files.append(str(write_atomic(folder / "results.jsonl", "".join(lines).encode())))
+    run = json.dumps(recipe(job, evals) | {"n": len(job.seeds), "device": job.device}, indent=2) + "\n"
+    files.append(str(write_atomic(folder / "run.json", run.encode())))
+    return files
+
+
+def _frame(job: Job, result: Any, k: int) -> "np.ndarray":
+    """Sheet of the states at node k, brought to the variance of the data, beside what the denoiser sees in them."""
+    import numpy as np
+
+    from pfode.cli import images
+
+    level = math.hypot(*(float(level[job.plan.node][k]) for level in (job.plan.alpha, job.plan.sigma)))
+    seen = result.preview[k] if k < len(result.preview) else result.x
+    pixels = [images.to_pixels(x) for x in (result.trajectory[k] / level, seen)]
+    views = [images.contact_sheet(part, job.scale, job.columns) for part in pixels]
+    return np.concatenate([views[0], views[1][:, images.GAP :]], axis=1)

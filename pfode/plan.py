@@ -1,0 +1,381 @@
+"""Plan: a sampler on a fixed grid as a table of numbers, and the one executor that runs every plan (idea C).
+
+    m_k     = the plan's prediction at (y_k, t_k)                                      one denoiser call
+    y_{k+1} = r_k y_k + r'_k y_{k-1} + sum_j b_kj m_{k-j} + sum_j c_kj xi_{k-j}        one fused linear update
+    y_0     = r_init x_T + c_init xi_init
+
+Rows are made on the host in float64. The executor folds the network's preconditioning into them once, then runs without
+host read-back and without state: coefficients are 0-d tensors on the device.
+"""
+
+import json
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pfode import noise
+from pfode.denoiser import Denoiser, Preconditioned, preconditioned
+from pfode.errors import FileError, NumericalError, UsageError
+from pfode.files import content_digest, read_header, write_atomic
+from pfode.prediction import prediction
+from pfode.process import Process, from_config
+
+_TENSORS = ("t", "time", "alpha", "sigma", "r", "r_prev", "b", "c", "init", "step", "node")
+_WHOLE = {"step": torch.int64, "node": torch.bool}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A table of n rows; row k makes one denoiser call and moves the register y from state k to state k + 1.
+
+    Args:
+        process: the noise process the numbers were made for; `run` refuses another.
+        prediction: what m is. In a row with alpha = 0 a blind prediction (eps, score) is replaced by x0.
+        t: query times, shape (n,).
+        time, alpha, sigma: time and noise level of the register at states 0 ... n, shape (n + 1,).
+        r, r_prev: factors of y_k and y_{k-1}, shape (n,).
+        b: factors of m_k, m_{k-1}, ..., shape (n, window).
+        c: factors of xi_k, xi_{k-1}, ..., shape (n, noise window); xi_k is drawn fresh for every row.
+        init: (r_init, c_init), shape (2,).
+        step: the step (from 0) a row belongs to, shape (n,), integer.
+        node: whether state k is a point of the trajectory, not an inner stage, shape (n + 1,), boolean.
+        name, meta: how the plan was made; not compared.
+
+    Raises:
+        UsageError: shapes, values or times that no plan can have.
+    """
+
+    process: Process
+    prediction: str
+    t: Tensor
+    time: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    r: Tensor
+    r_prev: Tensor
+    b: Tensor
+    c: Tensor
+    init: Tensor
+    step: Tensor
+    node: Tensor
+    name: str = "plan"
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        prediction(self.prediction)
+        for key in _TENSORS:
+            value = torch.as_tensor(getattr(self, key)).to("cpu", _WHOLE.get(key, torch.float64))
+            object.__setattr__(self, key, value)
+        n = len(self.t)
+        rows = {"t": 1, "r": 1, "r_prev": 1, "step": 1, "b": 2, "c": 2}
+        for key in _TENSORS:
+            value = getattr(self, key)
+            length = 2 if key == "init" else n if key in rows else n + 1
+            if value.ndim != rows.get(key, 1) or len(value) != length or n == 0:
+                raise UsageError(f"plan {self.name!r}: {key} has shape {tuple(value.shape)} with {n} rows")
+            if key != "time" and not torch.isfinite(value).all():
+                raise UsageError(f"plan {self.name!r}: {key} is not finite")
+        slack = 1e-6 * self.process.t_max
+        if not ((self.t >= self.process.t_min - slack) & (self.t <= self.process.t_max + slack)).all():
+            low, high = self.process.t_min, self.process.t_max
+            raise UsageError(f"plan {self.name!r}: evaluates outside [{low:g}, {high:g}], the times of {self.process}")
+        if not (self.sigma[:-1] > 0).all():
+            raise UsageError(f"plan {self.name!r}: evaluates at sigma = 0", "clean data can only be the last state")
+
+    @property
+    def nfe(self) -> int:
+        """Number of denoiser calls: the number of rows."""
+        return len(self.t)
+
+    @property
+    def steps(self) -> int:
+        """Number of moves from node to node."""
+        return int(self.node.sum()) - 1
+
+    @property
+    def times(self) -> Tensor:
+        """Times of the nodes, shape (steps + 1,)."""
+        return self.time[self.node]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the plan draws noise beyond the initial one."""
+        return bool((self.c != 0).any() or self.init[1] != 0)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        same = self.process == other.process and self.prediction == other.prediction
+        return same and all(torch.equal(getattr(self, key), getattr(other, key)) for key in _TENSORS)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        head = f"plan {self.name!r}: {self.steps} steps, {self.nfe} NFE, prediction {self.prediction}, {self.process}"
+        lines = [head, " row  step           t      alpha      sigma          r   b | c"]
+        for k in range(self.nfe):
+            level = f"{self.t[k]:11.5g} {self.alpha[k]:10.5g} {self.sigma[k]:10.5g} {self.r[k]:10.5g}"
+            weights = " ".join(f"{w:.5g}" for w in self.b[k].tolist() if w) or "0"
+            random = " ".join(f"{w:.5g}" for w in self.c[k].tolist() if w)
+            lines.append(f"{k:4d} {int(self.step[k]):5d} {level}   {weights}" + (f" | {random}" if random else ""))
+        end = f"{self.time[-1]:11.5g} {self.alpha[-1]:10.5g} {self.sigma[-1]:10.5g}"
+        return "\n".join([*lines, f" end       {end}"])
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the plan as one safetensors file with its process, name and digest in the metadata."""
+        config = {"name": self.name, "process": self.process.config(), "prediction": self.prediction, "meta": self.meta}
+        tensors = {key: getattr(self, key).detach().contiguous() for key in _TENSORS}
+        metadata = {"format": "pt", "pfode.kind": "plan", "pfode.config": json.dumps(config)}
+        names = {torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}
+        raw = {k: (names[v.dtype], tuple(v.shape), v.numpy().tobytes()) for k, v in tensors.items()}
+        metadata["pfode.digest"] = content_digest(metadata, raw)
+        return write_atomic(path, safetensors.torch.save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Plan":
+        """Read a plan written by `save`.
+
+        Raises:
+            FileError: missing, damaged, or of another kind; the message names file and field.
+        """
+        header = read_header(path)
+        if header.metadata.get("pfode.kind") != "plan":
+            kind = header.metadata.get("pfode.kind", "unknown")
+            raise FileError(f"{path}: pfode.kind: not a plan (got {kind!r}, expected 'plan')", "pfode info shows what it is")
+        header.verify()
+        config = header.config("pfode.config")
+        try:
+            tensors = safetensors.torch.load_file(path)
+            parts = {key: tensors[key] for key in _TENSORS}
+            process = from_config(config["process"])
+            return cls(process, config["prediction"], **parts, name=config["name"], meta=config["meta"])
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            raise FileError(f"{path}: broken plan: {error}") from error
+
+
+class Point(NamedTuple):
+    """A node reached by a plan.
+
+    Fields: step (1 ... steps) of `steps`; t and x there; x0, the denoiser's latest output; nfe so far.
+    """
+
+    step: int
+    steps: int
+    t: float
+    x: Tensor
+    x0: Tensor
+    nfe: int
+
+
+class _Row(NamedTuple):
+    """One row as the executor wants it: factors are 0-d tensors on the device, None where there is nothing to do."""
+
+    c_in: Tensor | None  # None: 1
+    c_noise: Tensor
+    g: Tensor | None  # m = F + g x, up to a factor that is part of b; None: 0
+    r: Tensor | None  # None: 1
+    from_x: bool  # False: r = 0
+    r_prev: Tensor | None  # None: 0
+    b: list[tuple[int, Tensor]]  # (age j, factor) of the predictions that enter
+    c: list[tuple[int, Tensor]]  # the same for the noises
+    draws: bool  # whether this row's noise is used, here or later
+    c_skip: Tensor
+    c_out: Tensor
+
+
+def run(plan: Plan, denoiser: Denoiser, x: Tensor, seeds: Sequence[int] | None = None, **cond: Any) -> Tensor:
+    """Run a plan from x, the state at its first time, to its last state.
+
+    Args:
+        x: shape (batch, ...). Half precision is raised to float32.
+        seeds: one per sample; needed by stochastic plans, whose row k draws noise (seed, k + 1).
+        cond: passed on to the denoiser. Gradients flow if the caller has them enabled.
+
+    Raises:
+        UsageError: another process than the plan's, missing seeds, a denoiser whose output has another shape.
+    """
+    for _, x, _ in _walk(plan, denoiser, x, seeds, cond, preview=False):
+        pass
+    return x
+
+
+def iterate(
+    plan: Plan, denoiser: Denoiser, x: Tensor, seeds: Sequence[int] | None = None, **cond: Any
+) -> Generator[Point, Tensor | None, None]:
+    """As `run`, but yield every node reached. A tensor sent back replaces the state there (inpainting, projections)."""
+    rows = _walk(plan, denoiser, x, seeds, cond, preview=True)
+    node, times, steps = plan.node.tolist(), plan.time.tolist(), plan.steps
+    step, sent = 0, None
+    try:
+        while True:
+            k, x, x0 = rows.send(sent)
+            sent = None
+            if node[k + 1]:
+                step += 1
+                sent = yield Point(step, steps, times[k + 1], x, x0, k + 1)
+    except StopIteration:
+        return
+
+
+def check(
+    plan: Plan, denoiser: Denoiser, x: Tensor, seeds: Sequence[int] | None = None, *, offset: int = 0, **cond: Any
+) -> None:
+    """Replay a plan row by row, looking at every state; `offset` is added to the index of the sample in the message.
+
+    Raises:
+        NumericalError: at the first row that makes a state non-finite, with sample, step and time.
+    """
+    for k, y, _ in _walk(plan, denoiser, x, seeds, cond, preview=False):
+        bad = (~torch.isfinite(y)).flatten(1).any(1).nonzero().flatten().tolist()
+        if bad:
+            where = f"step {int(plan.step[k]) + 1} of {plan.steps}, t = {plan.t[k]:.6g}"
+            hint = "the denoiser gave NaN or infinity there: check the network and its precision"
+            raise NumericalError(f"sample {offset + bad[0]} is not finite after {where}", hint)
+
+
+def _walk(
+    plan: Plan, denoiser: Denoiser, x: Tensor, seeds: Sequence[int] | None, cond: dict[str, Any], preview: bool
+) -> Generator[tuple[int, Tensor, Any], Tensor | None, None]:
+    """The executor: yields (row, state after it, x0 or None); a tensor sent back replaces the state."""
+    if plan.process != denoiser.process:
+        raise UsageError(
+            f"plan {plan.name!r} was made for {plan.process}, the denoiser has {denoiser.process}",
+            "make_plan(..., process=denoiser.process)",
+        )
+    if not x.is_floating_point():
+        raise UsageError(f"x: need a floating-point tensor, got {x.dtype}")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    draw = _noise_source(plan, x, seeds)
+    net = preconditioned(denoiser)
+    rows = _fold(plan, net, x)
+    ages, noise_ages = plan.b.shape[1] - 1, plan.c.shape[1] - 1
+    past: list[Tensor] = []
+    noises: list[Tensor | None] = []
+    previous = x
+    r_init, c_init = plan.init.tolist()
+    if r_init != 1:
+        x = r_init * x
+    if c_init != 0:
+        x = x + c_init * draw(plan.nfe)
+    for k, row in enumerate(rows):
+        out = net.network(x if row.c_in is None else torch.mul(x, row.c_in), row.c_noise, **cond)
+        if out.shape != x.shape:
+            raise UsageError(f"the denoiser returned shape {tuple(out.shape)} for x of shape {tuple(x.shape)}")
+        if out.dtype != x.dtype:
+            out = out.to(x.dtype)
+        past = [out if row.g is None else torch.addcmul(out, x, row.g), *past[:ages]]
+        if noise_ages >= 0:
+            noises = [draw(k) if row.draws else None, *noises[:noise_ages]]
+        x0 = torch.addcmul(row.c_skip * x, out, row.c_out) if preview else None
+        terms = [(past[j], factor) for j, factor in row.b]
+        if row.r_prev is not None:
+            terms.append((previous, row.r_prev))
+        terms += [(noises[j], factor) for j, factor in row.c]  # type: ignore[misc]
+        previous, x = x, _combine(x, row, terms)
+        sent = yield k, x, x0
+        if sent is not None:
+            x = sent.to(x)
+
+
+def _combine(x: Tensor, row: _Row, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """r x + sum of factor * tensor, in as many tensor operations as there are terms (less one where r is 0 or 1)."""
+    y, own = (x, False) if row.from_x else (None, False)
+    if row.from_x and row.r is not None:
+        y, own = torch.mul(x, row.r), True
+    for tensor, factor in terms:
+        if y is None:
+            y = torch.mul(tensor, factor)
+        elif own:
+            y = y.addcmul_(tensor, factor)
+        else:
+            y = torch.addcmul(y, tensor, factor)
+        own = True
+    return torch.zeros_like(x) if y is None else y
+
+
+def _noise_source(plan: Plan, x: Tensor, seeds: Sequence[int] | None) -> Callable[[int], Tensor]:
+    """A function from the row to its noise."""
+    if not plan.stochastic:
+        return lambda k: x
+    if seeds is None or len(seeds) != len(x):
+        got = "none" if seeds is None else f"{len(seeds)}"
+        raise UsageError(f"plan {plan.name!r} is stochastic: needs one seed per sample, got {got} for {len(x)}", "seeds=[0, 1, ...]")
+    checked = noise.check_seeds(seeds)
+    return lambda k: noise.normal(checked, k + 1, x.shape[1:], x.dtype, x.device)
+
+
+def row_affine(name: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, q) with m = p x + q D at these levels: the prediction's, or x0's where alpha = 0 and the prediction is blind."""
+    p, q = prediction(name).of_x0(alpha, sigma)
+    if not prediction(name).blind:
+        return p, q
+    return torch.where(alpha == 0, 0.0, p), torch.where(alpha == 0, 1.0, q)
+
+
+def _fold(plan: Plan, net: Preconditioned, x: Tensor) -> list[_Row]:
+    """The rows with the network's preconditioning folded in: m = q c_out (F + g x), the factor q c_out moved into b.
+
+    A prediction that no later row needs is not formed at all: its part in x joins r.
+    """
+    pre = net.precondition(plan.t)
+    p, q = row_affine(plan.prediction, plan.alpha[:-1], plan.sigma[:-1])
+    scale = q * pre.c_out
+    g = (p + q * pre.c_skip) / scale
+    made = _made(plan.b)
+    b = plan.b * torch.where(made >= 0, scale[made.clamp_min(0)], 0.0)
+    lone = _alive(g) & ~_used(b[:, 1:], made[:, 1:])
+    r = torch.where(lone, plan.r + b[:, 0] * g, plan.r)
+    if not r.requires_grad:
+        r = torch.where(r.abs() < 1e-13 * plan.r.abs(), 0.0, r)
+    g = torch.where(lone, 0.0, g)
+    draws = _used(plan.c, _made(plan.c)).tolist()
+
+    columns = [pre.c_in, pre.c_noise, g, r, plan.r_prev, pre.c_skip, pre.c_out]
+    table = torch.cat([torch.stack(columns, 1), b, plan.c], 1).to(x)
+    alive = {name: _alive(v).tolist() for name, v in (("g", g), ("r", r), ("r_prev", plan.r_prev), ("b", b), ("c", plan.c))}
+    scales = (_alive(pre.c_in - 1) & ~((pre.c_in - 1).abs() < 1e-12)).tolist()
+    units = (~_alive(r - 1)).tolist()
+    rows, window = [], b.shape[1]
+    for k, line in enumerate(table.unbind()):
+        c_in, c_noise, g_k, r_k, r_prev, c_skip, c_out, *factors = line.unbind()
+        rows.append(
+            _Row(
+                c_in=c_in if scales[k] else None,
+                c_noise=c_noise,
+                g=g_k if alive["g"][k] else None,
+                r=None if units[k] else r_k,
+                from_x=alive["r"][k],
+                r_prev=r_prev if alive["r_prev"][k] else None,
+                b=[(j, factors[j]) for j in range(window) if alive["b"][k][j] and j <= k],
+                c=[(j, w) for j, w in enumerate(factors[window:]) if alive["c"][k][j] and j <= k],
+                draws=draws[k],
+                c_skip=c_skip,
+                c_out=c_out,
+            )
+        )
+    return rows
+
+
+def _alive(factor: Tensor) -> Tensor:
+    """Where a factor takes part: it is not 0, or it is being learnt."""
+    return torch.ones_like(factor, dtype=torch.bool) if factor.requires_grad else factor != 0
+
+
+def _made(factors: Tensor) -> Tensor:
+    """The row whose value factors[k, j] weighs: k - j."""
+    n, window = factors.shape
+    return torch.arange(n)[:, None] - torch.arange(window)
+
+
+def _used(factors: Tensor, made: Tensor) -> Tensor:
+    """For every row, whether any of these factors weighs what it made."""
+    used = torch.zeros(len(factors), dtype=torch.bool)
+    used[made[_alive(factors) & (made >= 0)]] = True
+    return used

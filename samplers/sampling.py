@@ -1,0 +1,217 @@
+"""`sample`: draw from a denoiser, batch by batch, every sample by its own seed."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfode import noise
+from pfode.denoiser import Denoiser
+from pfode.errors import NumericalError, UsageError
+from pfode.plan import Plan, Point, check, iterate, run
+from pfode.samplers.catalogue import make_plan
+
+DEFAULT_STEPS = 20
+DEFAULT_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `sample` returns.
+
+    Args:
+        x: the samples, shape (n, *shape); seeds: one per sample.
+        plan: what was run; nfe: denoiser calls; evals: network forwards per sample; times: of the nodes.
+        bad: indices of samples that are not finite (only with nan="flag").
+        trajectory: states at nodes 0 ... steps, and preview: denoiser outputs on the way, when asked for.
+        stats: seconds in all.
+    """
+
+    x: Tensor
+    seeds: list[int]
+    plan: Plan
+    nfe: int
+    evals: int
+    times: Tensor
+    bad: list[int] = field(default_factory=list)
+    trajectory: list[Tensor] | None = None
+    preview: list[Tensor] | None = None
+    stats: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Moves from node to node."""
+        return self.plan.steps
+
+
+def sample(
+    denoiser: Denoiser,
+    n: int | None = None,
+    steps: int | None = None,
+    sampler: str = "auto",
+    grid: Any = None,
+    seed: int = 0,
+    *,
+    nfe: int | None = None,
+    seeds: Sequence[int] | None = None,
+    x: Tensor | None = None,
+    shape: Sequence[int] | None = None,
+    plan: Plan | None = None,
+    label: int | Sequence[int] | Tensor | None = None,
+    guidance: float | None = None,
+    eta: float | None = None,
+    start: float | None = None,
+    stop: float | None = None,
+    final: str = "denoise",
+    batch: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    compile: bool = False,
+    callback: Callable[[Point], Tensor | None] | None = None,
+    trajectory: bool = False,
+    nan: str = "raise",
+) -> Samples:
+    """Draw n samples.
+
+    Args:
+        denoiser: `(x, t, **cond) -> x0` with a process.
+        n: how many (16 if nothing says otherwise); sample i has seed `seed + i`, or `seeds[i]`.
+        steps, nfe, sampler, grid, eta, start, stop, final: of the plan, see `make_plan` (20 steps when none is given);
+            or plan: a ready one.
+        x: states at the first time, shape (n, *shape), instead of noise.
+        shape: of one sample, where the denoiser does not say.
+        label: a class, or one per sample, passed on to the denoiser. guidance: scale of classifier-free guidance.
+        batch: samples per denoiser call (64).
+        dtype: of the state, float32 or float64. device: where to run.
+        compile: run the network through torch.compile.
+        callback: called at every node of every batch; a tensor it returns replaces the state there.
+        trajectory: keep the states and previews at the nodes.
+        nan: "raise" an error that names sample, step and time, or "flag" the samples in `bad`.
+
+    Raises:
+        UsageError: options that cannot be carried out; NumericalError: a sample that is not finite.
+    """
+    if nan not in ("raise", "flag"):
+        raise UsageError(f"nan: got {nan!r}", 'nan="raise" or nan="flag"')
+    seeds = _seeds(n, seed, seeds, x)
+    batch = DEFAULT_BATCH if batch is None else batch
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise UsageError(f"batch: need an integer of at least 1, got {batch!r}", "batch=64")
+    denoiser = _prepared(denoiser, guidance, device, compile)
+    dtype = torch.float32 if dtype is None and x is None else dtype or torch.promote_types(x.dtype, torch.float32)  # type: ignore[union-attr]
+    if dtype not in (torch.float32, torch.float64):
+        raise UsageError(f"dtype: the state is float32 or float64, got {dtype}", "lower the network's: net.to(dtype=...)")
+    if plan is None:
+        if steps is None and nfe is None and not isinstance(grid, Tensor | list | tuple):
+            steps = DEFAULT_STEPS
+        options = {"nfe": nfe, "grid": grid, "final": final, "start": start, "stop": stop, "eta": eta}
+        plan = make_plan(sampler, denoiser.process, steps, **options)
+    elif any(value is not None for value in (steps, nfe, grid, eta, start, stop)):
+        raise UsageError("plan given together with steps, nfe, grid, eta, start or stop", "leave these out")
+    shape = tuple(x.shape[1:]) if x is not None else tuple(shape or getattr(denoiser, "shape", None) or ())
+    if x is None and not shape:
+        raise UsageError("the denoiser does not say the shape of a sample", "shape=(3, 32, 32)")
+    labels = _labels(label, len(seeds))
+    where = torch.device(device) if device is not None else getattr(denoiser, "device", torch.device("cpu"))
+
+    began = time.perf_counter()
+    parts = []
+    with torch.no_grad():
+        for i in range(0, len(seeds), batch):
+            some = slice(i, i + batch)
+            cond = {} if labels is None else {"label": labels[some].to(where)}
+            first = _first(plan, seeds[some], shape, dtype, where) if x is None else x[some].to(where, dtype)
+            parts.append(_draw(plan, denoiser, first, seeds[some], cond, callback, trajectory, nan, i))
+    whole = [torch.cat(tensors) for tensors in zip(*(states for states, _ in parts), strict=True)]
+    previews = [torch.cat(tensors) for tensors in zip(*(previews for _, previews in parts), strict=True)]
+    bad = (~torch.isfinite(whole[-1])).flatten(1).any(1).nonzero().flatten().tolist()
+    return Samples(
+        x=whole[-1],
+        seeds=seeds,
+        plan=plan,
+        nfe=plan.nfe,
+        evals=plan.nfe * getattr(denoiser, "evals", 1),
+        times=plan.times,
+        bad=bad,
+        trajectory=whole if trajectory else None,
+        preview=previews if trajectory else None,
+        stats={"seconds": time.perf_counter() - began},
+    )
+
+
+def _draw(
+    plan: Plan,
+    denoiser: Denoiser,
+    x: Tensor,
+    seeds: list[int],
+    cond: dict[str, Any],
+    callback: Callable[[Point], Tensor | None] | None,
+    trajectory: bool,
+    nan: str,
+    offset: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One batch: its states (the last alone unless a trajectory is asked for) and previews."""
+    states, previews = [x], []
+    if callback is None and not trajectory:
+        states = [run(plan, denoiser, x, seeds, **cond)]
+    else:
+        points, sent = iterate(plan, denoiser, x, seeds, **cond), None
+        for _ in range(plan.steps):
+            point = points.send(sent)
+            sent = callback(point) if callback else None
+            end = point.x if sent is None else sent.to(point.x)
+            states = [*states, end] if trajectory else [end]
+            previews += [point.x0] if trajectory else []
+    if nan == "raise" and not torch.isfinite(states[-1]).all():
+        check(plan, denoiser, x, seeds, offset=offset, **cond)
+        raise NumericalError("a sample is not finite", "the callback gave NaN or infinity")
+    return states, previews
+
+
+def _first(plan: Plan, seeds: list[int], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Pure noise at the plan's first time."""
+    sigma, alpha = plan.sigma[0].item(), plan.alpha[0].item()
+    if alpha > 0.5 * sigma:
+        raise UsageError(
+            f"the plan starts at t = {plan.time[0]:g}, where the data is not drowned in noise (alpha/sigma = {alpha / sigma:.3g})",
+            "give x=, the noised data at that time",
+        )
+    return sigma * noise.normal(seeds, noise.INITIAL, shape, dtype, device)
+
+
+def _seeds(n: int | None, seed: int, seeds: Sequence[int] | None, x: Tensor | None) -> list[int]:
+    given = len(x) if x is not None else len(seeds) if seeds is not None else 16
+    count = given if n is None else n
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1 or (count != given and (x is not None or seeds is not None)):
+        raise UsageError(f"n: got {n!r}" + (f" with {given} seeds or states" if count != given else ""), "n=16")
+    if seeds is not None and len(seeds) != count:
+        raise UsageError(f"seeds: got {len(seeds)} for {count} samples", "one seed per sample")
+    return noise.check_seeds(seeds if seeds is not None else range(seed, seed + count))
+
+
+def _labels(label: Any, n: int) -> Tensor | None:
+    if label is None:
+        return None
+    labels = torch.as_tensor(label)
+    if labels.is_floating_point() or labels.ndim > 1 or (labels.ndim == 1 and len(labels) != n):
+        raise UsageError(f"label: need an integer or {n} of them, got {label!r}", "label=3")
+    return labels.long().expand(n)
+
+
+def _prepared(denoiser: Denoiser, guidance: float | None, device: Any, compile: bool) -> Denoiser:
+    """The denoiser on its device, guided and compiled as asked."""
+    steps: list[tuple[bool, str, tuple[Any, ...], str]] = [
+        (device is not None, "to", (device,), "move it to the device yourself"),
+        (compile, "compiled", (), "wrap its network in torch.compile yourself"),
+        (guidance not in (None, 1), "guided", (guidance,), "wrap it yourself: pfode.scores.guide"),
+    ]
+    for wanted, name, arguments, hint in steps:
+        if wanted:
+            method = getattr(denoiser, name, None)
+            if method is None:
+                raise UsageError(f"{type(denoiser).__name__} has no .{name}(...)", hint)
+            denoiser = method(*arguments)
+    return denoiser

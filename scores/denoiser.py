@@ -1,0 +1,186 @@
+"""A network and its preconditioning, seen as a denoiser: D(x, t) = c_skip x + c_out F(c_in x, c_noise)."""
+
+import copy
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pfode.denoiser import Preconditioned, Preconditioning
+from pfode.errors import UsageError, did_you_mean
+from pfode.prediction import PREDICTIONS, Coefficient, Pair
+from pfode.process import VP, Process, VPCosine, VPDiscrete
+from pfode.scores.guidance import guide
+
+VARIANCE_PRESERVING = (VP, VPCosine, VPDiscrete)
+
+
+class Denoiser(Preconditioned):
+    """Any torch callable `(x, c_noise, **cond)` as a denoiser.
+
+    Prediction "edm" is the preconditioning of Karras et al. 2022 (table 1) for any process: with s = sigma_data and
+    r = sqrt(sigma^2 + alpha^2 s^2): c_in = 1/r, c_skip = alpha s^2/r^2, c_out = sigma s/r, c_noise = log(sigma/alpha)/4.
+    The others are rows of `pfode.prediction`, with c_noise = time_scale t and, where the process does not keep the
+    variance at one, an input scaled by 1/hypot(alpha, sigma); "flow" networks see x itself.
+
+    Args:
+        network: called with x in the dtype of its parameters and c_noise of shape (batch,).
+        process: the noise process it was trained for.
+        prediction: "edm", "x0", "eps", "score", "v" or "flow".
+        sigma_data: standard deviation of the data ("edm" only).
+        shape: of one sample, without the batch.
+        labels: names of the classes; the network then takes label= of shape (batch,), where len(labels) means none.
+        time_scale: factor from t to what the network is given (1000 for networks trained on a thousand steps).
+
+    Raises:
+        UsageError: an unknown prediction or values out of range.
+    """
+
+    evals = 1
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        process: Process,
+        prediction: str = "eps",
+        *,
+        sigma_data: float = 0.5,
+        shape: Sequence[int] | None = None,
+        labels: Sequence[str] | None = None,
+        time_scale: float = 1.0,
+    ):
+        if prediction != "edm" and prediction not in PREDICTIONS:
+            raise UsageError(f"unknown prediction {prediction!r}", did_you_mean(prediction, ["edm", *PREDICTIONS]))
+        if not sigma_data > 0 or not time_scale > 0:
+            raise UsageError(f"sigma_data and time_scale must be positive, got {sigma_data} and {time_scale}")
+        self.net = network
+        self.process = process
+        self.prediction = prediction
+        self.sigma_data = float(sigma_data)
+        self.shape = None if shape is None else tuple(shape)
+        self.labels = None if labels is None else tuple(labels)
+        self.time_scale = float(time_scale)
+        weight = next((p for p in network.parameters() if p.is_floating_point()), None) if isinstance(network, nn.Module) else None
+        self.dtype = None if weight is None else weight.dtype
+        self.device = None if weight is None else weight.device
+
+    def precondition(self, t: Tensor) -> Preconditioning:
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        blind = self.prediction == "edm" or PREDICTIONS[self.prediction].blind
+        if blind and t.device.type == "cpu" and not torch.compiler.is_compiling() and bool((alpha == 0).any()):
+            raise UsageError(
+                f"prediction {self.prediction!r} says nothing about the data where alpha = 0 (t = {float(t.max()):g})",
+                "use a network with prediction 'flow', 'v' or 'x0', or a grid that starts at alpha > 0",
+            )
+        c_skip, c_out = self._to_x0(alpha, sigma)
+        if self.prediction == "edm":
+            c_in = torch.rsqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
+            return Preconditioning(c_in, torch.log(sigma / alpha) / 4, c_skip, c_out)
+        plain = self.prediction == "flow" or isinstance(self.process, VARIANCE_PRESERVING)
+        c_in = torch.ones_like(t) if plain else 1 / torch.hypot(alpha, sigma)
+        return Preconditioning(c_in, self.time_scale * t, c_skip, c_out)
+
+    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What F should return for x = alpha x0 + sigma noise: (x0 - c_skip x) / c_out, without cancellation."""
+        c_skip, c_out = self._to_x0(alpha, sigma)
+        return (1 - c_skip * alpha) / c_out * x0 - c_skip * sigma / c_out * noise
+
+    def _to_x0(self, alpha: Coefficient, sigma: Coefficient) -> Pair:
+        if self.prediction != "edm":
+            return PREDICTIONS[self.prediction].to_x0(alpha, sigma)
+        s = self.sigma_data
+        square = sigma**2 + alpha**2 * s**2
+        return alpha * s**2 / square, sigma * s / square**0.5
+
+    def network(self, x: Tensor, c_noise: Tensor, *, label: Tensor | int | None = None, **cond: Any) -> Tensor:
+        """F(x, c_noise) in the dtype of the network.
+
+        Args:
+            x: (batch, ...), already scaled by c_in.
+            c_noise: 0-d or (batch,).
+            label: (batch,) of integers, one integer for all, or None.
+
+        Raises:
+            UsageError: a label out of range or of the wrong shape.
+        """
+        if c_noise.ndim == 0:
+            c_noise = c_noise.expand(x.shape[0])
+        if label is not None:
+            cond["label"] = self.indices(label, x)
+        return self.net(x if self.dtype is None else x.to(self.dtype), c_noise, **cond)
+
+    def indices(self, label: Tensor | int, x: Tensor) -> Tensor:
+        """Labels as integers of shape (batch,) on the device of x; tensors are checked where that needs no waiting.
+
+        Raises:
+            UsageError: out of range, not integers, or of another length.
+        """
+        if isinstance(label, int):
+            low = high = label
+            label = torch.full((x.shape[0],), label, device=x.device)
+        elif label.is_floating_point() or label.shape not in ((), (x.shape[0],)):
+            raise UsageError(f"label: expected integers of shape ({x.shape[0]},), got {label.dtype} of shape {tuple(label.shape)}")
+        elif label.device.type == "cpu" and self.labels is not None and not torch.compiler.is_compiling():
+            low, high = int(label.min()), int(label.max())
+        else:
+            low = high = 0
+        if self.labels is not None and not 0 <= low <= high <= len(self.labels):
+            wrong = low if low < 0 else high
+            raise UsageError(f"label {wrong} is out of range", f"0 to {len(self.labels) - 1}: {_listed(self.labels)}")
+        return label.expand(x.shape[0]).to(x.device)
+
+    def label_index(self, name: str | int) -> int:
+        """The integer of a class, given by its name or its number.
+
+        Raises:
+            UsageError: an unknown class, or a network without classes.
+        """
+        if not self.labels:
+            raise UsageError(f"label {name!r}: this network is unconditional", "leave the label out")
+        if name in self.labels:
+            return self.labels.index(str(name))
+        folded = [label.casefold() for label in self.labels]
+        if str(name).casefold() in folded:
+            return folded.index(str(name).casefold())
+        try:
+            number = int(name)
+        except ValueError:
+            number = -1
+        if not 0 <= number < len(self.labels):
+            close = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.4)
+            hint = f"did you mean {self.labels[folded.index(close[0])]!r}?" if close else f"known: {_listed(self.labels)}"
+            raise UsageError(f"unknown label {name!r}", hint)
+        return number
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Denoiser":
+        """This denoiser on another device or in another dtype; this one stays as it is. A plain function moves nowhere."""
+        same_device = device is None or torch.device(device) == self.device
+        if not isinstance(self.net, nn.Module) or (same_device and dtype in (None, self.dtype)):
+            return self
+        return self.with_network(copy.deepcopy(self.net).to(device=device, dtype=dtype))
+
+    def with_network(self, network: Callable[..., Tensor]) -> "Denoiser":
+        """The same preconditioning around another network."""
+        return Denoiser(
+            network,
+            self.process,
+            self.prediction,
+            sigma_data=self.sigma_data,
+            shape=self.shape,
+            labels=self.labels,
+            time_scale=self.time_scale,
+        )
+
+    def guided(self, scale: float) -> Preconditioned:
+        """Classifier-free guidance: see `guide`."""
+        return guide(self, scale)
+
+    def __repr__(self) -> str:
+        return f"Denoiser({type(self.net).__name__}, {self.process}, {self.prediction!r}, shape={self.shape})"
+
+
+def _listed(labels: Sequence[str]) -> str:
+    """The names of the classes, shortened."""
+    return ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")

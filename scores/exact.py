@@ -1,0 +1,178 @@
+"""Denoisers in closed form: the test beds of every solver.
+
+    E[x_0 | x] = the posterior mean of a Gaussian, of a mixture of Gaussians, or of a finite set of points.
+
+All work on any process, shape (batch, ...) flattened to (batch, d), in the dtype of x.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfode import noise
+from pfode.errors import UsageError
+from pfode.process import EDM, Process
+
+
+class GaussianMixture:
+    """x_0 ~ sum_k w_k N(mu_k, C_k): exact denoiser, score, samples and densities.
+
+    Args:
+        means: shape (k, d), or (k, *shape).
+        std: isotropic standard deviation: a number, or shape (k,).
+        cov: instead of std: variances (d,), (k, d) for diagonal, or covariances (d, d) with `full`, (k, d, d).
+        weights: shape (k,); equal when None.
+        process: the noise process.
+
+    Raises:
+        UsageError: shapes that do not fit, or a covariance that is not positive definite.
+    """
+
+    labels = None
+
+    def __init__(
+        self,
+        means: Tensor | list[Any],
+        std: float | Tensor | None = None,
+        weights: Tensor | list[float] | None = None,
+        process: Process | None = None,
+        *,
+        cov: Tensor | None = None,
+    ):
+        mu = torch.as_tensor(means, dtype=torch.float64)
+        if mu.ndim < 2:
+            raise UsageError(f"means: need shape (k, d), got {tuple(mu.shape)}", "means=[[0.0, 0.0], [1.0, 1.0]]")
+        if (std is None) == (cov is None):
+            raise UsageError("need either std or cov", "std=0.3")
+        self.process = EDM() if process is None else process
+        self.shape = tuple(mu.shape[1:])
+        self.means = mu.flatten(1)  # (k, d)
+        k, d = self.means.shape
+        w = torch.ones(k) if weights is None else torch.as_tensor(weights)
+        if w.shape != (k,) or not (w > 0).all():
+            raise UsageError(f"weights: need {k} positive numbers, got {w.tolist()}")
+        self.weights = (w / w.sum()).double()
+        variances, self.basis = _spectrum(std, cov, k, d)
+        self.variances = variances.expand(k, d)  # eigenvalues of C_k
+        if not (self.variances > 0).all():
+            raise UsageError("covariance: not positive definite")
+
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """D(x, t) = sum_k p(k | x) (mu_k + alpha C_k (alpha^2 C_k + sigma^2)^-1 (x - alpha mu_k))."""
+        flat, alpha, sigma = self._flatten(x, t)
+        centred, total = self._components(flat, alpha, sigma)
+        means = self.means.to(x) + self._rotate(alpha * self.variances.to(x) / total * centred, back=True)
+        p = self._responsibility(centred, total)
+        return (p[..., None] * means).sum(1).reshape(x.shape)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """grad log p_t(x) = (alpha D - x) / sigma^2."""
+        flat, alpha, sigma = self._flatten(x, t)
+        return ((alpha[:, 0] * self(x, t).flatten(1) - flat) / sigma[:, 0] ** 2).reshape(x.shape)
+
+    def log_prob(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
+        """log p_t(x) in nats, shape (batch,); of the data when t is None."""
+        flat, alpha, sigma = self._flatten(x, self.process.t_data if t is None else t)
+        return torch.logsumexp(self._log_joint(*self._components(flat, alpha, sigma)), 1)
+
+    def sample(self, n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+        """n samples of the data, shape (n, *shape); sample i depends on seed + i alone."""
+        seeds = [seed + i for i in range(n)]
+        z = noise.normal(seeds, 0, self.means.shape[1:], torch.float64)
+        pick = torch.special.ndtr(noise.normal(seeds, 1, (), torch.float64))
+        k = torch.searchsorted(self.weights.cumsum(0), pick).clamp_max(len(self.weights) - 1)
+        scaled = self.variances[k].sqrt() * z
+        if self.basis is not None:
+            scaled = (self.basis[k if len(self.basis) > 1 else 0 * k] @ scaled[..., None])[..., 0]
+        return (self.means[k] + scaled).reshape(n, *self.shape).to(dtype)
+
+    def _flatten(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if tuple(x.shape[1:]) != self.shape:
+            raise UsageError(f"x: need shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
+        return x.flatten(1), self.process.alpha(t), self.process.sigma(t)
+
+    def _components(self, flat: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """x - alpha mu_k in the eigenbasis and its variances, both (batch, k, d)."""
+        centred = self._rotate(flat[:, None] - alpha * self.means.to(flat), back=False)
+        return centred, alpha**2 * self.variances.to(flat) + sigma**2
+
+    def _rotate(self, y: Tensor, back: bool) -> Tensor:
+        if self.basis is None:
+            return y
+        return torch.einsum("kij,bkj->bki" if back else "kji,bkj->bki", self.basis.to(y).expand(y.shape[1], -1, -1), y)
+
+    def _log_joint(self, centred: Tensor, total: Tensor) -> Tensor:
+        d = centred.shape[-1]
+        quadratic = (centred**2 / total + torch.log(total)).sum(-1)
+        return torch.log(self.weights.to(centred)) - 0.5 * (quadratic + d * math.log(2 * math.pi))
+
+    def _responsibility(self, centred: Tensor, total: Tensor) -> Tensor:
+        return torch.softmax(self._log_joint(centred, total), 1)
+
+
+def _spectrum(std: Any, cov: Any, k: int, d: int) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues, broadcastable to (k, d), and eigenvectors (1 or k, d, d), None where the basis is the standard one."""
+    if std is not None:
+        value = torch.as_tensor(std, dtype=torch.float64)
+        if value.shape not in ((), (k,)):
+            raise UsageError(f"std: need a number or shape ({k},), got {tuple(value.shape)}")
+        return value.reshape(-1, 1) ** 2, None
+    value = torch.as_tensor(cov, dtype=torch.float64)
+    if value.shape in ((k, d, d), (d, d)) and value.shape != (k, d):
+        eigenvalues, basis = torch.linalg.eigh(value.reshape(-1, d, d))
+        return eigenvalues, basis
+    if value.shape in ((d,), (k, d)):
+        return value.reshape(-1, d), None
+    raise UsageError(f"cov: need shape ({d},), ({k}, {d}), ({d}, {d}) or ({k}, {d}, {d}), got {tuple(value.shape)}")
+
+
+class Gaussian(GaussianMixture):
+    """x_0 ~ N(mean, cov), with the exact flow of its PF-ODE.
+
+    Args:
+        mean: shape (d,) or of one sample. cov: variance (a number), variances (d,), or covariance (d, d).
+    """
+
+    def __init__(self, mean: Tensor | list[float], cov: float | Tensor | list[Any] = 1.0, process: Process | None = None):
+        mu = torch.as_tensor(mean, dtype=torch.float64)
+        value = torch.as_tensor(cov, dtype=torch.float64)
+        if value.ndim == 0:
+            value = value.expand(mu.numel())
+        super().__init__(mu[None], cov=value[None] if value.ndim == 2 else value, process=process)
+
+    def flow(self, x: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
+        """The PF-ODE's exact map from time t to time s.
+
+        Along every eigendirection x_s = alpha_s mu + sqrt((alpha_s^2 c + sigma_s^2)/(alpha_t^2 c + sigma_t^2)) (x_t - alpha_t mu).
+        """
+        flat, alpha_t, sigma_t = self._flatten(x, t)
+        _, alpha_s, sigma_s = self._flatten(x, s)
+        centred, total = self._components(flat, alpha_t, sigma_t)
+        growth = torch.sqrt((alpha_s**2 * self.variances.to(x) + sigma_s**2) / total)
+        return (alpha_s * self.means.to(x) + self._rotate(growth * centred, back=True))[:, 0].reshape(x.shape)
+
+
+class Empirical(GaussianMixture):
+    """The ideal denoiser of a finite data set: a mixture of equal kernels N(point, std^2).
+
+    With std = 0 sampling returns data points; a small width keeps the flow from collapsing onto them.
+
+    Args:
+        points: shape (n, *shape). std: kernel width.
+    """
+
+    def __init__(self, points: Tensor, std: float = 0.1, process: Process | None = None):
+        super().__init__(points, std=std, process=process)
+
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """As the mixture's, by two matrix products instead of a (batch, n, d) array."""
+        flat, alpha, sigma = self._flatten(x, t)
+        alpha, sigma = alpha[:, 0], sigma[:, 0]
+        points, variance = self.means.to(x), self.variances[0, 0].to(x)
+        total = alpha**2 * variance + sigma**2
+        closeness = alpha * (flat @ points.T) - 0.5 * alpha**2 * (points**2).sum(1)
+        mean = torch.softmax(closeness / total, 1) @ points
+        return (mean + alpha * variance / total * (flat - alpha * mean)).reshape(x.shape)

@@ -1,0 +1,271 @@
+"""A U-Net for pictures of 8x8 to 64x64: residual blocks, attention at chosen resolutions, noise and class embedding.
+
+    x --first--> [block, block, down] ... [block, block] -> middle -> [block, block, block, up] ... --last--> out
+                     |______________ every feature map on the way down is joined on the way up ________^
+
+Everything keeps the channels-last layout, in which bfloat16 convolutions on a CPU are several times faster than float32.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pfode.errors import UsageError, unknown
+
+MAX_PARAMETERS = 200_000_000
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The numbers that define a `UNet`; a JSON object by `to_json`, checked by `from_json`.
+
+    Args:
+        size: side of the square pictures; a multiple of 2 ** (levels - 1).
+        channels: 1 for grey, 3 for colour.
+        classes: number of labels, 0 for an unconditional network; label `classes` means "none" (guidance).
+        widths: channels of each level; the side halves from one to the next.
+        blocks: residual blocks of each level on the way down (one more on the way up).
+        attention: sides at which every block is followed by self-attention.
+        head: channels per attention head; divides the widths that have attention.
+        dropout: inside the residual blocks, while training.
+
+    Raises:
+        UsageError: a value out of range, named by its field.
+    """
+
+    size: int = 32
+    channels: int = 3
+    classes: int = 0
+    widths: tuple[int, ...] = (64, 128, 192)
+    blocks: tuple[int, ...] = (1, 2, 2)
+    attention: tuple[int, ...] = (8,)
+    head: int = 32
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _integer("size", self.size, 4, 256)
+        _integer("channels", self.channels, 1, 64)
+        _integer("classes", self.classes, 0, 100_000)
+        _integers("widths", self.widths, 1, 6, 8, 1024)
+        _integers("blocks", self.blocks, 1, 6, 1, 8)
+        _integers("attention", self.attention, 0, 6, 1, 64)
+        _integer("head", self.head, 4, 1024)
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise UsageError(f"network: dropout: expected a number in [0, 1), got {self.dropout!r}")
+        if len(self.blocks) != len(self.widths):
+            raise UsageError(f"network: blocks: one number per width, got {list(self.blocks)} for {list(self.widths)}")
+        if any(width % 8 for width in self.widths):
+            raise UsageError(f"network: widths: need multiples of 8, got {list(self.widths)}")
+        if self.size % 2 ** (len(self.widths) - 1):
+            raise UsageError(f"network: size: {self.size} cannot be halved {len(self.widths) - 1} times (widths {list(self.widths)})")
+        for level, width in enumerate(self.widths):
+            if self.size >> level in self.attention and width % self.head:
+                raise UsageError(f"network: head: {self.head} does not divide the width {width} of the side {self.size >> level}")
+        if self.parameters() > MAX_PARAMETERS:
+            raise UsageError(f"network: widths: about {self.parameters():,} parameters; at most {MAX_PARAMETERS:,}")
+
+    def parameters(self) -> int:
+        """An upper estimate of the number of parameters, without building the network."""
+        widest = max(self.widths)
+        convolutions = sum(width * (width + widest) * (6 * n + 10) for width, n in zip(self.widths, self.blocks, strict=True))
+        return 9 * convolutions + 4 * self.widths[0] * self.classes
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object from which `from_json` rebuilds the configuration."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "UNetConfig":
+        """Check an untrusted JSON object.
+
+        Raises:
+            UsageError: an unknown key, a wrong type or a value out of range, named by its field.
+        """
+        known = {field.name: field.default for field in fields(cls)}
+        for key in value:
+            if key not in known:
+                raise unknown("network field", key, known)
+        return cls(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise UsageError(f"network: {name}: expected an integer from {low} to {high}, got {value!r:.40}")
+
+
+def _integers(name: str, value: Any, least: int, most: int, low: int, high: int) -> None:
+    if not isinstance(value, tuple) or not least <= len(value) <= most:
+        raise UsageError(f"network: {name}: expected {least} to {most} integers, got {value!r:.40}")
+    for item in value:
+        _integer(name, item, low, high)
+
+
+class UNet(nn.Module):
+    """The network of `UNetConfig`: (x, c_noise, label) -> out of the shape of x."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths = config.widths
+        embedding = 4 * widths[0]
+        self.noise = nn.Sequential(nn.Linear(2 * WAVES, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.label = nn.Embedding(config.classes + 1, embedding) if config.classes else None
+        self.first = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+
+        def block(side: int, width_in: int, width: int) -> Block:
+            return Block(width_in, width, embedding, config.head if side in config.attention else 0, config.dropout)
+
+        self.down = nn.ModuleList()
+        skips = [widths[0]]
+        width, side = widths[0], config.size
+        for level, target in enumerate(widths):
+            if level:
+                self.down.append(Down(width))
+                skips.append(width)
+                side //= 2
+            for _ in range(config.blocks[level]):
+                self.down.append(block(side, width, target))
+                width = target
+                skips.append(width)
+        self.middle = nn.ModuleList([block(side, width, width), block(0, width, width)])
+        self.up = nn.ModuleList()
+        for level, target in reversed(list(enumerate(widths))):
+            for _ in range(config.blocks[level] + 1):
+                self.up.append(block(side, width + skips.pop(), target))
+                width = target
+            if level:
+                width = widths[level - 1]
+                self.up.append(Up(target, width))
+                side *= 2
+        self.last_norm = Norm(width)
+        self.last = _zero(nn.Conv2d(width, config.channels, 3, padding=1))
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.5)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """x (batch, channels, size, size), c_noise (batch,), label (batch,) of integers; None: the null class everywhere.
+
+        Raises:
+            UsageError: labels for an unconditional network.
+        """
+        emb = self.noise(waves(c_noise).to(x.dtype))
+        if self.label is not None:
+            null = torch.full_like(c_noise, self.config.classes, dtype=torch.long)
+            emb = emb + self.label(null if label is None else label).to(emb.dtype)
+        elif label is not None:
+            raise UsageError("this network is unconditional: it takes no label", "leave label= (or --label, --guidance) out")
+        emb = functional.silu(emb)
+        h = self.first(x.contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], dim=1) if isinstance(layer, Block) else h, emb)
+        return self.last(functional.silu(self.last_norm(h)))
+
+
+WAVES = 32
+
+
+def waves(c_noise: Tensor) -> Tensor:
+    """Sines and cosines of c_noise at 32 angular frequencies from 1 to 100, in float32: shape (batch, 64)."""
+    frequencies = torch.exp(torch.linspace(0, math.log(100.0), WAVES, device=c_noise.device, dtype=torch.float32))
+    angles = c_noise.to(torch.float32)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Norm(nn.GroupNorm):
+    """Group normalisation with groups of at least 8 channels, at most 16 groups."""
+
+    def __init__(self, width: int):
+        super().__init__(math.gcd(16, width // 8), width)
+
+
+class Block(nn.Module):
+    """norm, SiLU, conv, norm scaled and shifted by the embedding, SiLU, conv, plus the input; then attention (head > 0)."""
+
+    def __init__(self, width_in: int, width: int, embedding: int, head: int, dropout: float):
+        super().__init__()
+        self.norm1 = Norm(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.embed = nn.Linear(embedding, 2 * width)
+        self.norm2 = Norm(width)
+        self.dropout = dropout
+        self.conv2 = _zero(nn.Conv2d(width, width, 3, padding=1))
+        self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+        self.attention = Attention(width, head) if head else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(functional.silu(self.norm1(x)))
+        scale, shift = self.embed(emb)[:, :, None, None].chunk(2, dim=1)
+        h = functional.silu(torch.addcmul(shift, self.norm2(h), scale + 1))
+        if self.training and self.dropout:
+            h = functional.dropout(h, self.dropout)
+        return self.attention(self.skip(x) + self.conv2(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, `head` channels per head, plus the input."""
+
+    def __init__(self, width: int, head: int):
+        super().__init__()
+        self.head = head
+        self.norm = Norm(width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = _zero(nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width, height, wide = x.shape
+        # (batch, pixels, 3, heads, head) -> 3 x (batch, heads, pixels, head)
+        rows = self.qkv(self.norm(x)).permute(0, 2, 3, 1)
+        q, k, v = rows.reshape(batch, height * wide, 3, -1, self.head).permute(2, 0, 3, 1, 4).unbind(0)
+        y = attend(q, k, v).transpose(1, 2).reshape(batch, height, wide, width).permute(0, 3, 1, 2)
+        return x + self.out(y)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head)) v; shapes (batch, heads, pixels, head)."""
+    if q.device.type == "cpu" and q.requires_grad:  # the fused kernel's backward pass is 2 to 7 times slower there
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1).to(v.dtype) @ v
+    return functional.scaled_dot_product_attention(q, k, v)
+
+
+class Down(nn.Module):
+    """Halve the side: the mean of 2x2 pixels, then a convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(functional.avg_pool2d(x, 2))
+
+
+class Up(nn.Module):
+    """Double the side: every pixel four times, then a convolution."""
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width_in, width, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        batch, width, height, wide = x.shape
+        rows = x.permute(0, 2, 3, 1)[:, :, None, :, None, :].expand(batch, height, 2, wide, 2, width)
+        return self.conv(rows.reshape(batch, 2 * height, 2 * wide, width).permute(0, 3, 1, 2))
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """Start a residual branch at zero."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
