@@ -68,7 +68,7 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.context_settings |= {"auto_envvar_prefix": "PFODE", "help_option_names": ["-h", "--help"]}
+        self.context_settings = {"auto_envvar_prefix": "PFODE", "help_option_names": ["-h", "--help"]}
         self.epilog = EPILOG
         self.params += [
             click.Option(
@@ -149,10 +149,10 @@ def read_config(file: Path, command: click.Command, name: str) -> dict[str, Any]
     tool = content.get("tool", {})
     if not isinstance(tool, dict) or not isinstance(tool.get("pfode", {}), dict):
         raise FileError(f"{file}: tool.pfode: expected a table", "[tool.pfode]")
-    if "tool" not in content and file.name != CONFIG_FILE:
-        table = content
-    else:
-        table = tool.get("pfode", {})
+    if file.name == CONFIG_FILE and content.keys() - {"tool"}:
+        key = min(content.keys() - {"tool"})
+        raise FileError(f"{file}: {key!r} stands outside of [tool.pfode]", "write [tool.pfode] above it")
+    table = tool.get("pfode", {}) if "tool" in content else content
     general = {k: v for k, v in table.items() if not isinstance(v, dict)}
     for key in table.keys() - general.keys() - COMMANDS.keys():
         raise FileError(f"{file}: unknown table {key!r}", did_you_mean(key, COMMANDS))

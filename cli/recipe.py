@@ -11,7 +11,8 @@ from pfode.cli.common import check_value
 from pfode.errors import FileError, UsageError
 
 RECIPE = (
-    "model", "sampler", "steps", "nfe", "grid", "eta", "seed", "n", "seeds", "label", "guidance", "dtype", "scale",
+    "model", "sampler", "steps", "nfe", "grid", "chart", "eta",
+    "seed", "n", "seeds", "label", "guidance", "dtype", "scale",
 )  # fmt: skip
 MAX_SAMPLES = 1_000_000
 
@@ -26,7 +27,7 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
     if options["like"]:
         _merge_recipe(ctx, options, ranks)
     plan = options["sampler"].endswith(".safetensors")
-    for name in ("steps", "nfe", "grid", "eta"):
+    for name in ("steps", "nfe", "grid", "chart", "eta"):
         if plan and ranks[name] == 0:
             raise UsageError(
                 f"--{name} with a plan file: the plan {options['sampler']} has its own", f"leave --{name} out"
@@ -71,7 +72,7 @@ def _merge_recipe(ctx: click.Context, options: dict[str, Any], ranks: dict[str, 
         if ranks[key] == 0:
             continue
         param = params[key]
-        options[key], ranks[key] = param.get_default(ctx), _DEFAULT
+        options[key], ranks[key] = param.default if isinstance(param.default, str | int) else None, _DEFAULT
         if key in found:
             value = check_value(f"{path}: pfode: options: {key}", param, found[key])
             try:

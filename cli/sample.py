@@ -39,6 +39,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "flo
     "--sampler", default="auto", show_default=True, metavar="NAME|PLAN", help="`pfode samplers`, or a plan file."
 )
 @click.option("--grid", metavar="NAME", help="Where the steps lie: karras, time, log-snr ...")
+@click.option("--chart", metavar="NAME", help="Coordinates to step in, see `pfode samplers`.")
 @click.option("--eta", type=Finite(0), metavar="X", help="Amount of noise of the samplers that take it.")
 @click.option("--n", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Number of pictures.")
 @click.option(
@@ -112,7 +113,7 @@ class Job:
     seeds: list[int]
     label: "Tensor | int | None"
     classes: list[str]  # the class of each picture; empty: unconditional
-    dtype: "torch.dtype | None"
+    dtype: "torch.dtype"  # of the state
     device: str
     columns: int
     scale: int
@@ -131,21 +132,27 @@ def prepare(options: dict[str, Any]) -> Job:
     device = find_device(options["device"])
     path = model_path(options["model"])
     net = pfode.load(options["model"])
+    dtype = torch.float64 if options["dtype"] == "fp64" else torch.float32
+    if options["dtype"]:
+        net = net.to(dtype=getattr(torch, DTYPES[options["dtype"]]))
     digest = read_header(path).metadata.get("pfode.digest") if path.is_file() else None
     check_digest(options, "model", digest)
-    shape = tuple(net.shape or ())
+    shape: tuple[int, ...] = tuple(net.shape or ())
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise UsageError(
             f"model {options['model']!r}: samples of shape {shape} are no pictures", "use pfode.sample in Python"
         )
     plan, plan_digest = find_plan(options, net)
-    labels = list(net.labels or ())
+    labels: list[str] = list(net.labels or ())
     n = options["n"] or (len(labels) if options["label"] == "all" and labels else 16)
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
-    indices = find_labels(options["label"], labels, len(seeds))
+    if options["guidance"] not in (None, 1) and options["label"] is None:
+        raise UsageError(f"--guidance {options['guidance']:g} needs a class to guide to", "--label all")
+    indices = find_labels(options["label"], net, len(seeds))
     columns = images.sheet_columns(len(seeds), len(labels) if options["label"] == "all" else 0)
-    scale = options["scale"] or images.default_scale(*shape[1:])
-    size = images.sheet_size(len(seeds), *shape[1:], scale, columns)
+    height, width = shape[1:]
+    scale = options["scale"] or images.default_scale(height, width)
+    size = images.sheet_size(len(seeds), height, width, scale, columns)
     if options["trajectory"] is not None and size[0] * size[1] * (plan.steps + 1) > 4 * images.MAX_PIXELS:
         frames = f"{plan.steps + 1} frames of twice {size[1]} x {size[0]} pixels"
         raise UsageError(f"--trajectory: {frames} are too many", "a smaller --n or --scale")
@@ -158,7 +165,7 @@ def prepare(options: dict[str, Any]) -> Job:
         seeds=seeds,
         label=torch.tensor(indices) if options["label"] == "all" else indices[0] if indices else None,
         classes=[labels[i] for i in indices],
-        dtype=getattr(torch, DTYPES[options["dtype"]]) if options["dtype"] else None,
+        dtype=dtype,
         device=device,
         columns=columns,
         scale=scale,
@@ -171,8 +178,8 @@ def recipe(job: Job, evals: int, index: int | None = None) -> dict[str, Any]:
     given = ("model", "sampler", "guidance", "dtype")
     options = {key: job.options[key] for key in given if job.options[key] is not None}
     if job.plan_digest is None:
-        options |= {"sampler": plan.name, "steps": plan.steps, "grid": plan.meta["grid"]}
-        options |= {"eta": plan.meta["eta"]} if "eta" in plan.meta else {}
+        options |= {"sampler": plan.name, "steps": plan.steps}
+        options |= {key: plan.meta[key] for key in ("grid", "chart", "eta") if key in plan.meta}
     if index is None:
         options["scale"] = job.scale
         options |= {"label": job.options["label"]} if job.classes else {}
@@ -202,7 +209,7 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan, str | None]":
     """The plan to run, and the digest of its file if it comes from one."""
     name = options["sampler"]
     if not name.endswith(".safetensors"):
-        chosen = {key: options[key] for key in ("steps", "nfe", "grid", "eta")}
+        chosen = {key: options[key] for key in ("steps", "nfe", "grid", "chart", "eta")}
         return pfode.make_plan(name, process=net.process, **chosen), None
     plan = pfode.Plan.load(name)
     digest = read_header(name).metadata.get("pfode.digest", "")
@@ -210,7 +217,7 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan, str | None]":
     return plan, digest
 
 
-def find_labels(wanted: str | None, labels: list[str], n: int) -> list[int]:
+def find_labels(wanted: str | None, net: Any, n: int) -> list[int]:
     """The class of each picture by number; empty without --label.
 
     Raises:
@@ -218,13 +225,9 @@ def find_labels(wanted: str | None, labels: list[str], n: int) -> list[int]:
     """
     if wanted is None:
         return []
-    if not labels:
-        raise UsageError(f"--label {wanted}: the model has no classes", "leave --label out")
-    if wanted == "all":
-        return [i % len(labels) for i in range(n)]
-    if wanted not in labels:
-        raise unknown("label", wanted, [*labels, "all"])
-    return [labels.index(wanted)] * n
+    if wanted == "all" and net.labels:
+        return [i % len(net.labels) for i in range(n)]
+    return [net.label_index(wanted)] * n
 
 
 def find_device(name: str) -> str:
@@ -354,4 +357,5 @@ def _frame(job: Job, result: Any, k: int) -> "np.ndarray":
     seen = result.preview[k] if k < len(result.preview) else result.x
     pixels = [images.to_pixels(x) for x in (result.trajectory[k] / level, seen)]
     views = [images.contact_sheet(part, job.scale, job.columns) for part in pixels]
-    return np.concatenate([views[0], views[1][:, images.GAP :]], axis=1)
+    between = np.full_like(views[0][:, : 4 * images.GAP], 255)
+    return np.concatenate([views[0], between, views[1]], axis=1)

@@ -22,6 +22,7 @@ _HOME = {
     "run": "plan",
     "iterate": "plan",
     "grids": "",
+    "noise": "",
     "make_plan": "samplers",
     "sample": "samplers",
     "load": "scores",

@@ -99,11 +99,14 @@ class Header:
         """Compare the recorded digest with the content.
 
         Raises:
-            FileError: the file was changed after it was written.
+            FileError: no digest was recorded, or the file was changed after it was written.
         """
         recorded = self.metadata.get("pfode.digest")
-        if recorded is not None and recorded != self.digest():
-            raise FileError(f"{self.path}: digest: the content does not match the recorded sha256 {recorded[:12]}...", "the file is damaged: fetch or write it again")
+        if recorded is None:
+            raise FileError(f"{self.path}: pfode.digest: missing: not a file written by pfode, or damaged")
+        if recorded != self.digest():
+            problem = f"{self.path}: pfode.digest: the content does not match the recorded sha256 {recorded[:12]}..."
+            raise FileError(problem, "the file is damaged: fetch or write it again")
 
 
 def content_digest(metadata: dict[str, str], tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> str:

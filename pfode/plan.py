@@ -72,7 +72,7 @@ class Plan:
         prediction(self.prediction)
         for key in _TENSORS:
             value = torch.as_tensor(getattr(self, key)).to("cpu", _WHOLE.get(key, torch.float64))
-            object.__setattr__(self, key, value)
+            object.__setattr__(self, key, value.clone())
         n = len(self.t)
         rows = {"t": 1, "r": 1, "r_prev": 1, "step": 1, "b": 2, "c": 2}
         for key in _TENSORS:

@@ -115,7 +115,7 @@ def sample(
     if x is None and not shape:
         raise UsageError("the denoiser does not say the shape of a sample", "shape=(3, 32, 32)")
     labels = _labels(label, len(seeds))
-    where = torch.device(device) if device is not None else getattr(denoiser, "device", torch.device("cpu"))
+    where = torch.device(device or getattr(denoiser, "device", None) or "cpu")
 
     began = time.perf_counter()
     parts = []

@@ -8,7 +8,7 @@ from typing import assert_type
 
 from pfode.plan import Plan
 from pfode.process import EDM
-from pfode.samplers import make_plan
+from pfode.samplers.catalogue import make_plan
 
 
 def _canary() -> None:

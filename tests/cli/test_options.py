@@ -96,6 +96,13 @@ def test_a_pfode_toml_without_our_table_is_ignored(cli, tmp_path):
     assert cli("info", "config").code == 0
 
 
+def test_keys_outside_the_table_are_no_silent_miss(cli, tmp_path):
+    (tmp_path / "pfode.toml").write_text("steps = 3\n")
+    run = cli("sample")
+    assert run.code == 3
+    assert "[tool.pfode]" in run.err
+
+
 def test_bad_environment_names_the_variable(cli, monkeypatch):
     monkeypatch.setenv("PFODE_STEPS", "many")
     run = cli("sample")

@@ -1,0 +1,252 @@
+"""The plan and its executor, against the defining recursion written out."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import pfode
+from pfode import Plan, iterate, noise, run
+from pfode.denoiser import Preconditioned, Preconditioning
+from pfode.errors import FileError, NumericalError, UsageError
+from pfode.plan import check, row_affine
+from pfode.samplers import make_plan
+from tests import problems
+
+SEEDS = [3, 2**64 - 1, 0, 77]
+
+
+def random_plan(prediction: str, rows: int = 6, window: int = 3, noises: int = 2, zeros: float = 0.3) -> Plan:
+    """A plan with every number in use and some of them 0, as no recipe makes them."""
+    g = torch.Generator().manual_seed(rows + window)
+
+    def values(*shape):
+        kept = torch.rand(*shape, generator=g) > zeros
+        return torch.randn(*shape, generator=g, dtype=torch.float64) * 0.5 * kept
+
+    time = torch.linspace(5, 0.5, rows + 1, dtype=torch.float64)
+    return Plan(
+        process=pfode.EDM(),
+        prediction=prediction,
+        t=time[:-1] * 1.01,
+        time=time,
+        alpha=torch.ones(rows + 1),
+        sigma=time,
+        r=1 + values(rows),
+        r_prev=values(rows),
+        b=values(rows, window),
+        c=values(rows, noises),
+        init=torch.tensor([0.9, 0.2]),
+        step=torch.arange(rows),
+        node=torch.ones(rows + 1),
+    )
+
+
+def by_definition(plan: Plan, denoiser, x: torch.Tensor, seeds) -> list[torch.Tensor]:
+    """m_k and y_k, literally."""
+    p, q = row_affine(plan.prediction, plan.alpha[:-1], plan.sigma[:-1])
+    draw = lambda k: noise.normal(seeds, k + 1, x.shape[1:], x.dtype)  # noqa: E731
+    y = [plan.init[0] * x + plan.init[1] * draw(plan.nfe)]
+    before, m = x, []
+    for k in range(plan.nfe):
+        m.append(p[k] * y[k] + q[k] * denoiser(y[k], plan.t[k]))
+        new = plan.r[k] * y[k] + plan.r_prev[k] * (y[k - 1] if k else before)
+        new = new + sum(plan.b[k, j] * m[k - j] for j in range(plan.b.shape[1]) if j <= k)
+        new = new + sum(plan.c[k, j] * draw(k - j) for j in range(plan.c.shape[1]) if j <= k)
+        y.append(new)
+    return y
+
+
+class Network(Preconditioned):
+    """A preconditioned denoiser whose network is a smooth function."""
+
+    def __init__(self, process, dtype=None):
+        self.process, self.dtype = process, dtype
+
+    def precondition(self, t):
+        return Preconditioning(1 / (1 + t), t.log(), 0.3 / (1 + t), 1 + 0.1 * t)
+
+    def network(self, x, c_noise, **cond):
+        return torch.tanh(x + c_noise).to(self.dtype or x.dtype)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow", "score"])
+@pytest.mark.parametrize("kind", ["bare", "preconditioned"])
+@pytest.mark.parametrize("window", [1, 3])
+def test_executor_is_the_recursion(prediction, kind, window):
+    plan = random_plan(prediction, window=window)
+    denoiser = problems.gaussian(plan.process) if kind == "bare" else Network(plan.process)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    expected = by_definition(plan, denoiser, x, SEEDS)
+    assert torch.allclose(run(plan, denoiser, x, SEEDS), expected[-1], rtol=1e-11, atol=1e-12)
+    points = list(iterate(plan, denoiser, x, SEEDS))
+    assert [p.step for p in points] == list(range(1, plan.nfe + 1))
+    for point, state, before, t in zip(points, expected[1:], expected, plan.t, strict=False):
+        assert torch.allclose(point.x, state, rtol=1e-11, atol=1e-12)
+        assert torch.allclose(point.x0, denoiser(before, t), rtol=1e-11)
+
+
+def test_recipes_are_the_recursion_too():
+    denoiser = Network(pfode.EDM())
+    x = 80 * torch.randn(4, 3, dtype=torch.float64)
+    for name in ("heun", "dpm++2m", "ipndm4", "exp-ab3", "euler-a"):
+        plan = make_plan(name, denoiser.process, 8)
+        expected = by_definition(plan, denoiser, x, SEEDS)[-1]
+        assert torch.allclose(run(plan, denoiser, x, SEEDS), expected, rtol=1e-10)
+
+
+def test_float32_follows_float64():
+    denoiser = problems.gaussian(pfode.EDM())
+    x = 80 * torch.randn(64, 3, dtype=torch.float64)
+    for name in ("heun", "dpm++2m", "exp-ab4", "ipndm4"):
+        plan = make_plan(name, denoiser.process, 20)
+        assert problems.rms(run(plan, denoiser, x.float()).double(), run(plan, denoiser, x)) < 2e-5
+
+
+def test_state_stays_float32_with_a_half_precision_network():
+    plan = make_plan("dpm++2m", pfode.EDM(), 10)
+    x = 80 * torch.randn(4, 3)
+    full = run(plan, Network(pfode.EDM()), x)
+    for dtype in (torch.bfloat16, torch.float16):
+        out = run(plan, Network(pfode.EDM(), dtype), x)
+        assert out.dtype == torch.float32
+        assert 0 < problems.rms(out, full) < 0.02
+    assert run(plan, Network(pfode.EDM()), x.half()).dtype == torch.float32
+
+
+def test_gradients_flow_through_the_numbers_and_the_state():
+    plan = make_plan("exp-ab2", pfode.EDM(), grid=[5.0, 2.0, 1.0, 0.5])
+    denoiser = Network(pfode.EDM())
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def end(t, b, r, x):
+        return run(dataclasses.replace(plan, t=t, b=b, r=r), denoiser, x).sum()
+
+    numbers = [plan.t.clone().requires_grad_(), plan.b.clone().requires_grad_(), plan.r.clone().requires_grad_(), x]
+    assert torch.autograd.gradcheck(end, numbers)
+
+
+def test_a_sent_state_replaces_the_node():
+    plan, denoiser = make_plan("exp-ab2", pfode.EDM(), 5), problems.gaussian(pfode.EDM())
+    x = 80 * torch.randn(2, 3, dtype=torch.float64)
+    points = iterate(plan, denoiser, x)
+    next(points)
+    changed = points.send(torch.zeros_like(x))
+    assert problems.rms(changed.x, torch.zeros_like(x)) < 3
+    assert problems.rms(changed.x, list(iterate(plan, denoiser, x))[1].x) > 1
+
+
+def test_save_and_load(tmp_path):
+    for plan in (random_plan("eps"), make_plan("heun", problems.zero_terminal_snr(), 5)):
+        again = Plan.load(plan.save(tmp_path / "plan.safetensors"))
+        assert again == plan
+        assert (again.name, again.meta, again.process) == (plan.name, plan.meta, plan.process)
+        assert str(again) == str(plan)
+    assert plan != make_plan("heun", problems.zero_terminal_snr(), 6)
+    assert plan != make_plan("ddim", problems.zero_terminal_snr(), 5)
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    path = make_plan("heun", pfode.EDM(), 5).save(tmp_path / "plan.safetensors")
+    data = path.read_bytes()
+    for i in range(0, len(data), 7):
+        flipped = bytearray(data)
+        flipped[i] ^= 4
+        path.write_bytes(flipped)
+        with pytest.raises(FileError, match=r"plan\.safetensors"):
+            Plan.load(path)
+        path.write_bytes(data[:i])
+        with pytest.raises(FileError, match=r"plan\.safetensors"):
+            Plan.load(path)
+    with pytest.raises(FileError, match="cannot be read"):
+        Plan.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"t": torch.full((6,), 1e9)},
+        {"sigma": torch.zeros(7)},
+        {"b": torch.full((6, 3), torch.nan)},
+        {"b": torch.zeros(5, 3)},
+        {"r": torch.zeros(6, 1)},
+        {"prediction": "noise"},
+    ],
+)
+def test_plans_that_cannot_be_are_refused(change):
+    with pytest.raises(UsageError):
+        dataclasses.replace(random_plan("x0"), **change)
+
+
+def test_misuse_is_refused():
+    denoiser = problems.gaussian(pfode.EDM())
+    x = torch.randn(2, 3)
+    with pytest.raises(UsageError, match="was made for"):
+        run(make_plan("ddim", pfode.VP(), 3), denoiser, x)
+    with pytest.raises(UsageError, match="one seed per sample"):
+        run(make_plan("ddpm", pfode.EDM(), 3), denoiser, x)
+    with pytest.raises(UsageError, match="one seed per sample"):
+        run(make_plan("ddpm", pfode.EDM(), 3), denoiser, x, seeds=[1])
+    with pytest.raises(UsageError, match="floating-point"):
+        run(make_plan("ddim", pfode.EDM(), 3), denoiser, x.long())
+
+    class Wrong(Network):
+        def network(self, x, c_noise, **cond):
+            return x[:, :2]
+
+    with pytest.raises(UsageError, match="returned shape"):
+        run(make_plan("ddim", pfode.EDM(), 3), Wrong(pfode.EDM()), x)
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "dpm++2m", "euler-a"])
+def test_nan_is_traced_to_sample_step_and_time(name):
+    plan = make_plan(name, pfode.EDM(), 6)
+
+    class Sick(Network):
+        calls = 0
+
+        def network(self, x, c_noise, **cond):
+            self.calls += 1
+            out = super().network(x, c_noise)
+            out[2] = torch.nan if self.calls == 4 else out[2]
+            return out
+
+    x = torch.randn(4, 3)
+    assert torch.isfinite(run(plan, Sick(plan.process), x, SEEDS)).all(1).tolist() == [True, True, False, True]
+    step = int(plan.step[3]) + 1
+    with pytest.raises(NumericalError, match=f"sample 2 is not finite after step {step} of 6, t = {plan.t[3]:.6g}"):
+        check(plan, Sick(plan.process), x, SEEDS)
+
+
+def test_the_loop_reads_nothing_back_and_makes_few_operations():
+    """At most 6 tensor operations per row beside the network, none of which waits for a value."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Log(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.on = [], False
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if self.on:
+                self.seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    log = Log()
+
+    class Watched(Network):
+        def network(self, x, c_noise, **cond):
+            log.on = False
+            out = super().network(x, c_noise)
+            log.on = True
+            return out
+
+    for name in ("ddim", "heun", "dpm++2m", "exp-ab4", "ipndm4"):
+        log.seen.clear()
+        plan = make_plan(name, pfode.EDM(), 12)
+        with log:
+            run(plan, Watched(plan.process), torch.randn(2, 3))
+        log.on = False
+        assert not {"_local_scalar_dense", "item", "nonzero", "equal"} & set(log.seen), name
+        views = {"unbind", "select", "detach", "alias"}
+        assert len([op for op in log.seen if op not in views]) <= 7 * plan.nfe, name

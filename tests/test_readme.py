@@ -1,0 +1,50 @@
+"""What the README shows works: its Python runs, its commands succeed, its table is the one of the code."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pfode import errors
+from pfode.cli.__main__ import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("block", blocks("sh"))
+def test_commands_succeed(block, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in block.splitlines() if line.startswith("pfode ")]
+    assert lines
+    for line in lines:
+        with pytest.raises(SystemExit) as done:
+            main(shlex.split(line, comments=True)[1:])
+        assert done.value.code == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+def test_there_are_blocks():
+    assert blocks("python")
+    assert blocks("sh")
+
+
+def test_exit_codes_are_all_there():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PfodeError)]
+    stated = re.findall(r"^\| ([\d, ]+) \|", README, re.MULTILINE)
+    assert {str(kind.code) for kind in kinds} <= set(stated)
+
+
+def test_pictures_are_there():
+    for picture in re.findall(r"!\[[^]]*\]\(([^):]+)\)", README):
+        assert (Path(__file__).parents[1] / picture).is_file(), picture
