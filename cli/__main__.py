@@ -53,18 +53,28 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code that `pfode --help` states."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     out = Output(json="--json" in given, debug="--debug" in given)
+    if "_PFODE_COMPLETE" in os.environ:
+        group.main(given, prog_name="pfode")
     try:
         with _terminable():
-            code = group.main(given, prog_name="pfode", standalone_mode=False, obj=out)
+            code = _run(given, out)
             sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody is left to speak to
+        code = 141
     except BaseException as error:
-        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody is left to speak to
-            sys.exit(141)
-        if isinstance(error, SystemExit) and error.code != 143:
-            raise
         fail(error, out)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _run(arguments: list[str], out: Output) -> int:
+    """The exit code; errors pass, unlike in `click.Group.main`."""
+    try:
+        with group.make_context("pfode", arguments, obj=out) as ctx:
+            group.invoke(ctx)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    return 0
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from pfode.errors import FileError, PfodeError, did_you_mean
+from pfode.errors import FileError, PfodeError, UsageError, did_you_mean
 
 COMMANDS = {
     "sample": "Draw pictures from a score network.",
@@ -307,11 +307,13 @@ def model_path(model: str) -> Path:
     """The file behind a model argument: the name of a shipped model or a path.
 
     Raises:
-        FileError: neither.
+        UsageError: an unknown name. FileError: no such file.
     """
-    known = shipped()
+    known, path = shipped(), Path(model)
     if model in known:
         return known[model]
-    if not Path(model).exists():
-        raise FileError(f"{model}: no such file, and no shipped model of that name", did_you_mean(model, known))
-    return Path(model)
+    if not path.suffix and not path.exists():
+        raise UsageError(f"unknown model {model!r}", did_you_mean(model, known) + " Or give a .safetensors file.")
+    if not path.is_file():
+        raise FileError(f"{model}: no such file", did_you_mean(model, known))
+    return path

@@ -79,10 +79,11 @@ def _merge_recipe(ctx: click.Context, options: dict[str, Any], ranks: dict[str, 
                 options[key], ranks[key] = param.type_cast_value(ctx, value), 1
             except click.BadParameter as error:
                 raise FileError(f"{path}: pfode: options: {key}: {error.message}") from error
-    options["digests"] = {
-        "model": recipe["model"].get("digest") if ranks["model"] == 1 else None,
-        "sampler": recipe.get("plan") if ranks["sampler"] == 1 else None,
-    }
+    digests = {"model": recipe["model"].get("digest"), "sampler": recipe.get("plan")}
+    for value in digests.values():
+        if value is not None and not isinstance(value, str):
+            raise FileError(f"{path}: pfode: digest: expected a string, got {value!r:.60}")
+    options["digests"] = {key: value for key, value in digests.items() if ranks[key] == 1}
 
 
 def check_digest(options: dict[str, Any], key: str, digest: str | None) -> None:

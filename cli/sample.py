@@ -212,6 +212,9 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan, str | None]":
         chosen = {key: options[key] for key in ("steps", "nfe", "grid", "chart", "eta")}
         return pfode.make_plan(name, process=net.process, **chosen), None
     plan = pfode.Plan.load(name)
+    if plan.process != net.process:
+        message = f"{name}: the plan was made for {plan.process}, the model has {net.process}"
+        raise UsageError(message, "take a plan that was made for this model, or a name of `pfode samplers`")
     digest = read_header(name).metadata.get("pfode.digest", "")
     check_digest(options, "sampler", digest)
     return plan, digest

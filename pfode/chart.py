@@ -41,14 +41,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Chart:
-    """A row of the table. `clock` gives u from v, `inverse` v from u; `density` is w du/dv as a function of v, None where
-    w = 1; `slope` is du/dv."""
+    """A row of the table. `clock` gives u from v; `density` is w du/dv as a function of v, None where w = 1; `slope` is
+    du/dv."""
 
     name: str
     prediction: str
     scale: Callable[[float, float], float]
     clock: Callable[[Process, Array], Array]
-    inverse: Callable[[Process, float], float]
     density: Callable[[Array], Array] | None = None
     slope: Callable[[Process, Node], float] = lambda process, node: 1.0
 
@@ -107,13 +106,13 @@ def _process_slope(process: Process, node: Node) -> float:
 CHARTS: dict[str, Chart] = {
     chart.name: chart
     for chart in (
-        Chart("ddim", "eps", lambda a, s: a, lambda p, v: np.exp(v), lambda p, u: math.log(u)),
-        Chart("dpm", "eps", lambda a, s: a, lambda p, v: v, lambda p, u: u, np.exp),
-        Chart("dpm++", "x0", lambda a, s: s, lambda p, v: -v, lambda p, u: -u, lambda v: -np.exp(-v), lambda p, n: -1.0),
-        Chart("deis", "eps", lambda a, s: a, _process_time, lambda p, u: -0.5 * p.log_snr(u), np.exp, _process_slope),
-        Chart("flow", "flow", lambda a, s: a + s, lambda p, v: 1 / (1 + np.exp(-v)), lambda p, u: math.log(u / (1 - u))),
-        Chart("trig", "v", math.hypot, lambda p, v: np.arctan(np.exp(v)), lambda p, u: math.log(math.tan(u))),
-        Chart("dpm3", "v", math.hypot, lambda p, v: v, lambda p, u: u, lambda v: 0.5 / np.cosh(v)),
+        Chart("ddim", "eps", lambda a, s: a, lambda p, v: np.exp(v)),
+        Chart("dpm", "eps", lambda a, s: a, lambda p, v: v, np.exp),
+        Chart("dpm++", "x0", lambda a, s: s, lambda p, v: -v, lambda v: -np.exp(-v), lambda p, n: -1.0),
+        Chart("deis", "eps", lambda a, s: a, _process_time, np.exp, _process_slope),
+        Chart("flow", "flow", lambda a, s: a + s, lambda p, v: 1 / (1 + np.exp(-v))),
+        Chart("trig", "v", math.hypot, lambda p, v: np.arctan(np.exp(v))),
+        Chart("dpm3", "v", math.hypot, lambda p, v: v, lambda v: 0.5 / np.cosh(v)),
     )
 }
 

@@ -12,7 +12,7 @@ from pfode.chart import CHARTS, Node, chart as find_chart
 from pfode.errors import UsageError, unknown
 from pfode.plan import Plan
 from pfode.process import Process
-from pfode.samplers.methods import HEUN, Ancestral, Method, Multistep, Row, Space, constant, exact, midpoint
+from pfode.samplers.methods import Ancestral, Heun, Method, Multistep, Row, Space, constant, exact, midpoint
 
 EVERY = tuple(CHARTS)
 
@@ -52,7 +52,7 @@ def _recipes() -> list[Recipe]:
     rows = [
         Recipe("ddim", euler, ("ddim",), 1, 1, "Song et al. 2021 (DDIM), eq. 13", "Euler in sigma/alpha"),
         Recipe("euler", euler, ("ddim",), 1, 1, "Karras et al. 2022, alg. 1 without its correction", "the same as ddim"),
-        Recipe("heun", HEUN, EVERY, 2, 2, "Karras et al. 2022, alg. 1", "trapezoid; two calls per step, one in the last"),
+        Recipe("heun", Heun(), EVERY, 2, 2, "Karras et al. 2022, alg. 1", "trapezoid; two calls per step, one in the last"),
         Recipe("dpm++2m", Multistep(2, midpoint), ("dpm++",), 2, 2, "Lu et al. 2022 (DPM-Solver++), alg. 2", "official form"),
         Recipe("ddpm", Ancestral(euler), ("ddim",), 1, 1, "Ho et al. 2020, eq. 7", "posterior sampling"),
         Recipe("euler-a", Ancestral(euler), ("ddim",), 1, 1, "k-diffusion, sample_euler_ancestral", "the same as ddpm; eta"),

@@ -7,7 +7,7 @@ into weights on those predictions.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pfode.chart import Chart, Node
 from pfode.errors import UsageError
@@ -33,20 +33,13 @@ class Space:
     chart: Chart
     process: Process
 
-    def integrate(self, known: Sequence[Node], target: Node) -> list[float]:
-        """Exact weights of the interpolant through the known nodes (newest first), from the newest to the target."""
-        return self.chart.integrate(self.process, known, known[0], target)
-
-    def at_clock(self, u: float) -> Node:
-        """The node whose clock shows u."""
-        return self.at_time(self.process.time(-2 * self.chart.inverse(self.process, u)))
+    def integrate(self, known: Sequence[Node], start: Node, stop: Node) -> list[float]:
+        """Exact weights, from start to stop, of the interpolant through the known nodes."""
+        return self.chart.integrate(self.process, known, start, stop)
 
     def at_ratio(self, node: Node, factor: float) -> Node:
         """The node whose sigma/alpha is `factor` (0 to 1) of this one's; clean data for 0."""
-        return self.at_time(self.process.time(-2 * (node.v + math.log(factor))) if factor else self.process.t_data)
-
-    def at_time(self, t: float) -> Node:
-        """The node at time t."""
+        t = self.process.time(-2 * (node.v + math.log(factor))) if factor else self.process.t_data
         return self.chart.nodes(self.process, [t])[0]
 
 
@@ -103,12 +96,12 @@ class Multistep(Integrator):
 
 def exact(space: Space, known: Sequence[Node], target: Node) -> list[float]:
     """Adams-Bashforth integrated exactly against w: exponential Adams in the log clocks (order = number of nodes)."""
-    return space.integrate(known, target)
+    return space.integrate(known, known[0], target)
 
 
 def midpoint(space: Space, known: Sequence[Node], target: Node) -> list[float]:
     """The official DPM-Solver++(2M) weights: the slope enters with half the step (Lu et al. 2022b, algorithm 2)."""
-    (whole,) = space.integrate(known[:1], target)
+    (whole,) = space.integrate(known[:1], known[0], target)
     if len(known) == 1:
         return [whole]
     slope = 0.5 * (target.u - known[0].u) / (known[0].u - known[1].u)
@@ -120,46 +113,26 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 
 def constant(space: Space, known: Sequence[Node], target: Node) -> list[float]:
     """Adams-Bashforth weights of equal steps, whatever the grid: iPNDM (Zhang & Chen 2022, appendix B)."""
-    (whole,) = space.integrate(known[:1], target)
+    (whole,) = space.integrate(known[:1], known[0], target)
     return [whole * w for w in ADAMS_BASHFORTH[len(known) - 1]]
 
 
 @dataclass(frozen=True)
-class RungeKutta(Integrator):
-    """An explicit tableau as classical stages in the chart's clock, dz/du = w(u) n; inner stages are rows.
+class Heun(Integrator):
+    """An Euler row to the target, then a second row there that corrects it to the interpolant through both predictions.
 
-    Args:
-        a: strictly lower triangle, one tuple per stage after the first; b: weights of the result; order: claimed.
+    Where w = 1 that is Heun's method of Karras et al. 2022, algorithm 1; elsewhere its exponential form.
     """
 
-    order: int
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    c: tuple[float, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "c", (0.0, *(math.fsum(row) for row in self.a)))
-        if abs(math.fsum(self.b) - 1) > 1e-14 or [len(row) for row in self.a] != list(range(1, len(self.b))):
-            raise ValueError(f"tableau of order {self.order}: b must sum to 1 and a be strictly lower triangular")
-
-    @property
-    def calls(self) -> int:  # type: ignore[override]
-        return len(self.b)
+    order: int = 2
+    calls: int = 2
 
     def rows(self, space: Space, known: Sequence[Node], target: Node) -> list[Row]:
         start = known[0]
-        width = target.u - start.u
-        stages = [start] + [target if c == 1 else space.at_clock(start.u + c * width) for c in self.c[1:]]
-        weights = [width * space.chart.weight(space.process, stage) for stage in stages]
-        tableau = [(0.0,) * len(self.b), *(row + (0.0,) * (len(self.b) - len(row)) for row in self.a), self.b]
-        rows = []
-        for i, (here, there) in enumerate(zip(stages, [*stages[1:], target], strict=True)):
-            moves = [there.m * weights[j] * (tableau[i + 1][j] - tableau[i][j]) for j in range(i, -1, -1)]
-            rows.append(Row(here, there, there.m / here.m, moves))
-        return rows
-
-
-HEUN = RungeKutta(2, a=((1.0,),), b=(0.5, 0.5))
+        (euler,) = space.integrate([start], start, target)
+        there, here = space.integrate([target, start], start, target)
+        first = Row(start, target, target.m / start.m, [target.m * euler])
+        return [first, Row(target, target, 1.0, [target.m * there, target.m * (here - euler)])]
 
 
 @dataclass(frozen=True)

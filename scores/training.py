@@ -37,6 +37,7 @@ KEPT = 2  # checkpoints
 SCHEDULES = ("cosine", "constant")
 LEVELS = ("lognormal", "uniform", "logit-normal")
 METRICS = "metrics.jsonl"
+MAY_CHANGE = {"steps", "cooldown"}  # when a run is resumed: it may be made longer or shorter
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class TrainConfig:
             "uniform" in t, or "logit-normal" in t (Esser et al. 2024); "" chooses by the process.
         steps: optimiser steps; the cosine rate ends there.
         batch: pictures per step, over all processes and `accum` parts.
-        rate: the highest learning rate, after `warmup` steps; "cosine" then falls to 0.
+        rate: the highest learning rate, after `warmup` steps.
+        schedule: "cosine" falls to 0 over the run; "constant" stays, but for the last `cooldown` steps, a line to 0.
         ema: widths of the averages of the weights, relative to the run (Karras et al. 2024, power-function averages).
         drop: share of the pictures whose class is hidden, for guidance.
         flip: names of the classes shown mirrored half of the time; "*" for all pictures.
@@ -75,6 +77,7 @@ class TrainConfig:
     rate: float = 1e-3
     schedule: str = "cosine"
     warmup: int = 100
+    cooldown: int = 0
     beta2: float = 0.99
     decay: float = 0.0
     ema: tuple[float, ...] = (0.05, 0.10)
@@ -100,7 +103,8 @@ class TrainConfig:
         for name in ("steps", "batch", "accum"):
             _require(name, getattr(self, name) >= 1, getattr(self, name), "at least 1")
         _require("accum", self.batch % self.accum == 0, self.accum, f"a divisor of the batch {self.batch}")
-        _require("warmup", self.warmup >= 0, self.warmup, "at least 0")
+        for name in ("warmup", "cooldown"):
+            _require(name, getattr(self, name) >= 0, getattr(self, name), "at least 0")
         for name in ("sigma_data", "level_std", "rate", "clip"):
             _require(name, 0 < getattr(self, name) < math.inf, getattr(self, name), "a positive number")
         _require("drop", 0 <= self.drop <= 1, self.drop, "a share within [0, 1]")
@@ -302,7 +306,7 @@ class Trainer:
         config = self.config
         warm = min(1.0, (step + 1) / (config.warmup + 1))
         if config.schedule == "constant":
-            return config.rate * warm
+            return config.rate * min(warm, (config.steps - step) / max(config.cooldown, 1))
         return config.rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
     def denoiser(self, width: float | None = None) -> Denoiser:
@@ -440,7 +444,7 @@ class Trainer:
 
     def _restore(self, path: Path, manifest: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
         theirs, ours = manifest["config"], self.config.to_json()
-        for key in ours:
+        for key in ours.keys() - MAY_CHANGE:
             if theirs.get(key) != ours[key]:
                 raise UsageError(f"{path}: {key} was {theirs.get(key)!r}, now {ours[key]!r}", "resume with the options of the run, or another --out")
         if manifest["data"].get("sha256") != self.data.card.get("sha256"):

@@ -40,7 +40,7 @@ def mixture(process: Process) -> GaussianMixture:
     return GaussianMixture([[0.9, -0.4], [-0.6, 0.8], [0.1, 0.3]], std=0.5, weights=[0.5, 0.3, 0.2], process=process)
 
 
-def interior_grid(process: Process, n: int, high: float = 5.0, low: float = 0.1) -> list[float]:
+def interior_grid(process: Process, n: int, high: float = 2.0, low: float = 0.25) -> list[float]:
     """n + 1 times between two interior levels of sigma/alpha, smoothly uneven in its logarithm."""
     u = np.linspace(0, 1, n + 1)
     v = math.log(high) + (math.log(low) - math.log(high)) * (u + 0.2 * u * (1 - u))

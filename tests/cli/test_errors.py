@@ -56,7 +56,8 @@ CALLS = [
     ("sample --out sheet.jpg", 2, "PNG"),
     ("sample --trajectory path.mp4", 2, "unknown kind '.mp4'"),
     ("sample --trajectory sheet.png", 2, "same file"),
-    ("sample --model digitz", 3, "did you mean 'digits'"),
+    ("sample --model digitz", 2, "did you mean 'digits'"),
+    ("sample --model nothing.safetensors", 3, "no such file"),
     ("sample --model text.txt", 3, "not a safetensors file"),
     ("sample --model plan.safetensors", 3, "plan"),
     ("sample --sampler model.safetensors", 3, "not a plan"),
@@ -75,9 +76,9 @@ CALLS = [
     ("sample --trajectory missing/x.gif", 7, "No such file"),
     ("sample --separate text.txt/x", 7, "cannot be made"),
     ("info", 2, "Missing argument"),
-    ("info nothing", 3, "no such file"),
+    ("info nothing", 2, "unknown model"),
     ("info text.txt", 3, "not a safetensors file"),
-    ("info folder", 3, "cannot be read"),
+    ("info folder", 3, "no such file"),
     ("info bare.png", 3, "no pfode settings"),
     ("info bare.png --verify", 2, "--verify"),
     ("samplers extra", 2, "unexpected extra argument"),
@@ -170,7 +171,7 @@ def test_bug(cli, monkeypatch, tmp_path):
 def test_not_finite(cli, monkeypatch, tmp_path):
     import torch
 
-    from pfode.scores import UNet
+    from pfode.scores.unet import UNet
 
     whole = UNet.forward
     monkeypatch.setattr(UNet, "forward", lambda *a, **k: whole(*a, **k) * torch.nan)

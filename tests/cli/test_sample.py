@@ -94,8 +94,9 @@ def test_trajectory(cli, tmp_path, suffix):
     run = cli("sample", "--steps", 4, "--n", 4, "--trajectory", f"path.{suffix}", "--json")
     assert run.json["files"] == ["sheet.png", f"path.{suffix}"]
     with Image.open(tmp_path / f"path.{suffix}") as film:
-        assert getattr(film, "n_frames", 1) == 5
-        film.seek(4)
+        frames = getattr(film, "n_frames", 1)
+        assert 4 <= frames <= 5  # equal ones are merged
+        film.seek(frames - 1)
         assert film.size == (2 * 134 + 8, 134)
         last = np.asarray(film.convert("L"))
         assert np.array_equal(last[:, :134], last[:, 142:])

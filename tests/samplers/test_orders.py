@@ -12,14 +12,15 @@ from tests import problems
 
 DETERMINISTIC = [name for name, recipe in CATALOGUE.items() if not recipe.stochastic]
 CEILING, FLOOR = 1e-3, 1e-10
-FINEST = 512
+FINEST = 1024
 
 
 def slope(name: str, bed: str, process: str, exact_start: bool) -> float:
     """log2 of the error's fall per doubling, over the last two doublings whose errors lie between floor and ceiling."""
     denoiser, times, states = problems.finest(bed, process, FINEST)
     errors = []
-    for n in (16, 32, 64, 128, 256, 512):
+    counts = (256, 512, 1024) if CATALOGUE[name].order == 1 else (16, 32, 64, 128, 256, 512)
+    for n in counts:
         stride = FINEST // n
         plan = make_plan(name, denoiser.process, grid=times[::stride])
         if exact_start:
