@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pfode.denoiser import Denoiser as DenoiserProtocol
 from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.errors import UsageError, did_you_mean
 from pfode.prediction import PREDICTIONS, Coefficient, Pair
@@ -173,7 +174,11 @@ class Denoiser(Preconditioned):
             time_scale=self.time_scale,
         )
 
-    def guided(self, scale: float) -> Preconditioned:
+    def compiled(self) -> "Denoiser":
+        """The same denoiser with its network through torch.compile."""
+        return self.with_network(torch.compile(self.net))
+
+    def guided(self, scale: float) -> DenoiserProtocol:
         """Classifier-free guidance: see `guide`."""
         return guide(self, scale)
 

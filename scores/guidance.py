@@ -62,6 +62,10 @@ class Guided(Preconditioned):
         """See `Denoiser.to`."""
         return Guided(self.denoiser.to(device, dtype), self.scale, self.label)  # type: ignore[attr-defined]
 
+    def compiled(self) -> "Guided":
+        """See `Denoiser.compiled`."""
+        return Guided(self.denoiser.compiled(), self.scale, self.label)  # type: ignore[attr-defined]
+
     def guided(self, scale: float) -> Denoiser:
         """The denoiser underneath, guided by another scale."""
         return guide(self.denoiser, scale, self.label)
