@@ -176,7 +176,9 @@ def main() -> None:
     for size in SIZES:
         rows = measure(size, options.device, options.repeats)
         base = rows["diffusers DPMSolverMultistep"]["microseconds"]
-        print(f"\n{size}: us per step, {STEPS} steps (target for pfode dpm++2m: {TARGETS[size]:.2f} of diffusers' DPM++2M)")
+        print(
+            f"\n{size}: us per step, {STEPS} steps, target for pfode dpm++2m {TARGETS[size]:.2f}x of diffusers' DPM++2M"
+        )
         for name, row in rows.items():
             counts = f"{row['operations']:6.1f} ops {row['reads']:5.1f} reads" if "operations" in row else ""
             print(f"  {name:32s}{row['microseconds']:10.1f}{row['microseconds'] / base:8.2f}x  {counts}")

@@ -230,7 +230,7 @@ def fail(error: BaseException, out: Output) -> NoReturn:
         if out.debug:
             click.echo(trace, err=True)
         if code == 1:
-            hint = f"this is a bug: please report it with {_log(trace)}"
+            hint = f"this is a bug: please report it {_log(trace)}"
     if out.json:
         found = {"code": code, "kind": KINDS.get(code, "internal"), "message": message, "hint": hint}
         click.echo(json.dumps({"error": found}))
@@ -276,13 +276,16 @@ def _one_line(text: str) -> str:
 
 
 def _log(trace: str) -> str:
-    """Keep a traceback in a file of the temporary folder and return its path."""
+    """Keep a traceback in a file of the temporary folder and say where."""
     import tempfile
 
-    handle, path = tempfile.mkstemp(prefix="pfode-", suffix=".log")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(f"pfode {' '.join(sys.argv[1:])}\n\n{trace}")
-    return path
+    try:
+        handle, path = tempfile.mkstemp(prefix="pfode-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"pfode {' '.join(sys.argv[1:])}\n\n{trace}")
+    except OSError:
+        return "with the output of --debug"
+    return f"with {path}"
 
 
 # ---- small things

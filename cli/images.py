@@ -34,11 +34,6 @@ def to_pixels(x: Any) -> Pixels:
     return scaled[:, 0] if scaled.shape[1] == 1 else scaled.transpose(0, 2, 3, 1)
 
 
-def default_scale(height: int, width: int) -> int:
-    """The whole number that brings a picture to about 64 pixels: 8 for 8x8, 2 for 32x32."""
-    return max(1, 64 // max(height, width))
-
-
 def sheet_columns(n: int, classes: int = 0) -> int:
     """Columns of a sheet: one per class where that fills the rows, else near-square."""
     if 1 < classes <= 20 and n % classes == 0:
@@ -60,6 +55,12 @@ def sheet_size(n: int, height: int, width: int, scale: int, columns: int) -> tup
             "a smaller --scale or --n",
         )
     return size
+
+
+def default_scale(n: int, height: int, width: int, columns: int) -> int:
+    """The whole number that brings a picture to about 64 pixels: 8 for 8x8, 2 for 32x32; less for a huge sheet."""
+    room = math.isqrt(MAX_PIXELS // (n + columns)) - GAP
+    return max(1, min(64, room) // max(height, width))
 
 
 def contact_sheet(pixels: Pixels, scale: int, columns: int) -> np.ndarray:

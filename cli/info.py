@@ -16,7 +16,7 @@ from pfode.files import Header, read_header
 
 PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "pillow", "click", "huggingface_hub")
 PNG = b"\x89PNG\r\n\x1a\n"
-LONG = 100  # characters of a value that are shown
+LONG = 160  # characters of a value that are shown
 
 
 @click.command(cls=Command, name="info")
@@ -136,13 +136,13 @@ def _env(ctx: click.Context) -> tuple[Any, str]:
 
 
 def _lines(found: dict[str, Any]) -> str:
-    rows = [(key, _short(value)) for key, value in found.items() if value is not None]
+    rows = [(key, _short(value)) for key, value in found.items() if value is not None and key != "options"]
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key.ljust(width)}  {value}" for key, value in rows)
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, dict) and "name" in value and all(isinstance(v, str | int | float) for v in value.values()):
+    if isinstance(value, dict) and "name" in value and not any(isinstance(v, dict) for v in value.values()):
         rest = ", ".join(f"{k}={v}" for k, v in value.items() if k != "name")
         text = f"{value['name']}({rest})"
     elif isinstance(value, list) and all(isinstance(v, str | int) for v in value):

@@ -150,9 +150,8 @@ def prepare(options: dict[str, Any]) -> Job:
         raise UsageError(f"--guidance {options['guidance']:g} needs a class to guide to", "--label all")
     indices = find_labels(options["label"], net, len(seeds))
     columns = images.sheet_columns(len(seeds), len(labels) if options["label"] == "all" else 0)
-    height, width = shape[1:]
-    scale = options["scale"] or images.default_scale(height, width)
-    size = images.sheet_size(len(seeds), height, width, scale, columns)
+    scale = options["scale"] or images.default_scale(len(seeds), *shape[1:], columns)
+    size = images.sheet_size(len(seeds), *shape[1:], scale, columns)
     if options["trajectory"] is not None and size[0] * size[1] * (plan.steps + 1) > 4 * images.MAX_PIXELS:
         frames = f"{plan.steps + 1} frames of twice {size[1]} x {size[0]} pixels"
         raise UsageError(f"--trajectory: {frames} are too many", "a smaller --n or --scale")
@@ -276,11 +275,12 @@ def check_outputs(out: str, trajectory: str | None, separate: str | None) -> Non
             if Path(name).is_dir():
                 raise WriteError(f"{name}: is a folder", f"--{key} {Path(name) / Path(name).name}")
     if separate is not None:
-        try:
-            Path(separate).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise WriteError(f"{separate}: cannot be made: {error.strerror}", "another --separate") from error
-        _check_folder(Path(separate), "--separate")
+        folder = Path(separate)
+        if re.fullmatch(r"\d+\.png", Path(out).name) and Path(out).parent.resolve() == folder.resolve():
+            raise UsageError(f"--out {out} has the name of a picture of --separate", "--out sheet.png")
+        while not folder.exists():
+            folder = folder.parent
+        _check_folder(folder, "--separate")
 
 
 def _check_folder(folder: Path, option: str) -> None:
@@ -324,6 +324,7 @@ def write(job: Job, result: Any) -> list[str]:
     pixels = images.to_pixels(result.x)
     files = [out]
     if separate is not None:
+        make_folder(Path(separate))
         files += _write_separate(job, pixels, result.evals, Path(separate))
     if trajectory is not None:
         frames = [_frame(job, result, k) for k in range(len(result.trajectory))]
@@ -332,6 +333,18 @@ def write(job: Job, result: Any) -> list[str]:
     sheet = images.contact_sheet(pixels, job.scale, job.columns)
     write_atomic(out, images.encode_png(sheet, recipe(job, result.evals)))
     return files
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        WriteError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"{folder}: cannot be made: {error.strerror}", "another --separate") from error
 
 
 def _write_separate(job: Job, pixels: "np.ndarray", evals: int, folder: Path) -> list[str]:

@@ -65,7 +65,7 @@ class Chart:
         """w(u) at a node."""
         if self.density is None:
             return 1.0
-        return float(self.density(np.float64(node.v))) / self.slope(process, node)
+        return float(self.density(np.array(node.v))) / self.slope(process, node)
 
     def integrate(self, process: Process, known: Sequence[Node], start: Node, stop: Node) -> list[float]:
         """Weights W_j = integral of w(u) l_j(u) du from start to stop, l_j the Lagrange basis on the known nodes.

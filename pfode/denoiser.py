@@ -1,6 +1,6 @@
 """The protocol every solver stands on: D(x, t) = E[x_0 | x_t = x].
 
-A denoiser is any callable `(x, t, **cond) -> x0` with a `.process`. One that also shows its network (a `Preconditioned`)
+A denoiser is any callable `(x, t, **cond) -> x0` with a `.process`. One that also shows its network (`Preconditioned`)
 is used through that network, so that its preconditioning folds into the solver's own coefficients.
 """
 
@@ -17,8 +17,8 @@ from pfode.process import Process
 class Denoiser(Protocol):
     """A callable `(x, t, **cond) -> x0`; x and x0 of shape (batch, ...), t 0-d or (batch,).
 
-    Optional attributes, used where present: `shape` (of one sample, without the batch), `labels` (names of the classes),
-    `evals` (network forwards per call; 1 when absent), `guided(scale)` (classifier-free guidance).
+    Optional, used where present: `shape` (of one sample, without the batch), `labels` (names of the classes), `evals`
+    (network forwards per call; 1 when absent), `guided(scale)` (classifier-free guidance), `compiled()`.
     """
 
     @property

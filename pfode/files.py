@@ -80,7 +80,9 @@ class Header:
             FileError: no such key, or no JSON object.
         """
         if key not in self.metadata:
-            raise FileError(f"{self.path}: metadata: no {key!r}: not a file written by pfode", "pfode info shows what it holds")
+            raise FileError(
+                f"{self.path}: metadata: no {key!r}: not a file written by pfode", "pfode info shows what it holds"
+            )
         try:
             value = json.loads(self.metadata[key])
         except (ValueError, RecursionError) as error:

@@ -4,6 +4,7 @@ A `Grid` places n + 1 points between two times of a process. `times` adds the en
 is clean data (sigma = 0, never evaluated), with final = "stop" it is t_min. A tensor is used exactly as given.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from torch import Tensor
 from pfode.errors import UsageError, unknown
 from pfode.process import Process
 
-_RATIO_OF_PURE_NOISE = 80.0  # sigma/alpha that stands for alpha = 0 in grids that need a finite log-SNR (EDM's sigma_max)
+_RATIO_OF_PURE_NOISE = (
+    80.0  # sigma/alpha that stands for alpha = 0 in grids that need a finite log-SNR (EDM's sigma_max)
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def karras(rho: float = 7.0) -> Grid:
 
     def place(process: Process, high: float, low: float, n: int) -> Tensor:
         ends = torch.exp(-0.5 * _log_snr_ends(process, high, low))
-        return process.time(-2 * rho * torch.log(_line(*(ends ** (1 / rho)).tolist(), n)))
+        return process.time(-2 * rho * torch.log(_line(ends ** (1 / rho), n)))
 
     return Grid("karras" if rho == 7 else f"karras({rho:g})", place)
 
@@ -45,7 +48,7 @@ def log_snr() -> Grid:
     """The log-SNR is uniform (DPM-Solver)."""
 
     def place(process: Process, high: float, low: float, n: int) -> Tensor:
-        return process.time(_line(*_log_snr_ends(process, high, low).tolist(), n))
+        return process.time(_line(_log_snr_ends(process, high, low), n))
 
     return Grid("log-snr", place)
 
@@ -58,7 +61,7 @@ def time(power: float = 1.0) -> Grid:
     def place(process: Process, high: float, low: float, n: int) -> Tensor:
         first = min(process.t_data, process.t_min) if math.isfinite(process.t_data) else process.t_min
         ends = process.uniform_clock(torch.tensor([high, low], dtype=torch.float64)) - first
-        return process.from_uniform_clock(first + _line(*(ends ** (1 / power)).tolist(), n) ** power)
+        return process.from_uniform_clock(first + _line(ends ** (1 / power), n) ** power)
 
     return Grid({1.0: "time", 2.0: "time-quadratic"}.get(power, f"time({power:g})"), place, to_data=True)
 
@@ -140,7 +143,7 @@ def _line_of(rule: Grid, process: Process, high: float, low: float, n: int) -> T
 
 
 def _checked(process: Process, nodes: list[float]) -> list[float]:
-    for i, (a, b) in enumerate(zip(nodes, nodes[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(nodes)):
         if not a > b:
             raise UsageError(f"grid: times must fall strictly, got {a:g} then {b:g} at position {i}", "sort them")
     slack = 1e-6 * process.t_max
@@ -155,8 +158,9 @@ def _checked(process: Process, nodes: list[float]) -> list[float]:
     return nodes
 
 
-def _line(first: float, last: float, n: int) -> Tensor:
-    return torch.linspace(first, last, n + 1, dtype=torch.float64)
+def _line(ends: Tensor, n: int) -> Tensor:
+    """n + 1 equidistant numbers from the first end to the last."""
+    return torch.linspace(ends[0].item(), ends[1].item(), n + 1, dtype=torch.float64)
 
 
 def _log_snr_ends(process: Process, high: float, low: float) -> Tensor:

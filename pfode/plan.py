@@ -9,6 +9,7 @@ host read-back and without state: coefficients are 0-d tensors on the device.
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -148,7 +149,9 @@ class Plan:
         header = read_header(path)
         if header.metadata.get("pfode.kind") != "plan":
             kind = header.metadata.get("pfode.kind", "unknown")
-            raise FileError(f"{path}: pfode.kind: not a plan (got {kind!r}, expected 'plan')", "pfode info shows what it is")
+            raise FileError(
+                f"{path}: pfode.kind: not a plan (got {kind!r}, expected 'plan')", "pfode info shows what it is"
+            )
         header.verify()
         config = header.config("pfode.config")
         try:
@@ -201,9 +204,8 @@ def run(plan: Plan, denoiser: Denoiser, x: Tensor, seeds: Sequence[int] | None =
     Raises:
         UsageError: another process than the plan's, missing seeds, a denoiser whose output has another shape.
     """
-    for _, x, _ in _walk(plan, denoiser, x, seeds, cond, preview=False):
-        pass
-    return x
+    states = (y for _, y, _ in _walk(plan, denoiser, x, seeds, cond, preview=False))
+    return deque(states, maxlen=1).pop()
 
 
 def iterate(
@@ -257,7 +259,7 @@ def _walk(
     rows = _fold(plan, net, x)
     ages, noise_ages = plan.b.shape[1] - 1, plan.c.shape[1] - 1
     past: list[Tensor] = []
-    noises: list[Tensor | None] = []
+    noises: list[Tensor] = []
     previous = x
     r_init, c_init = plan.init.tolist()
     if r_init != 1:
@@ -272,12 +274,12 @@ def _walk(
             out = out.to(x.dtype)
         past = [out if row.g is None else torch.addcmul(out, x, row.g), *past[:ages]]
         if noise_ages >= 0:
-            noises = [draw(k) if row.draws else None, *noises[:noise_ages]]
+            noises = [draw(k) if row.draws else x, *noises[:noise_ages]]  # x: a place kept, never used
         x0 = torch.addcmul(row.c_skip * x, out, row.c_out) if preview else None
         terms = [(past[j], factor) for j, factor in row.b]
         if row.r_prev is not None:
             terms.append((previous, row.r_prev))
-        terms += [(noises[j], factor) for j, factor in row.c]  # type: ignore[misc]
+        terms += [(noises[j], factor) for j, factor in row.c]
         previous, x = x, _combine(x, row, terms)
         sent = yield k, x, x0
         if sent is not None:
@@ -306,13 +308,15 @@ def _noise_source(plan: Plan, x: Tensor, seeds: Sequence[int] | None) -> Callabl
         return lambda k: x
     if seeds is None or len(seeds) != len(x):
         got = "none" if seeds is None else f"{len(seeds)}"
-        raise UsageError(f"plan {plan.name!r} is stochastic: needs one seed per sample, got {got} for {len(x)}", "seeds=[0, 1, ...]")
+        raise UsageError(
+            f"plan {plan.name!r} is stochastic: needs one seed per sample, got {got} for {len(x)}", "seeds=[0, 1, ...]"
+        )
     checked = noise.check_seeds(seeds)
     return lambda k: noise.normal(checked, k + 1, x.shape[1:], x.dtype, x.device)
 
 
 def row_affine(name: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, q) with m = p x + q D at these levels: the prediction's, or x0's where alpha = 0 and the prediction is blind."""
+    """(p, q) with m = p x + q D at these levels: the prediction's, or x0's where alpha = 0 and it is blind."""
     p, q = prediction(name).of_x0(alpha, sigma)
     if not prediction(name).blind:
         return p, q
@@ -339,7 +343,9 @@ def _fold(plan: Plan, net: Preconditioned, x: Tensor) -> list[_Row]:
 
     columns = [pre.c_in, pre.c_noise, g, r, plan.r_prev, pre.c_skip, pre.c_out]
     table = torch.cat([torch.stack(columns, 1), b, plan.c], 1).to(x)
-    alive = {name: _alive(v).tolist() for name, v in (("g", g), ("r", r), ("r_prev", plan.r_prev), ("b", b), ("c", plan.c))}
+    alive = {
+        name: _alive(v).tolist() for name, v in (("g", g), ("r", r), ("r_prev", plan.r_prev), ("b", b), ("c", plan.c))
+    }
     scales = (_alive(pre.c_in - 1) & ~((pre.c_in - 1).abs() < 1e-12)).tolist()
     units = (~_alive(r - 1)).tolist()
     rows, window = [], b.shape[1]

@@ -8,6 +8,7 @@ sigma(t_data) = 0, where nothing is evaluated but where a trajectory may end.
 """
 
 import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -108,7 +109,11 @@ class _BetaProcess(Process):
     def __post_init__(self) -> None:
         low, high = self.beta_min, self.beta_max
         name = type(self).__name__
-        _check(0 < low <= high < math.inf, f"{name}: need 0 < beta_min <= beta_max, got {low}, {high}", f"{name}(0.1, 20.0)")
+        _check(
+            0 < low <= high < math.inf,
+            f"{name}: need 0 < beta_min <= beta_max, got {low}, {high}",
+            f"{name}(0.1, 20.0)",
+        )
         _check_times(self)
 
     def _integral(self, t: Tensor) -> Tensor:
@@ -151,7 +156,7 @@ class SubVP(_BetaProcess):
 
 @dataclass(frozen=True)
 class VPCosine(Process):
-    """Cosine schedule: alpha = cos(theta(t)) / cos(theta(0)), theta = (t+s)/(1+s) pi/2 (Nichol & Dhariwal 2021, eq. 17).
+    """alpha = cos(theta(t)) / cos(theta(0)), theta(t) = (t+s)/(1+s) pi/2 (Nichol & Dhariwal 2021, eq. 17).
 
     The default t_max stops short of alpha = 0, as DPM-Solver does; `t_max=1.0` gives zero terminal SNR.
     """
@@ -205,9 +210,9 @@ class VPDiscrete(Process):
 
     def __init__(self, alphas_cumprod: Tensor | list[float] | tuple[float, ...]):
         values = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().tolist()
-        falling = all(a > b for a, b in zip(values, values[1:], strict=False))
+        falling = all(a > b for a, b in itertools.pairwise(values))
         _check(
-            len(values) >= 2 and falling and 0 <= values[-1] and values[0] < 1,
+            len(values) >= 2 and falling and values[-1] >= 0 and values[0] < 1,
             "VPDiscrete: alphas_cumprod must fall strictly within [0, 1)",
             "VPDiscrete(torch.cumprod(1 - betas, 0))",
         )
@@ -261,7 +266,7 @@ class VPDiscrete(Process):
 
 @dataclass(frozen=True)
 class VE(Process):
-    """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t, t in [0, 1] (Song et al. 2021, eq. 30)."""
+    """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t, 0 <= t <= 1 (Song et al. 2021)."""
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0

@@ -1,5 +1,6 @@
-"""The catalogue: every recipe is a method in a chart on a grid (idea B), and `make_plan` turns it into a Plan (idea C)."""
+"""The catalogue: a recipe is a method in a chart on a grid (idea B); `make_plan` turns it into a Plan (idea C)."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pfode import grids
-from pfode.chart import CHARTS, Node, chart as find_chart
+from pfode.chart import CHARTS, Node
+from pfode.chart import chart as find_chart
 from pfode.errors import UsageError, unknown
 from pfode.plan import Plan
 from pfode.process import Process
@@ -51,11 +53,25 @@ def _recipes() -> list[Recipe]:
     euler = Multistep(1, exact)
     rows = [
         Recipe("ddim", euler, ("ddim",), 1, 1, "Song et al. 2021 (DDIM), eq. 13", "Euler in sigma/alpha"),
-        Recipe("euler", euler, ("ddim",), 1, 1, "Karras et al. 2022, alg. 1 without its correction", "the same as ddim"),
-        Recipe("heun", Heun(), EVERY, 2, 2, "Karras et al. 2022, alg. 1", "trapezoid; two calls per step, one in the last"),
-        Recipe("dpm++2m", Multistep(2, midpoint), ("dpm++",), 2, 2, "Lu et al. 2022 (DPM-Solver++), alg. 2", "official form"),
+        Recipe(
+            "euler", euler, ("ddim",), 1, 1, "Karras et al. 2022, alg. 1 without its correction", "the same as ddim"
+        ),
+        Recipe(
+            "heun", Heun(), EVERY, 2, 2, "Karras et al. 2022, alg. 1", "trapezoid; two calls per step, one in the last"
+        ),
+        Recipe(
+            "dpm++2m",
+            Multistep(2, midpoint),
+            ("dpm++",),
+            2,
+            2,
+            "Lu et al. 2022 (DPM-Solver++), alg. 2",
+            "official form",
+        ),
         Recipe("ddpm", Ancestral(euler), ("ddim",), 1, 1, "Ho et al. 2020, eq. 7", "posterior sampling"),
-        Recipe("euler-a", Ancestral(euler), ("ddim",), 1, 1, "k-diffusion, sample_euler_ancestral", "the same as ddpm; eta"),
+        Recipe(
+            "euler-a", Ancestral(euler), ("ddim",), 1, 1, "k-diffusion, sample_euler_ancestral", "the same as ddpm; eta"
+        ),
     ]
     charts = ("dpm++", *(c for c in EVERY if c != "dpm++"))
     for k in range(1, 5):
@@ -122,7 +138,7 @@ def make_plan(
     if isinstance(rule, str | grids.Grid):
         if (steps is None) == (nfe is None):
             raise UsageError(f"need either steps or nfe, got steps={steps!r}, nfe={nfe!r}", "steps=20")
-        nodes, rows = lay(steps) if nfe is None else _within(lay, nfe, method.calls)
+        nodes, rows = _within(lay, nfe, method.calls) if steps is None else lay(steps)
     else:
         if nfe is not None or steps not in (None, len(rule) - 1):
             raise UsageError(f"the grid's {len(rule)} times make {len(rule) - 1} steps", "leave steps and nfe out")
@@ -161,7 +177,7 @@ def _chart_of(found: Recipe, name: str | None) -> str:
 Laid = tuple[list[Node], list[list[Row]]]
 
 
-def _within(lay: Callable[[int], Laid], nfe: int, calls: int) -> Laid:
+def _within(lay: Callable[[int], Laid], nfe: Any, calls: int) -> Laid:
     """The most steps whose rows number at most nfe."""
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
         raise UsageError(f"nfe: need an integer of at least 1, got {nfe!r}", "nfe=20")
@@ -176,7 +192,7 @@ def _march(space: Space, method: Method, nodes: list[Node]) -> list[list[Row]]:
     """The rows of every step."""
     known: list[Node] = []
     rows = []
-    for node, target in zip(nodes, nodes[1:], strict=False):
+    for node, target in itertools.pairwise(nodes):
         known = [node, *known[: method.order - 1]]
         step, keep = method.step(space, known, target)
         rows.append(step)

@@ -17,7 +17,7 @@ from pfode.process import Process
 
 @dataclass(frozen=True)
 class Row:
-    """One denoiser call at `node`, then x = r x + sum_j b_j m_{-j} (newest first) + c xi, which has the level of `target`."""
+    """One denoiser call at `node`, then x = r x + sum_j b_j m_{-j} (newest first) + c xi, at the level of `target`."""
 
     node: Node
     target: Node
@@ -139,8 +139,8 @@ class Heun(Integrator):
 class Ancestral(Method):
     """An integrator's step to a lower noise level, then fresh noise up to the target's.
 
-    With rho = (sigma_1/alpha_1) / (sigma_0/alpha_0) the fresh part is min(1, eta sqrt(1 - rho^2)) of sigma_1; eta = 1 is
-    the exact posterior q(x_1 | x_0, D) of DDPM (Ho et al. 2020, eq. 7), eta = 0 the integrator itself.
+    With rho = (sigma_1/alpha_1) / (sigma_0/alpha_0) the fresh part is min(1, eta sqrt(1 - rho^2)) of sigma_1. eta = 1
+    is the exact posterior q(x_1 | x_0, D) of DDPM (Ho et al. 2020, eq. 7), eta = 0 the integrator itself.
     """
 
     integrator: Integrator

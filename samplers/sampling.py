@@ -103,7 +103,9 @@ def sample(
     denoiser = _prepared(denoiser, guidance, device, compile)
     dtype = torch.float32 if dtype is None and x is None else dtype or torch.promote_types(x.dtype, torch.float32)  # type: ignore[union-attr]
     if dtype not in (torch.float32, torch.float64):
-        raise UsageError(f"dtype: the state is float32 or float64, got {dtype}", "lower the network's: net.to(dtype=...)")
+        raise UsageError(
+            f"dtype: the state is float32 or float64, got {dtype}", "lower the network's: net.to(dtype=...)"
+        )
     if plan is None:
         if steps is None and nfe is None and not isinstance(grid, Tensor | list | tuple):
             steps = DEFAULT_STEPS
@@ -176,7 +178,7 @@ def _first(plan: Plan, seeds: list[int], shape: tuple[int, ...], dtype: torch.dt
     sigma, alpha = plan.sigma[0].item(), plan.alpha[0].item()
     if alpha > 0.5 * sigma:
         raise UsageError(
-            f"the plan starts at t = {plan.time[0]:g}, where the data is not drowned in noise (alpha/sigma = {alpha / sigma:.3g})",
+            f"the plan starts at t = {plan.time[0]:g}, where data is not drowned in noise (alpha/sigma {alpha / sigma:.3g})",
             "give x=, the noised data at that time",
         )
     return sigma * noise.normal(seeds, noise.INITIAL, shape, dtype, device)
@@ -185,7 +187,12 @@ def _first(plan: Plan, seeds: list[int], shape: tuple[int, ...], dtype: torch.dt
 def _seeds(n: int | None, seed: int, seeds: Sequence[int] | None, x: Tensor | None) -> list[int]:
     given = len(x) if x is not None else len(seeds) if seeds is not None else 16
     count = given if n is None else n
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1 or (count != given and (x is not None or seeds is not None)):
+    if (
+        isinstance(count, bool)
+        or not isinstance(count, int)
+        or count < 1
+        or (count != given and (x is not None or seeds is not None))
+    ):
         raise UsageError(f"n: got {n!r}" + (f" with {given} seeds or states" if count != given else ""), "n=16")
     if seeds is not None and len(seeds) != count:
         raise UsageError(f"seeds: got {len(seeds)} for {count} samples", "one seed per sample")

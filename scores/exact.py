@@ -114,7 +114,7 @@ class GaussianMixture:
 
 
 def _spectrum(std: Any, cov: Any, k: int, d: int) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues, broadcastable to (k, d), and eigenvectors (1 or k, d, d), None where the basis is the standard one."""
+    """Eigenvalues, broadcastable to (k, d), and eigenvectors (1 or k, d, d), None for the standard basis."""
     if std is not None:
         value = torch.as_tensor(std, dtype=torch.float64)
         if value.shape not in ((), (k,)):
@@ -136,7 +136,9 @@ class Gaussian(GaussianMixture):
         mean: shape (d,) or of one sample. cov: variance (a number), variances (d,), or covariance (d, d).
     """
 
-    def __init__(self, mean: Tensor | list[float], cov: float | Tensor | list[Any] = 1.0, process: Process | None = None):
+    def __init__(
+        self, mean: Tensor | list[float], cov: float | Tensor | list[Any] = 1.0, process: Process | None = None
+    ):
         mu = torch.as_tensor(mean, dtype=torch.float64)
         value = torch.as_tensor(cov, dtype=torch.float64)
         if value.ndim == 0:
@@ -146,7 +148,8 @@ class Gaussian(GaussianMixture):
     def flow(self, x: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
         """The PF-ODE's exact map from time t to time s.
 
-        Along every eigendirection x_s = alpha_s mu + sqrt((alpha_s^2 c + sigma_s^2)/(alpha_t^2 c + sigma_t^2)) (x_t - alpha_t mu).
+        Along an eigendirection of variance c, with V(t) = alpha_t^2 c + sigma_t^2,
+        x_s = alpha_s mu + sqrt(V(s)/V(t)) (x_t - alpha_t mu).
         """
         flat, alpha_t, sigma_t = self._flatten(x, t)
         _, alpha_s, sigma_s = self._flatten(x, s)

@@ -127,7 +127,10 @@ def test_json(cli):
 
 
 def test_scale_and_columns():
-    assert [images.default_scale(s, s) for s in (8, 28, 32, 64, 128)] == [8, 2, 2, 1, 1]
+    assert [images.default_scale(16, s, s, 4) for s in (8, 28, 32, 64, 128)] == [8, 2, 2, 1, 1]
+    for n in (20_000, 50_000, 300_000):
+        columns = images.sheet_columns(n)
+        images.sheet_size(n, 8, 8, images.default_scale(n, 8, 8, columns), columns)
     assert [images.sheet_columns(n) for n in (1, 2, 4, 5, 16, 17)] == [1, 2, 2, 3, 4, 5]
     assert images.sheet_columns(30, classes=10) == 10
     colour = images.contact_sheet(np.zeros((3, 4, 5, 3), np.uint8), 2, 2)

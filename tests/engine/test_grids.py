@@ -1,5 +1,6 @@
 """Grids."""
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def test_every_grid_on_every_process(name, process, steps):
     for nodes in (denoise, stop):
         assert len(nodes) == steps + 1
         assert nodes[0] == process.t_max
-        assert all(a > b for a, b in zip(nodes, nodes[1:], strict=False))
+        assert all(a > b for a, b in itertools.pairwise(nodes))
         assert all(t >= process.t_min for t in nodes[:-1])
     assert denoise[-1] == process.t_data
     assert stop[-1] == process.t_min

@@ -26,7 +26,7 @@ BEDS = {
 @pytest.mark.parametrize("bed", BEDS)
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_full_grid_converges(name, bed):
-    """Finite at any number of steps, and closer to the exact flow (in law, for stochastic recipes) with more of them."""
+    """Finite at any number of steps, and closer to the exact flow (in law, if stochastic) with more of them."""
     process, grid = BEDS[bed]
     denoiser = problems.gaussian(process)
     seeds = range(256)

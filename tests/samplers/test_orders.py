@@ -36,11 +36,11 @@ def slope(name: str, bed: str, process: str, exact_start: bool) -> float:
 
 def run_from_exact(plan, denoiser, states, order):
     """Run a plan with its first `order - 1` nodes replaced by the exact solution."""
-    points, sent = iterate(plan, denoiser, states[0]), None
+    points, x, sent = iterate(plan, denoiser, states[0]), states[0], None
     for _ in range(plan.steps):
-        point = points.send(sent)
-        sent = states[point.step] if point.step < order else None
-    return point.x
+        step, _, _, x, _, _ = points.send(sent)
+        sent = states[step] if step < order else None
+    return x
 
 
 @pytest.mark.parametrize("process", problems.PROCESSES)

@@ -8,18 +8,8 @@ from torch.nn import functional
 
 from pfode.errors import UsageError
 from pfode.scores.unet import MAX_PARAMETERS, Norm, UNet, UNetConfig, attend, waves
-
-SMALL = UNetConfig(size=8, channels=1, classes=3, widths=(8, 16), blocks=(1, 1), attention=(4,), head=8)
-
-
-def network(config: UNetConfig = SMALL) -> UNet:
-    """A network none of whose branches is zero."""
-    torch.manual_seed(0)
-    net = UNet(config)
-    for parameter in net.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return net
+from tests.scores.small import CONFIG as SMALL
+from tests.scores.small import network
 
 
 @pytest.mark.parametrize("size", [8, 16, 32, 64])
@@ -50,7 +40,7 @@ def test_an_unconditional_network_takes_no_label():
 
 
 def test_every_parameter_gets_a_gradient():
-    net = network()
+    net = network().requires_grad_(True)
     net(torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])).square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in net.parameters())
 
