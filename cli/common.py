@@ -115,7 +115,7 @@ class Finite(click.types.FloatParamType):
 
 
 def _use_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    files = [Path(CONFIG_FILE)] if Path(CONFIG_FILE).is_file() else []
+    files = [Path(CONFIG_FILE)] if os.path.isfile(CONFIG_FILE) else []
     if value is not None:
         files.append(Path(value))
         ctx.meta["pfode.config"] = value
@@ -315,8 +315,8 @@ def model_path(model: str) -> Path:
     known, path = shipped(), Path(model)
     if model in known:
         return known[model]
-    if not path.suffix and not path.exists():
+    if not path.suffix and not os.path.exists(path):
         raise UsageError(f"unknown model {model!r}", did_you_mean(model, known) + " Or give a .safetensors file.")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileError(f"{model}: no such file", did_you_mean(model, known))
     return path

@@ -1,9 +1,12 @@
 """pfode sample: draw pictures, write the sheet, say what was done."""
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -264,31 +267,37 @@ def check_outputs(out: str, trajectory: str | None, separate: str | None) -> Non
     if trajectory is not None:
         suffix = Path(trajectory).suffix.lower()
         if suffix not in (".gif", ".png", ".apng", ".webp"):
-            raise UsageError(
-                f"--trajectory {trajectory}: unknown kind {suffix!r}", "a name that ends in .gif, .png or .webp"
-            )
-        if Path(trajectory).resolve() == Path(out).resolve():
+            raise UsageError(f"--trajectory {trajectory}: unknown kind {suffix!r}", "use .gif, .png or .webp")
+        if os.path.realpath(trajectory) == os.path.realpath(out):
             raise UsageError(f"--trajectory and --out are the same file {out}", "give them different names")
-    for key, name in (("out", out), ("trajectory", trajectory)):
-        if name is not None:
-            _check_folder(Path(name).parent, f"--{key}")
-            if Path(name).is_dir():
-                raise WriteError(f"{name}: is a folder", f"--{key} {Path(name) / Path(name).name}")
     if separate is not None:
-        folder = Path(separate)
-        if re.fullmatch(r"\d+\.png", Path(out).name) and Path(out).parent.resolve() == folder.resolve():
-            raise UsageError(f"--out {out} has the name of a picture of --separate", "--out sheet.png")
-        while not folder.exists():
-            folder = folder.parent
-        _check_folder(folder, "--separate")
+        for name in filter(None, (out, trajectory)):
+            if _within(name, separate) and re.fullmatch(r"\d+\.png", Path(name).name):
+                raise UsageError(f"{name} has the name of a picture of --separate", "give it another name")
+        _check_writable(separate, "--separate", made=True)
+    for option, name in (("--out", out), ("--trajectory", trajectory)):
+        if name is not None:
+            _check_writable(name, option, made=separate is not None and _within(name, separate))
+        if name is not None and os.path.isdir(name):
+            raise WriteError(f"{name}: is a folder", f"give {option} the name of a file")
 
 
-def _check_folder(folder: Path, option: str) -> None:
+def _within(name: str, folder: str) -> bool:
+    return os.path.realpath(os.path.dirname(name) or ".") == os.path.realpath(folder)
+
+
+def _check_writable(name: str, option: str, made: bool) -> None:
+    """Whether a file `name` can be made; `made`: the folders above it will be, where they are missing."""
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(f"{name}.temporary")  # too long a name?
+        folder = Path(name).parent
+        while made and not os.path.exists(folder):
+            folder = folder.parent
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise WriteError(f"{folder}: cannot be written: {error.strerror}", f"another folder for {option}") from error
+        raise WriteError(f"{name}: cannot be written: {error.strerror}", f"give {option} another place") from error
 
 
 # ---- sampling and writing
@@ -301,7 +310,8 @@ class Progress:
         from tqdm import tqdm
 
         self.n = n
-        self.bar = tqdm(total=0, disable=hidden, unit="step", leave=False, dynamic_ncols=True)
+        columns, rows = shutil.get_terminal_size()  # sound also where the terminal claims to have none
+        self.bar = tqdm(total=0, disable=hidden, unit="step", leave=False, ncols=min(columns, 100), nrows=rows)
 
     def __call__(self, point: Any) -> None:
         if not self.bar.total:

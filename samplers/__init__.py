@@ -10,6 +10,7 @@ _HOME = {
     "CATALOGUE": "catalogue",
     "Recipe": "catalogue",
     "make_plan": "catalogue",
+    "usual": "catalogue",
     "sample": "sampling",
     "Samples": "sampling",
 }

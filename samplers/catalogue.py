@@ -13,7 +13,7 @@ from pfode.chart import CHARTS, Node
 from pfode.chart import chart as find_chart
 from pfode.errors import UsageError, unknown
 from pfode.plan import Plan
-from pfode.process import Process
+from pfode.process import Flow, Process
 from pfode.samplers.methods import Ancestral, Heun, Method, Multistep, Row, Space, constant, exact, midpoint
 
 EVERY = tuple(CHARTS)
@@ -126,10 +126,10 @@ def make_plan(
     Raises:
         UsageError: unknown names, options that contradict each other, times outside the process.
     """
-    found = sampler if isinstance(sampler, Recipe) else recipe(AUTO if sampler == "auto" else sampler)
+    found = sampler if isinstance(sampler, Recipe) else recipe(usual(process)[0] if sampler == "auto" else sampler)
     method = found.method if eta is None else _with_eta(found, eta)
     space = Space(find_chart(_chart_of(found, chart)), process)
-    rule = default_grid(process) if grid is None else grid
+    rule = usual(process)[1] if grid is None else grid
 
     def lay(n: int) -> tuple[list[Node], list[list[Row]]]:
         nodes = space.chart.nodes(process, grids.times(process, rule, n, final, start, stop))
@@ -153,12 +153,14 @@ def make_plan(
     return _tabulate(space, nodes, rows, found.name, meta)
 
 
-AUTO = "dpm++2m"
+def usual(process: Process) -> tuple[str, str]:
+    """The sampler and the grid used where none is named.
 
-
-def default_grid(process: Process) -> str:
-    """The grid used where none is named: `karras` for VE-like processes (alpha = 1), else `time`."""
-    return "karras" if process.alpha(process.t_max) == 1 else "time"
+    They came nearest to the converged pictures of the three digits networks at 5 to 20 NFE: see benchmarks/recipes.py.
+    """
+    if process.alpha(process.t_max) == 1:
+        return "ipndm3", "karras"
+    return ("ipndm3", "time") if isinstance(process, Flow) else ("dpm++2m", "time-quadratic")
 
 
 def _with_eta(found: Recipe, eta: float) -> Method:

@@ -101,18 +101,14 @@ def sample(
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise UsageError(f"batch: need an integer of at least 1, got {batch!r}", "batch=64")
     denoiser = _prepared(denoiser, guidance, device, compile)
-    dtype = torch.float32 if dtype is None and x is None else dtype or torch.promote_types(x.dtype, torch.float32)  # type: ignore[union-attr]
-    if dtype not in (torch.float32, torch.float64):
-        raise UsageError(
-            f"dtype: the state is float32 or float64, got {dtype}", "lower the network's: net.to(dtype=...)"
-        )
+    options = {"nfe": nfe, "grid": grid, "eta": eta, "start": start, "stop": stop}
     if plan is None:
         if steps is None and nfe is None and not isinstance(grid, Tensor | list | tuple):
             steps = DEFAULT_STEPS
-        options = {"nfe": nfe, "grid": grid, "final": final, "start": start, "stop": stop, "eta": eta}
-        plan = make_plan(sampler, denoiser.process, steps, **options)
-    elif any(value is not None for value in (steps, nfe, grid, eta, start, stop)):
+        plan = make_plan(sampler, denoiser.process, steps, final=final, **options)
+    elif any(value is not None for value in (steps, *options.values())):
         raise UsageError("plan given together with steps, nfe, grid, eta, start or stop", "leave these out")
+    dtype = _state_dtype(dtype, x)
     shape = tuple(x.shape[1:]) if x is not None else tuple(shape or getattr(denoiser, "shape", None) or ())
     if x is None and not shape:
         raise UsageError("the denoiser does not say the shape of a sample", "shape=(3, 32, 32)")
@@ -177,11 +173,18 @@ def _first(plan: Plan, seeds: list[int], shape: tuple[int, ...], dtype: torch.dt
     """Pure noise at the plan's first time."""
     sigma, alpha = plan.sigma[0].item(), plan.alpha[0].item()
     if alpha > 0.5 * sigma:
-        raise UsageError(
-            f"the plan starts at t = {plan.time[0]:g}, where data is not drowned in noise (alpha/sigma {alpha / sigma:.3g})",
-            "give x=, the noised data at that time",
-        )
+        level = f"t = {plan.time[0]:g}, where data is not drowned in noise (alpha/sigma = {alpha / sigma:.3g})"
+        raise UsageError(f"the plan starts at {level}", "give x=, the noised data at that time")
     return sigma * noise.normal(seeds, noise.INITIAL, shape, dtype, device)
+
+
+def _state_dtype(dtype: torch.dtype | None, x: Tensor | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if x is None else torch.promote_types(x.dtype, torch.float32)
+    if dtype not in (torch.float32, torch.float64):
+        hint = "lower the network's instead: net.to(dtype=...)"
+        raise UsageError(f"dtype: the state is float32 or float64, got {dtype}", hint)
+    return dtype
 
 
 def _seeds(n: int | None, seed: int, seeds: Sequence[int] | None, x: Tensor | None) -> list[int]:

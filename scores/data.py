@@ -269,7 +269,7 @@ def arrays(path: Path) -> Data:
         FileError: other arrays, or a damaged file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             content = {key: file[key] for key in ("images", "labels", "names") if key in file.files}
             held = file.files
     except Exception as error:  # zipfile, zlib and numpy raise almost anything on broken input

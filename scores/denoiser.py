@@ -178,6 +178,10 @@ class Denoiser(Preconditioned):
         """The same denoiser with its network through torch.compile."""
         return self.with_network(torch.compile(self.net))
 
+    def compiled(self) -> "Denoiser":
+        """The same denoiser with its network run through torch.compile."""
+        return self.with_network(torch.compile(self.net))
+
     def guided(self, scale: float) -> DenoiserProtocol:
         """Classifier-free guidance: see `guide`."""
         return guide(self, scale)

@@ -85,6 +85,8 @@ def test_separate_pictures_do_not_depend_on_the_batch(cli, tmp_path):
     assert lines[0]["sha256"] == hashlib.sha256((tmp_path / "c/000004.png").read_bytes()).hexdigest()
     assert json.loads((tmp_path / "c/run.json").read_text())["options"]["seeds"] == "4,2"
     assert pixels(tmp_path / "c/000004.png").shape == (8, 8)
+    assert cli("sample", "--steps", 3, "--seeds", "4,2", "--separate", "d", "--out", "d/sheet.png").code == 0
+    assert (tmp_path / "d/sheet.png").is_file()
     assert cli("sample", "--like", "c/000004.png").code == 0
     assert np.array_equal(pixels(tmp_path / "sheet.png")[2:-2:8, 2:-2:8], pixels(tmp_path / "c/000004.png"))
 

@@ -1,0 +1,228 @@
+"""pfode train: train a score network, with a bar, metrics.jsonl, sample sheets and checkpoints to resume from."""
+
+import shlex
+import sys
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import pfode
+from pfode.cli.common import Command, Finite, Output, output
+from pfode.cli.sample import find_device
+from pfode.errors import UsageError
+from pfode.files import write_atomic
+
+if TYPE_CHECKING:
+    from pfode.scores.data import Data
+    from pfode.scores.training import TrainConfig, Trainer
+
+PROCESSES = {
+    "edm": "EDM", "vp": "VP", "flow": "Flow", "ve": "VE", "sub-vp": "SubVP", "vp-cosine": "VPCosine",
+}  # fmt: skip
+PREDICTIONS = ("edm", "x0", "eps", "v", "flow", "score")
+NETWORKS = {  # side of the pictures up to: widths, blocks, attention
+    12: ("24,48", "1,1", "4"),
+    32: ("32,96,128", "1,2,2", "8"),
+    64: ("32,64,128,192", "1,1,2,2", "8"),
+}
+SHEET_STEPS = 12
+FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
+
+
+@click.command(cls=Command, name="train")
+@click.option("--data", default="digits", show_default=True, metavar=FORMS, help="The pictures.")
+@click.option("--size", type=click.IntRange(4, 256), default=32, show_default=True, help="Side that files are brought to.")
+@click.option("--font", metavar="FILE", help="Font of the emoji, if not Debian's.")
+@click.option("--listing", metavar="FILE", help="emoji-test.txt, if not Debian's.")
+@click.option("--process", type=click.Choice(list(PROCESSES)), default="edm", show_default=True, help="How noise comes in.")
+@click.option("--prediction", type=click.Choice(PREDICTIONS), help="What the network says; default by the process.")
+@click.option("--sigma-data", type=Finite(0), default=0.5, show_default=True, help="Deviation of the data (edm).")
+@click.option("--widths", metavar="LIST", help="Channels of each level: 32,96,128. Default by the size.")
+@click.option("--blocks", metavar="LIST", help="Residual blocks of each level: 1,2,2.")
+@click.option("--attention", metavar="LIST", help="Sides that have attention: 8,16; 0: none.")
+@click.option("--dropout", type=Finite(0), default=0.0, show_default=True, help="Inside the blocks.")
+@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="Optimiser steps.")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Pictures per step, in all processes.")
+@click.option("--accum", type=click.IntRange(1), default=1, show_default=True, help="Parts of a batch, one after another.")
+@click.option("--lr", type=Finite(0), default=1e-3, show_default=True, help="Highest learning rate.")
+@click.option("--schedule", type=click.Choice(["cosine", "constant"]), default="cosine", show_default=True)
+@click.option("--warmup", type=click.IntRange(0), default=100, show_default=True, help="Steps of rising rate.")
+@click.option("--cooldown", type=click.IntRange(0), default=0, show_default=True, help="Steps of falling rate (constant).")
+@click.option("--clip", type=Finite(0), default=1.0, show_default=True, help="Largest norm of the gradient.")
+@click.option("--ema", default="0.05,0.1", show_default=True, metavar="LIST", help="Widths of the averages; the first is kept.")
+@click.option("--drop", type=Finite(0), default=0.1, show_default=True, help="Share of hidden classes, for guidance.")
+@click.option("--flip/--no-flip", default=None, help="Mirror images; default: where the data says they make sense.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--out", metavar="DIR|FILE", help="Folder of the run, or the model file. [default: runs/DATA-PROCESS]")
+@click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
+@click.option("--save-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between checkpoints.")
+@click.option("--sheet-every", type=click.IntRange(0), default=0, show_default=True, help="Steps between sheets; 0: none.")
+@click.option("--tracker", metavar="LIST", help="Of accelerate: tensorboard, wandb ...")
+@click.option("--amp/--no-amp", default=None, help="bfloat16 inside the network; default: where the device is fast in it.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
+@click.pass_context
+def command(ctx: click.Context, **options: Any) -> None:
+    """Train a score network on pictures.
+
+    Writes checkpoints, metrics.jsonl and model.safetensors to --out and prints the path of the model. A run that was stopped, however,
+    continues with --resume, bit for bit on a CPU. Several processes: `accelerate launch -m pfode.cli train ...`.
+    """
+    out = output(ctx)
+    device = find_device(options["device"])
+    folder, model = places(options)
+    from pfode.scores.data import EMOJI_FONT, EMOJI_LIST, load_data
+    from pfode.scores.training import Trainer
+
+    font, listing = Path(options["font"] or EMOJI_FONT), Path(options["listing"] or EMOJI_LIST)
+    data = load_data(options["data"], size=options["size"], font=font, listing=listing)
+    config = recipe(options, data, device)
+    trackers = tuple(name.strip() for name in (options["tracker"] or "").split(",") if name.strip())
+    trainer = Trainer(
+        config,
+        data,
+        folder,
+        resume=options["resume"],
+        save_every=options["save_every"],
+        device=device,
+        trackers=trackers,
+    )
+    if trainer.main:
+        count = sum(p.numel() for p in trainer.net.parameters())
+        begin = f", continuing after step {trainer.step}" if trainer.step else ""
+        out.note(f"{len(data)} pictures of {data.shape}, {count:,} parameters, {config.prediction} on {options['process']}, {folder}{begin}")
+    loss = train(trainer, options["sheet_every"], out)
+    if trainer.main:
+        path = trainer.export(model, card(data, loss))
+        summary = {"out": str(path), "steps": trainer.step, "loss": loss, "seconds": round(trainer.seconds, 1), "run": str(folder)}
+        out.emit(summary, str(path))
+
+
+def train(trainer: "Trainer", sheet_every: int, out: Output) -> float | None:
+    """Run to the end under a bar; the mean loss of the last steps, None if there were none."""
+    from tqdm import tqdm
+
+    hidden = out.quiet or not trainer.main or not sys.stderr.isatty()
+    losses: deque[float] = deque(maxlen=200)
+    with tqdm(total=trainer.config.steps, initial=trainer.step, disable=hidden, unit="step", dynamic_ncols=True) as bar:
+        for record in trainer.run():
+            losses.append(record.loss)
+            mean = sum(losses) / len(losses)
+            bar.set_postfix_str(f"loss {mean:.4f}, {record.images_per_second:.0f} images/s", refresh=False)
+            bar.update()
+            if trainer.main and sheet_every and record.step % sheet_every == 0:
+                draw(trainer, record.step)
+    return sum(losses) / len(losses) if losses else None
+
+
+def draw(trainer: "Trainer", step: int) -> None:
+    """A sheet of samples from the average so far, in the folder of the run: every class in turn, the same seeds each time."""
+    from pfode.cli import images
+
+    assert trainer.folder is not None
+    den = trainer.denoiser()
+    classes = len(trainer.data.names)
+    n = 4 * classes if 1 < classes <= 20 else 64
+    label = [i % classes for i in range(n)] if classes else None
+    x = pfode.sample(den, n=n, steps=SHEET_STEPS, label=label, nan="flag").x.nan_to_num()
+    pixels = images.to_pixels(x)
+    columns = images.sheet_columns(n, classes)
+    sheet = images.contact_sheet(pixels, images.default_scale(n, *trainer.data.shape[1:], columns), columns)
+    write_atomic(trainer.folder / f"sheet-{step:06d}.png", images.encode_png(sheet, {"step": step}))
+
+
+def recipe(options: dict[str, Any], data: "Data", device: str) -> "TrainConfig":
+    """The options as a `TrainConfig`.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+    from pfode import process
+    from pfode.scores.training import TrainConfig
+    from pfode.scores.unet import UNetConfig
+
+    channels, size, _ = data.shape
+    standard = next((network for side, network in NETWORKS.items() if size <= side), NETWORKS[64])
+    given = (options["widths"], options["blocks"], options["attention"])
+    texts = [value or default for value, default in zip(given, standard, strict=True)]
+    widths, blocks, attention = (
+        numbers(name, text) for name, text in zip(("--widths", "--blocks", "--attention"), texts, strict=True)
+    )
+    attention = tuple(side for side in attention if side)
+    attended = [width for level, width in enumerate(widths) if size >> level in attention]
+    head = next((h for h in (32, 24, 16, 8) if all(width % h == 0 for width in attended)), 8)
+    flips = {None: tuple(data.card.get("flip", ())), True: ("*",), False: ()}
+    return TrainConfig(
+        network=UNetConfig(size, channels, len(data.names), widths, blocks, attention, head, options["dropout"]),
+        process=process.PROCESSES[PROCESSES[options["process"]]]().config(),
+        prediction=options["prediction"] or "",
+        sigma_data=options["sigma_data"],
+        steps=options["steps"],
+        batch=options["batch"],
+        accum=options["accum"],
+        rate=options["lr"],
+        schedule=options["schedule"],
+        warmup=options["warmup"],
+        cooldown=options["cooldown"],
+        ema=fractions("--ema", options["ema"]),
+        drop=options["drop"],
+        flip=flips[options["flip"]],
+        clip=options["clip"],
+        seed=options["seed"],
+        amp=fast_bfloat16(device) if options["amp"] is None else options["amp"],
+    )
+
+
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{name}: expected whole numbers separated by commas, got {text!r:.60}", f"{name} 4,8") from error
+
+
+def fractions(name: str, text: str) -> tuple[float, ...]:
+    """Numbers separated by commas.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{name}: expected numbers separated by commas, got {text!r:.60}", f"{name} 0.05,0.1") from error
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether the device computes faster in bfloat16: CPUs with tile instructions, GPUs that have it."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    return device == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def places(options: dict[str, Any]) -> tuple[Path, Path]:
+    """The folder of the run and the file of the model."""
+    name = options["out"]
+    if name is None:
+        name = f"runs/{Path(options['data']).stem or 'data'}-{options['process']}"
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        return path.with_suffix(""), path
+    return path, path / "model.safetensors"
+
+
+def card(data: "Data", loss: float | None) -> dict[str, Any]:
+    """What the model file says about its making."""
+    return {
+        "name": data.card.get("name", "model"),
+        "licence": f"data: {data.card.get('licence', 'unknown')}",
+        "command": shlex.join(["pfode", *sys.argv[1:]]),
+        "loss": None if loss is None else float(f"{loss:.4g}"),
+    }

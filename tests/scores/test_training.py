@@ -1,0 +1,290 @@
+"""Training: the loss falls, and a run that was killed continues as if nothing had happened."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pfode
+from pfode.errors import FileError, NumericalError, UsageError
+from pfode.scores.checkpoint import load
+from pfode.scores.data import Data, load_data
+from pfode.scores.training import METRICS, Batch, TrainConfig, Trainer, checkpoints, ema_power, read_checkpoint
+from pfode.scores.unet import UNetConfig
+from tests import problems
+
+NETWORK = UNetConfig(size=8, channels=1, classes=10, widths=(8, 16), blocks=(1, 1), attention=(4,), head=8)
+CONFIG = TrainConfig(network=NETWORK, process=pfode.EDM().config(), steps=12, batch=16, warmup=2, rate=3e-3)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("digits")
+
+
+def finish(trainer: Trainer) -> list[float]:
+    return [record.loss for record in trainer.run()]
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Everything that must be equal after a resume."""
+    found = {f"net.{name}": p.detach() for name, p in trainer.net.named_parameters()}
+    for width, average in trainer.ema.items():
+        found |= {f"{width}.{name}": p for name, p in average.items()}
+    for name, p in trainer.net.named_parameters():
+        found |= {f"adam.{name}.{key}": value for key, value in trainer.optimiser.state[p].items()}
+    return found
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize(
+    ("process", "prediction"),
+    [(pfode.EDM(), ""), (pfode.VP(), ""), (pfode.Flow(), ""), (pfode.VP(), "v"), (pfode.EDM(), "x0"), (pfode.VPCosine(), "edm")],
+    ids=lambda value: str(value).split("(")[0],
+)
+def test_the_loss_falls(data, process, prediction):
+    config = replace(CONFIG, process=process.config(), prediction=prediction, levels="", steps=60, batch=32)
+    losses = finish(Trainer(config, data, device="cpu"))
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("process", problems.ALL_PROCESSES.values(), ids=list(problems.ALL_PROCESSES))
+def test_a_perfect_network_has_no_loss(data, process):
+    """The target is what makes D exact: x0 comes back from it."""
+    trainer = Trainer(TrainConfig(network=NETWORK, process=process.config(), batch=8), data, device="cpu")
+    x0, noise, t, _ = trainer.batch.draw(3, range(8))
+    assert ((t >= process.t_min) & (t <= process.t_max)).all()
+    x, c, target = trainer._problem(x0, noise, t)
+    wide = [value.reshape(-1, 1, 1, 1) for value in c]
+    torch.testing.assert_close(wide[2] * x + wide[3] * target, x0)
+
+
+def test_resuming_is_exact(data, tmp_path):
+    whole = Trainer(CONFIG, data, device="cpu")
+    losses = finish(whole)
+    first = Trainer(CONFIG, data, tmp_path / "run", save_every=5, device="cpu")
+    for record in first.run():
+        if record.step == 7:  # two steps after the checkpoint
+            break
+    second = Trainer(CONFIG, data, tmp_path / "run", resume=True, save_every=5, device="cpu")
+    assert second.step == 5
+    assert finish(second) == losses[5:]
+    assert_equal(state(second), state(whole))
+    lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["loss"] for line in lines] == [float(f"{loss:.6g}") for loss in losses]
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000012", "step-000010"]
+    third = Trainer(CONFIG, data, tmp_path / "run", resume=True, device="cpu")
+    assert finish(third) == []
+    assert_equal(state(third), state(whole))
+
+
+def test_dropout_resumes_too(data, tmp_path):
+    config = replace(CONFIG, network=replace(NETWORK, dropout=0.3), steps=6)
+    losses = finish(Trainer(config, data, device="cpu"))
+    for record in Trainer(config, data, tmp_path, save_every=2, device="cpu").run():
+        if record.step == 3:
+            break
+    assert finish(Trainer(config, data, tmp_path, resume=True, device="cpu")) == losses[2:]
+
+
+def test_damaged_checkpoints_are_passed_over(data, tmp_path):
+    finish(Trainer(replace(CONFIG, steps=4), data, tmp_path, save_every=2, device="cpu"))
+    newest, older = checkpoints(tmp_path)
+    for name in ("network.safetensors", "ema-0.1.safetensors", "optimiser.safetensors", "manifest.json"):
+        raw = (newest / name).read_bytes()
+        for changed in (raw[:-1], raw[:100], b"", raw[:200] + bytes([raw[200] ^ 1]) + raw[201:]):
+            (newest / name).write_bytes(changed)
+            if name != "manifest.json" or len(changed) < len(raw):
+                with pytest.raises(FileError):
+                    read_checkpoint(newest)
+        (newest / name).write_bytes(raw)
+    read_checkpoint(newest)
+    (newest / "network.safetensors").unlink()
+    assert Trainer(replace(CONFIG, steps=4), data, tmp_path, resume=True, device="cpu").step == 2
+    assert older.name == "step-000002"
+
+
+def test_a_folder_is_not_overwritten_by_another_run(data, tmp_path):
+    finish(Trainer(replace(CONFIG, steps=2), data, tmp_path, device="cpu"))
+    with pytest.raises(UsageError, match="already holds a run"):
+        Trainer(replace(CONFIG, steps=2), data, tmp_path, device="cpu")
+    with pytest.raises(UsageError, match=r"seed was 0, now 1"):
+        Trainer(replace(CONFIG, steps=2, seed=1), data, tmp_path, resume=True, device="cpu")
+    other = replace(data, card={**data.card, "sha256": "0"})
+    with pytest.raises(UsageError, match="other data"):
+        Trainer(replace(CONFIG, steps=2), other, tmp_path, resume=True, device="cpu")
+    longer = Trainer(replace(CONFIG, steps=3), data, tmp_path, resume=True, device="cpu")
+    assert len(finish(longer)) == 1
+
+
+def test_parts_of_a_batch_add_up(data):
+    config = replace(CONFIG, steps=4)
+    whole, parts = (finish(Trainer(replace(config, accum=accum), data, device="cpu")) for accum in (1, 4))
+    assert parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_export_is_the_average(data, tmp_path):
+    trainer = Trainer(replace(CONFIG, ema=(0.05, 0.2)), data, device="cpu")
+    finish(trainer)
+    for width in (0.05, 0.2):
+        den = load(trainer.export(tmp_path / "m.safetensors", {"licence": "none"}, width))
+        for name, value in den.net.state_dict().items():
+            assert torch.equal(value, trainer.ema[width][name].half().float())
+    assert den.labels == data.names
+
+
+def test_averages_have_the_width_they_are_asked_for():
+    for width in (0.02, 0.05, 0.1, 0.2):
+        steps = 4000
+        weight = np.zeros(steps)
+        for step in range(steps):
+            keep = (1 - 1 / (step + 1)) ** (ema_power(width) + 1)
+            weight *= keep
+            weight[step] += 1 - keep
+        times = np.arange(1, steps + 1) / steps
+        mean = (weight * times).sum()
+        assert weight.sum() == pytest.approx(1)
+        assert math.sqrt((weight * (times - mean) ** 2).sum()) == pytest.approx(width, rel=0.02)
+
+
+def test_rates(data):
+    trainer = Trainer(replace(CONFIG, steps=100, warmup=9), data, device="cpu")
+    rates = [trainer.rate(step) / CONFIG.rate for step in range(101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[100] == pytest.approx(0)
+    flat = Trainer(replace(CONFIG, steps=100, warmup=9, schedule="constant", cooldown=20), data, device="cpu")
+    assert {flat.rate(step) for step in range(9, 81)} == {CONFIG.rate}
+    assert flat.rate(90) == pytest.approx(CONFIG.rate / 2)
+
+
+def test_draws_depend_on_nothing_but_the_position(data):
+    a, b = Batch(CONFIG, data), Batch(CONFIG, data)
+    whole = a.draw(200, range(16))
+    b.draw(7, range(3))
+    for i in (0, 5, 15):
+        for one, all_ in zip(b.draw(200, range(i, i + 1)), whole, strict=True):
+            assert torch.equal(one[0], all_[i])
+    other = Batch(replace(CONFIG, seed=1), data).draw(200, range(16))
+    assert not torch.equal(other[1], whole[1])
+
+
+def test_every_epoch_shows_every_picture_once(data):
+    few = Data(data.images[:48], data.labels[:48], data.names, {})
+    batch = Batch(CONFIG, few)
+    orders = [[batch._chosen(position) for position in range(48 * e, 48 * e + 48)] for e in range(3)]
+    assert all(sorted(order) == list(range(48)) for order in orders)
+    assert orders[0] != orders[1]
+
+
+def test_classes_are_dropped_and_pictures_mirrored_as_told(data):
+    def share(**change):
+        batch = Batch(replace(CONFIG, batch=500, **change), data)
+        x0, _, _, labels = batch.draw(0, range(500))
+        plain, _, _, kept = Batch(replace(CONFIG, batch=500, drop=0.0), data).draw(0, range(500))
+        return (labels == 10).double().mean(), (x0 != plain).flatten(1).any(1), kept
+
+    assert abs(share(drop=0.2)[0] - 0.2) < 0.06
+    assert share(drop=0.0)[0] == 0
+    assert share(drop=1.0)[0] == 1
+    assert not share()[1].any()
+    assert 0.3 < share(flip=("*",))[1].double().mean() < 0.6
+    _, changed, kept = share(flip=("3",))
+    assert set(kept[changed].tolist()) == {3}
+
+
+def test_noise_levels(data):
+    batch = Batch(replace(CONFIG, batch=4000), data)
+    logs = batch.times((torch.arange(4000, dtype=torch.float64) + 0.5) / 4000).log()
+    assert float(logs.mean()) == pytest.approx(-1.2, abs=0.01)
+    assert float(logs.std()) == pytest.approx(1.2, abs=0.01)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    trainer = Trainer(CONFIG, data, tmp_path, device="cpu")
+    trainer.net.last.bias.data.fill_(math.inf)
+    with pytest.raises(NumericalError, match="the loss is"):
+        finish(trainer)
+    assert not checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prediction": "noise"}, "unknown prediction"),
+        ({"levels": "normal"}, "unknown noise levels"),
+        ({"levels": "logit-normal"}, "logit-normal"),
+        ({"schedule": "step"}, "unknown schedule"),
+        ({"steps": 0}, "steps"),
+        ({"batch": 0}, "batch"),
+        ({"accum": 3}, "accum"),
+        ({"warmup": -1}, "warmup"),
+        ({"rate": 0.0}, "rate"),
+        ({"rate": math.nan}, "rate"),
+        ({"drop": 1.5}, "drop"),
+        ({"ema": ()}, "ema"),
+        ({"ema": (0.5,)}, "ema"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_recipes(change, message):
+    with pytest.raises(UsageError, match=message):
+        replace(CONFIG, **change)
+
+
+def test_recipes_are_json():
+    assert TrainConfig.from_json(json.loads(json.dumps(CONFIG.to_json()))) == CONFIG
+    with pytest.raises(UsageError, match="unknown training field 'step'"):
+        TrainConfig.from_json({**CONFIG.to_json(), "step": 3})
+
+
+def test_network_and_data_must_fit(data):
+    with pytest.raises(UsageError, match="does not fit"):
+        Trainer(replace(CONFIG, network=replace(NETWORK, classes=3)), data, device="cpu")
+
+
+SCRIPT = """
+import json, sys
+from tests.scores.test_training import CONFIG, Trainer, load_data, replace
+trainer = Trainer(replace(CONFIG, steps=6), load_data("digits"), sys.argv[1], save_every=3, device="cpu")
+assert trainer.accelerator.num_processes == int(sys.argv[2])
+list(trainer.run())
+"""
+
+
+def test_two_processes_train_as_one(data, tmp_path):
+    """Two `accelerate launch --cpu`, told who they are by the environment, as mpirun does."""
+    losses = finish(Trainer(replace(CONFIG, steps=6), data, device="cpu"))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    run, root = tmp_path / "run", Path(__file__).parents[2]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", str(tmp_path / "script.py"), str(run), "2"]
+    shared = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(command, cwd=root, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
+    assert Trainer(replace(CONFIG, steps=6), data, run, resume=True, device="cpu").step == 6
