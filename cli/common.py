@@ -3,17 +3,21 @@
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
 from pfode.errors import FileError, PfodeError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 COMMANDS = {
     "sample": "Draw pictures from a score network.",
@@ -153,20 +157,22 @@ def read_config(file: Path, command: click.Command, name: str) -> dict[str, Any]
         key = min(content.keys() - {"tool"})
         raise FileError(f"{file}: {key!r} stands outside of [tool.pfode]", "write [tool.pfode] above it")
     table = tool.get("pfode", {}) if "tool" in content else content
-    general = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    for key in table.keys() - general.keys() - COMMANDS.keys():
-        raise FileError(f"{file}: unknown table {key!r}", did_you_mean(key, COMMANDS))
+    for key, value in table.items():
+        if isinstance(value, dict) and key not in COMMANDS:
+            raise FileError(f"{file}: unknown table {key!r}", did_you_mean(key, COMMANDS))
     known = _config_options(command)
     values = {}
-    for key, value in general.items():
-        if key in known:
-            values[key] = check_value(f"{file}: {key}", known[key], value)
-        elif not any(key in _config_options(other) for other in _other_commands(command)):
+    for key, value in table.items():
+        option = key.replace("-", "_")
+        if option in known:
+            values[option] = check_value(f"{file}: {key}", known[option], value)
+        elif not isinstance(value, dict) and not any(option in _config_options(c) for c in map(find_command, COMMANDS)):
             raise FileError(f"{file}: unknown key {key!r}", did_you_mean(key, known))
     for key, value in table.get(name, {}).items():
-        if key not in known:
+        option = key.replace("-", "_")
+        if option not in known:
             raise FileError(f"{file}: [{name}]: unknown key {key!r}", did_you_mean(key, known))
-        values[key] = check_value(f"{file}: [{name}]: {key}", known[key], value)
+        values[option] = check_value(f"{file}: [{name}]: {key}", known[option], value)
     return values
 
 
@@ -192,10 +198,6 @@ def check_value(where: str, option: click.Parameter, value: Any) -> Any:
 def _config_options(command: click.Command) -> dict[str, click.Parameter]:
     options = (p for p in command.params if isinstance(p, click.Option))
     return {p.name: p for p in options if p.name and p.name not in ("config", "help")}
-
-
-def _other_commands(command: click.Command) -> list[click.Command]:
-    return [other for other in map(find_command, COMMANDS) if other is not command]
 
 
 def find_command(name: str) -> click.Command:
@@ -289,6 +291,15 @@ def _log(trace: str) -> str:
 
 
 # ---- small things
+
+
+def bar(out: Output, total: int | None = None, **options: Any) -> "tqdm[Any]":
+    """A progress bar on stderr, hidden where that is no terminal or the run is quiet."""
+    from tqdm import tqdm
+
+    columns, rows = shutil.get_terminal_size()  # sound also where the terminal claims to have no size
+    hidden = out.quiet or not sys.stderr.isatty()
+    return tqdm(total=total, disable=hidden, leave=False, ncols=min(columns, 100), nrows=rows, **options)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -75,11 +75,12 @@ def contact_sheet(pixels: Pixels, scale: int, columns: int) -> np.ndarray:
     return sheet
 
 
-def encode_png(picture: np.ndarray, recipe: dict[str, Any]) -> bytes:
+def encode_png(picture: np.ndarray, recipe: dict[str, Any] | None = None) -> bytes:
     """A PNG that says how it was made: tEXt `parameters` as other tools write it, iTXt `pfode` with everything."""
     text = PngImagePlugin.PngInfo()
-    text.add_text("parameters", parameters(recipe))
-    text.add_itxt("pfode", json.dumps(recipe, allow_nan=False, ensure_ascii=False))
+    if recipe is not None:
+        text.add_text("parameters", parameters(recipe))
+        text.add_itxt("pfode", json.dumps(recipe, allow_nan=False, ensure_ascii=False))
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "PNG", pnginfo=text, optimize=True)
     return stream.getvalue()

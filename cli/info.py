@@ -102,11 +102,7 @@ def _config(ctx: click.Context) -> tuple[Any, str]:
     """Every option of the commands that compute, with the configuration this call sees."""
     found, parts = {}, []
     for name in ("sample", "train"):
-        try:
-            command = find_command(name)
-        except ModuleNotFoundError:
-            continue
-        with command.make_context(name, _config_arguments(ctx), parent=ctx.parent) as inner:
+        with find_command(name).make_context(name, _config_arguments(ctx), parent=ctx.parent) as inner:
             values = {key: (inner.params[key], source(inner, key)) for key in sorted(inner.params)}
         found[name] = {key: {"value": value, "source": where} for key, (value, where) in values.items()}
         rows = [[key, "-" if value is None else str(value), where] for key, (value, where) in values.items()]

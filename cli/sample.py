@@ -6,8 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pfode
-from pfode.cli.common import Command, Finite, model_path, output
+from pfode.cli.common import Command, Finite, Output, bar, model_path, output
 from pfode.cli.recipe import check_digest, format_seeds, parse_seeds, seed_range, settle
 from pfode.errors import MissingError, UsageError, WriteError, unknown
 from pfode.files import read_header, write_atomic
@@ -74,7 +72,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     names = f"model {options['model']}, sampler {plan.name}, grid {plan.meta.get('grid', 'of the plan')}"
     out.note(f"{names}, n {n}, seeds {format_seeds(job.seeds)}, device {job.device}")
     began = time.perf_counter()
-    with Progress(n, hidden=out.quiet or not sys.stderr.isatty()) as progress:
+    with Progress(n, out) as progress:
         result = pfode.sample(
             job.net,
             plan=plan,
@@ -306,12 +304,9 @@ def _check_writable(name: str, option: str, made: bool) -> None:
 class Progress:
     """A bar over the steps of all batches; the callback of `pfode.sample`."""
 
-    def __init__(self, n: int, hidden: bool):
-        from tqdm import tqdm
-
+    def __init__(self, n: int, out: Output):
         self.n = n
-        columns, rows = shutil.get_terminal_size()  # sound also where the terminal claims to have none
-        self.bar = tqdm(total=0, disable=hidden, unit="step", leave=False, ncols=min(columns, 100), nrows=rows)
+        self.bar = bar(out, 0, unit=" steps")
 
     def __call__(self, point: Any) -> None:
         if not self.bar.total:

@@ -1,5 +1,6 @@
 """pfode train: train a score network, with a bar, metrics.jsonl, sample sheets and checkpoints to resume from."""
 
+import io
 import shlex
 import sys
 from collections import deque
@@ -33,10 +34,14 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 
 @click.command(cls=Command, name="train")
 @click.option("--data", default="digits", show_default=True, metavar=FORMS, help="The pictures.")
-@click.option("--size", type=click.IntRange(4, 256), default=32, show_default=True, help="Side that files are brought to.")
+@click.option(
+    "--size", type=click.IntRange(4, 256), default=32, show_default=True, help="Side that files are brought to."
+)
 @click.option("--font", metavar="FILE", help="Font of the emoji, if not Debian's.")
 @click.option("--listing", metavar="FILE", help="emoji-test.txt, if not Debian's.")
-@click.option("--process", type=click.Choice(list(PROCESSES)), default="edm", show_default=True, help="How noise comes in.")
+@click.option(
+    "--process", type=click.Choice(list(PROCESSES)), default="edm", show_default=True, help="How noise comes in."
+)
 @click.option("--prediction", type=click.Choice(PREDICTIONS), help="What the network says; default by the process.")
 @click.option("--sigma-data", type=Finite(0), default=0.5, show_default=True, help="Deviation of the data (edm).")
 @click.option("--widths", metavar="LIST", help="Channels of each level: 32,96,128. Default by the size.")
@@ -44,30 +49,42 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 @click.option("--attention", metavar="LIST", help="Sides that have attention: 8,16; 0: none.")
 @click.option("--dropout", type=Finite(0), default=0.0, show_default=True, help="Inside the blocks.")
 @click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="Optimiser steps.")
-@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Pictures per step, in all processes.")
-@click.option("--accum", type=click.IntRange(1), default=1, show_default=True, help="Parts of a batch, one after another.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=64, show_default=True, help="Pictures per step, in all processes."
+)
+@click.option(
+    "--accum", type=click.IntRange(1), default=1, show_default=True, help="Parts of a batch, one after another."
+)
 @click.option("--lr", type=Finite(0), default=1e-3, show_default=True, help="Highest learning rate.")
 @click.option("--schedule", type=click.Choice(["cosine", "constant"]), default="cosine", show_default=True)
 @click.option("--warmup", type=click.IntRange(0), default=100, show_default=True, help="Steps of rising rate.")
-@click.option("--cooldown", type=click.IntRange(0), default=0, show_default=True, help="Steps of falling rate (constant).")
+@click.option(
+    "--cooldown", type=click.IntRange(0), default=0, show_default=True, help="Steps of falling rate (constant)."
+)
 @click.option("--clip", type=Finite(0), default=1.0, show_default=True, help="Largest norm of the gradient.")
-@click.option("--ema", default="0.05,0.1", show_default=True, metavar="LIST", help="Widths of the averages; the first is kept.")
+@click.option(
+    "--ema", default="0.05,0.1", show_default=True, metavar="LIST", help="Widths of the averages; the first is kept."
+)
 @click.option("--drop", type=Finite(0), default=0.1, show_default=True, help="Share of hidden classes, for guidance.")
 @click.option("--flip/--no-flip", default=None, help="Mirror images; default: where the data says they make sense.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--out", metavar="DIR|FILE", help="Folder of the run, or the model file. [default: runs/DATA-PROCESS]")
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
 @click.option("--save-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between checkpoints.")
-@click.option("--sheet-every", type=click.IntRange(0), default=0, show_default=True, help="Steps between sheets; 0: none.")
+@click.option(
+    "--sheet-every", type=click.IntRange(0), default=0, show_default=True, help="Steps between sheets; 0: none."
+)
 @click.option("--tracker", metavar="LIST", help="Of accelerate: tensorboard, wandb ...")
-@click.option("--amp/--no-amp", default=None, help="bfloat16 inside the network; default: where the device is fast in it.")
+@click.option(
+    "--amp/--no-amp", default=None, help="bfloat16 inside the network; default: where the device is fast in it."
+)
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:
     """Train a score network on pictures.
 
-    Writes checkpoints, metrics.jsonl and model.safetensors to --out and prints the path of the model. A run that was stopped, however,
-    continues with --resume, bit for bit on a CPU. Several processes: `accelerate launch -m pfode.cli train ...`.
+    Writes checkpoints, metrics.jsonl and model.safetensors to --out and prints the path of the model. A run that was
+    stopped continues with --resume, bit for bit on a CPU. In several processes: `accelerate launch -m pfode.cli train`.
     """
     out = output(ctx)
     device = find_device(options["device"])
@@ -91,11 +108,20 @@ def command(ctx: click.Context, **options: Any) -> None:
     if trainer.main:
         count = sum(p.numel() for p in trainer.net.parameters())
         begin = f", continuing after step {trainer.step}" if trainer.step else ""
-        out.note(f"{len(data)} pictures of {data.shape}, {count:,} parameters, {config.prediction} on {options['process']}, {folder}{begin}")
+        out.note(
+            f"{len(data)} pictures of {data.shape}, {count:,} parameters, "
+            f"{config.prediction} on {options['process']}, {folder}{begin}"
+        )
     loss = train(trainer, options["sheet_every"], out)
     if trainer.main:
         path = trainer.export(model, card(data, loss))
-        summary = {"out": str(path), "steps": trainer.step, "loss": loss, "seconds": round(trainer.seconds, 1), "run": str(folder)}
+        summary = {
+            "out": str(path),
+            "steps": trainer.step,
+            "loss": loss,
+            "seconds": round(trainer.seconds, 1),
+            "run": str(folder),
+        }
         out.emit(summary, str(path))
 
 
@@ -117,7 +143,9 @@ def train(trainer: "Trainer", sheet_every: int, out: Output) -> float | None:
 
 
 def draw(trainer: "Trainer", step: int) -> None:
-    """A sheet of samples from the average so far, in the folder of the run: every class in turn, the same seeds each time."""
+    """A sheet of samples from the average so far: every class in turn, the same seeds each time."""
+    from PIL import Image
+
     from pfode.cli import images
 
     assert trainer.folder is not None
@@ -129,7 +157,9 @@ def draw(trainer: "Trainer", step: int) -> None:
     pixels = images.to_pixels(x)
     columns = images.sheet_columns(n, classes)
     sheet = images.contact_sheet(pixels, images.default_scale(n, *trainer.data.shape[1:], columns), columns)
-    write_atomic(trainer.folder / f"sheet-{step:06d}.png", images.encode_png(sheet, {"step": step}))
+    stream = io.BytesIO()
+    Image.fromarray(sheet).save(stream, "PNG")
+    write_atomic(trainer.folder / f"sheet-{step:06d}.png", stream.getvalue())
 
 
 def recipe(options: dict[str, Any], data: "Data", device: str) -> "TrainConfig":
@@ -144,12 +174,11 @@ def recipe(options: dict[str, Any], data: "Data", device: str) -> "TrainConfig":
 
     channels, size, _ = data.shape
     standard = next((network for side, network in NETWORKS.items() if size <= side), NETWORKS[64])
-    given = (options["widths"], options["blocks"], options["attention"])
-    texts = [value or default for value, default in zip(given, standard, strict=True)]
-    widths, blocks, attention = (
-        numbers(name, text) for name, text in zip(("--widths", "--blocks", "--attention"), texts, strict=True)
-    )
-    attention = tuple(side for side in attention if side)
+    widths = numbers("--widths", options["widths"] or standard[0])
+    blocks = numbers("--blocks", options["blocks"] or standard[1])
+    if options["blocks"] is None and len(widths) != len(blocks):
+        blocks = (1, *(2 for _ in widths[1:]))
+    attention = tuple(side for side in numbers("--attention", options["attention"] or standard[2]) if side)
     attended = [width for level, width in enumerate(widths) if size >> level in attention]
     head = next((h for h in (32, 24, 16, 8) if all(width % h == 0 for width in attended)), 8)
     flips = {None: tuple(data.card.get("flip", ())), True: ("*",), False: ()}
@@ -183,7 +212,9 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"{name}: expected whole numbers separated by commas, got {text!r:.60}", f"{name} 4,8") from error
+        raise UsageError(
+            f"{name}: expected whole numbers separated by commas, got {text!r:.60}", f"{name} 4,8"
+        ) from error
 
 
 def fractions(name: str, text: str) -> tuple[float, ...]:
@@ -195,7 +226,9 @@ def fractions(name: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"{name}: expected numbers separated by commas, got {text!r:.60}", f"{name} 0.05,0.1") from error
+        raise UsageError(
+            f"{name}: expected numbers separated by commas, got {text!r:.60}", f"{name} 0.05,0.1"
+        ) from error
 
 
 def fast_bfloat16(device: str) -> bool:

@@ -1,7 +1,7 @@
 """Models as one self-contained safetensors file: the weights, and in the metadata everything else.
 
-Metadata: `pfode.config` (JSON: architecture, process, prediction, labels and the card: data, licence, ...), `pfode.digest`
-(sha256 of everything), `modelspec.*` (https://github.com/Stability-AI/ModelSpec). Loading executes nothing.
+Metadata: `pfode.config` (JSON: architecture, process, prediction, labels and the card: data, licence, ...),
+`pfode.digest` (sha256 of everything), `modelspec.*` (https://github.com/Stability-AI/ModelSpec). Loading executes nothing.
 """
 
 import json
@@ -31,7 +31,9 @@ NAMES = {dtype: name for name, dtype in FLOATS.items()}
 FIELDS = {"architecture", "process", "prediction", "sigma_data", "time_scale", "shape", "labels"}
 
 
-def save(den: Denoiser, path: str | os.PathLike[str], *, card: dict[str, Any], dtype: torch.dtype = torch.float16) -> Path:
+def save(
+    den: Denoiser, path: str | os.PathLike[str], *, card: dict[str, Any], dtype: torch.dtype = torch.float16
+) -> Path:
     """Write a denoiser whose network is a `UNet`.
 
     Args:
@@ -64,7 +66,9 @@ def save(den: Denoiser, path: str | os.PathLike[str], *, card: dict[str, Any], d
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in den.net.state_dict().items()}
     for name, value in tensors.items():
         if not value.isfinite().all():
-            raise UsageError(f"save: {name}: not finite in {dtype}", "the training diverged, or save(..., dtype=torch.float32)")
+            raise UsageError(
+                f"save: {name}: not finite in {dtype}", "the training diverged, or save(..., dtype=torch.float32)"
+            )
     metadata = {
         "format": "pt",
         "pfode.kind": "model",
@@ -82,7 +86,9 @@ def save(den: Denoiser, path: str | os.PathLike[str], *, card: dict[str, Any], d
     return write_atomic(path, serialise(tensors, metadata=metadata))
 
 
-def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Denoiser:
+def load(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Denoiser:
     """Read a model written by `save`; header, digest, configuration and every tensor are checked first.
 
     Raises:
@@ -108,7 +114,9 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype
     return den.with_network(network.eval().requires_grad_(False))
 
 
-def load_model(source: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Denoiser:
+def load_model(
+    source: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Denoiser:
     """A shipped model by name, or a file by path; `pfode.load`.
 
     Raises:
@@ -131,7 +139,9 @@ def model_path(source: str | os.PathLike[str]) -> Path:
         return path
     if path.is_dir():
         raise UsageError(f"model {str(source)!r} is a folder", "give the .safetensors file in it")
-    raise UsageError(f"unknown model {str(source)!r}", f"{did_you_mean(source, SHIPPED)} or a path to a .safetensors file")
+    raise UsageError(
+        f"unknown model {str(source)!r}", f"{did_you_mean(source, SHIPPED)} or a path to a .safetensors file"
+    )
 
 
 def _build(config: dict[str, Any]) -> Denoiser:
@@ -157,7 +167,7 @@ def _build(config: dict[str, Any]) -> Denoiser:
         raise UsageError(f"shape: expected {shape}, as the architecture says, got {config['shape']!r:.60}")
     labels = config["labels"]
     named = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
-    if labels is not None and not named or len(labels or ()) != net.classes:
+    if (labels is not None and not named) or len(labels or ()) != net.classes:
         raise UsageError(f"labels: expected {net.classes} names, as the architecture says, got {labels!r:.60}")
     _scalars(process)
     with torch.device("meta"):
@@ -185,7 +195,9 @@ def _tensors(header: Header, network: nn.Module) -> dict[str, Tensor]:
     """The tensors of the file, exactly those the network has, floating point and finite."""
     file, expected = header.path, {name: tuple(value.shape) for name, value in network.state_dict().items()}
     for name in sorted(set(expected) ^ set(header.entries)):
-        raise FileError(f"{file}: tensor {name!r} is {'missing' if name in expected else 'unknown'}", "the file is of another model")
+        raise FileError(
+            f"{file}: tensor {name!r} is {'missing' if name in expected else 'unknown'}", "the file is of another model"
+        )
     for name, shape in expected.items():
         entry = header.entries[name]
         if entry.shape != shape:

@@ -33,8 +33,8 @@ class Data:
         images: uint8 (n, channels, size, size).
         labels: int64 (n,), or None.
         names: of the classes; empty without labels.
-        card: where they come from, under what licence, digests: JSON. `card["flip"]` names the classes of which a mirror
-            image is as good as the picture.
+        card: where they come from, under what licence, digests: JSON. `card["flip"]` names the classes of which a
+            mirror image is as good as the picture.
     """
 
     images: Tensor
@@ -48,7 +48,9 @@ class Data:
             raise UsageError(f"data: expected uint8 (n, 1 or 3, size, size) with n > 0, got {tuple(self.images.shape)}")
         if (self.labels is None) != (not self.names):
             raise UsageError("data: labels and names of the classes go together")
-        if self.labels is not None and (self.labels.shape != (n,) or not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.names)):
+        if self.labels is not None and (
+            self.labels.shape != (n,) or not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.names)
+        ):
             raise UsageError(f"data: labels must be {n} integers from 0 to {len(self.names) - 1}")
 
     def __len__(self) -> int:
@@ -113,10 +115,11 @@ COMPONENTS = range(0x1F3FB, 0x1F400)  # skin tones
 
 
 def emoji(font: Path = EMOJI_FONT, listing: Path = EMOJI_LIST, *, size: int = 32) -> Data:
-    """The colour emoji of the Noto font on white: fully-qualified, without skin tones; the Unicode groups are the classes.
+    """The colour emoji of the Noto font on white; the Unicode groups are the classes.
 
-    Rendered at the font's only size of 109 pixels, centred on a white square and reduced with a Lanczos filter. People
-    drawn as grey silhouettes (families) are left out. Mirror images are offered for the groups in which nothing is written.
+    Fully-qualified ones without skin tones, rendered at the font's only size of 109 pixels, centred on a white square
+    and reduced with a Lanczos filter. People drawn as grey silhouettes (families) are left out. Mirror images are
+    offered for the groups in which nothing is written.
 
     Raises:
         MissingError: the font or the list is not there.
@@ -124,13 +127,17 @@ def emoji(font: Path = EMOJI_FONT, listing: Path = EMOJI_LIST, *, size: int = 32
     """
     for path, package in ((font, "fonts-noto-color-emoji"), (listing, "unicode-data")):
         if not Path(path).is_file():
-            raise MissingError(f"data 'emoji' needs {path}", f"apt-get install {package} (or give the path as an option)")
+            raise MissingError(
+                f"data 'emoji' needs {path}", f"apt-get install {package} (or give the path as an option)"
+            )
     from PIL import Image, ImageDraw, ImageFont
 
     try:
         face = ImageFont.truetype(str(font), 109)
     except OSError as error:
-        raise FileError(f"{font}: not a colour bitmap font that Pillow reads ({error})", "apt-get install fonts-noto-color-emoji") from error
+        raise FileError(
+            f"{font}: not a colour bitmap font that Pillow reads ({error})", "apt-get install fonts-noto-color-emoji"
+        ) from error
     pictures: list[np.ndarray] = []
     groups: list[str] = []
     for text, group in _listed_emoji(Path(listing)):
@@ -200,7 +207,9 @@ def archive(path: Path, *, size: int = 32) -> Data:
             for info in infos:
                 parts = PurePosixPath(info.filename.replace("\\", "/"))
                 if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
-                    raise FileError(f"{path}: {info.filename!r:.80}: a path that leads out of the archive", "write the zip anew")
+                    raise FileError(
+                        f"{path}: {info.filename!r:.80}: a path that leads out of the archive", "write the zip anew"
+                    )
             chosen = [i for i in infos if i.filename.lower().endswith(SUFFIXES)]
 
             def reader(info: zipfile.ZipInfo) -> Callable[[], bytes]:
@@ -222,7 +231,10 @@ def _pictures(path: Path, entries: list[tuple[str, int, Callable[[], bytes]]], s
     if not entries:
         raise FileError(f"{path}: no pictures ({', '.join(SUFFIXES)})", "class sub-folders with pictures become labels")
     if len(entries) * 3 * size * size > MAX_BYTES:
-        raise FileError(f"{path}: {len(entries)} pictures of {size}x{size} need more than {MAX_BYTES >> 30} GiB", "take a smaller --size")
+        raise FileError(
+            f"{path}: {len(entries)} pictures of {size}x{size} need more than {MAX_BYTES >> 30} GiB",
+            "take a smaller --size",
+        )
     classes = [PurePosixPath(name).parts[0] if "/" in name else "" for name, _, _ in entries]
     names = tuple(dict.fromkeys(classes))
     if "" in names and len(names) > 1:
@@ -231,13 +243,21 @@ def _pictures(path: Path, entries: list[tuple[str, int, Callable[[], bytes]]], s
     images = np.empty((len(entries), size, size, 3), dtype=np.uint8)
     for i, (name, length, read) in enumerate(entries):
         if length > MAX_FILE:
-            raise FileError(f"{path}: {name}: {length} bytes; a picture may have {MAX_FILE >> 20} MiB", "make it smaller")
+            raise FileError(
+                f"{path}: {name}: {length} bytes; a picture may have {MAX_FILE >> 20} MiB", "make it smaller"
+            )
         images[i] = _decode(f"{path}: {name}", read(), size)
     stacked = torch.from_numpy(images).permute(0, 3, 1, 2)
     if (images[..., :1] == images).all():
         stacked = stacked[:, :1]
     stacked = stacked.contiguous()
-    card = {"name": path.name, "source": path.name, "count": len(images), "sha256": _sha256(stacked.numpy().tobytes()), "flip": []}
+    card = {
+        "name": path.name,
+        "source": path.name,
+        "count": len(images),
+        "sha256": _sha256(stacked.numpy().tobytes()),
+        "flip": [],
+    }
     if names == ("",):
         return Data(stacked, None, (), card)
     return Data(stacked, torch.tensor([names.index(c) for c in classes]), names, card)
@@ -273,19 +293,33 @@ def arrays(path: Path) -> Data:
             content = {key: file[key] for key in ("images", "labels", "names") if key in file.files}
             held = file.files
     except Exception as error:  # zipfile, zlib and numpy raise almost anything on broken input
-        raise FileError(f"{path}: not a readable npz file ({type(error).__name__}: {error})", "np.savez(FILE, images=..., labels=...)") from error
+        raise FileError(
+            f"{path}: not a readable npz file ({type(error).__name__}: {error})",
+            "np.savez(FILE, images=..., labels=...)",
+        ) from error
     if "images" not in content:
-        raise FileError(f"{path}: no array 'images' (it has: {', '.join(held) or 'nothing'})", "np.savez(FILE, images=..., labels=...)")
+        raise FileError(
+            f"{path}: no array 'images' (it has: {', '.join(held) or 'nothing'})",
+            "np.savez(FILE, images=..., labels=...)",
+        )
     images, labels = content["images"], content.get("labels")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
-        raise FileError(f"{path}: images: expected uint8 (n, height, width, channels), got {images.dtype} {images.shape}")
+        raise FileError(
+            f"{path}: images: expected uint8 (n, height, width, channels), got {images.dtype} {images.shape}"
+        )
     if images.ndim == 3:
         images = images[:, None]
     elif images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     if images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
         raise FileError(f"{path}: images: expected square pictures of 1 or 3 channels, got {content['images'].shape}")
-    card = {"name": path.name, "source": path.name, "count": len(images), "sha256": _sha256(images.tobytes()), "flip": []}
+    card = {
+        "name": path.name,
+        "source": path.name,
+        "count": len(images),
+        "sha256": _sha256(images.tobytes()),
+        "flip": [],
+    }
     tensor = torch.from_numpy(np.ascontiguousarray(images))
     if labels is None:
         return Data(tensor, None, (), card)

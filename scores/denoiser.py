@@ -22,7 +22,8 @@ class Denoiser(Preconditioned):
     """Any torch callable `(x, c_noise, **cond)` as a denoiser.
 
     Prediction "edm" is the preconditioning of Karras et al. 2022 (table 1) for any process: with s = sigma_data and
-    r = sqrt(sigma^2 + alpha^2 s^2): c_in = 1/r, c_skip = alpha s^2/r^2, c_out = sigma s/r, c_noise = log(sigma/alpha)/4.
+    r = sqrt(sigma^2 + alpha^2 s^2): c_in = 1/r, c_skip = alpha s^2/r^2, c_out = sigma s/r and
+    c_noise = log(sigma/alpha)/4.
     The others are rows of `pfode.prediction`, with c_noise = time_scale t and, where the process does not keep the
     variance at one, an input scaled by 1/hypot(alpha, sigma); "flow" networks see x itself.
 
@@ -63,7 +64,11 @@ class Denoiser(Preconditioned):
         self.shape = None if shape is None else tuple(shape)
         self.labels = None if labels is None else tuple(labels)
         self.time_scale = float(time_scale)
-        weight = next((p for p in network.parameters() if p.is_floating_point()), None) if isinstance(network, nn.Module) else None
+        weight = (
+            next((p for p in network.parameters() if p.is_floating_point()), None)
+            if isinstance(network, nn.Module)
+            else None
+        )
         self.dtype = None if weight is None else weight.dtype
         self.device = None if weight is None else weight.device
 
@@ -122,7 +127,9 @@ class Denoiser(Preconditioned):
             low = high = label
             label = torch.full((x.shape[0],), label, device=x.device)
         elif label.is_floating_point() or label.shape not in ((), (x.shape[0],)):
-            raise UsageError(f"label: expected integers of shape ({x.shape[0]},), got {label.dtype} of shape {tuple(label.shape)}")
+            raise UsageError(
+                f"label: expected integers of shape ({x.shape[0]},), got {label.dtype} of shape {tuple(label.shape)}"
+            )
         elif label.device.type == "cpu" and self.labels is not None and not torch.compiler.is_compiling():
             low, high = int(label.min()), int(label.max())
         else:
@@ -151,12 +158,14 @@ class Denoiser(Preconditioned):
             number = -1
         if not 0 <= number < len(self.labels):
             close = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.4)
-            hint = f"did you mean {self.labels[folded.index(close[0])]!r}?" if close else f"known: {_listed(self.labels)}"
+            hint = (
+                f"did you mean {self.labels[folded.index(close[0])]!r}?" if close else f"known: {_listed(self.labels)}"
+            )
             raise UsageError(f"unknown label {name!r}", hint)
         return number
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Denoiser":
-        """This denoiser on another device or in another dtype; this one stays as it is. A plain function moves nowhere."""
+        """A copy on another device or in another dtype; this one stays as it is. A plain function moves nowhere."""
         same_device = device is None or torch.device(device) == self.device
         if not isinstance(self.net, nn.Module) or (same_device and dtype in (None, self.dtype)):
             return self
@@ -176,10 +185,6 @@ class Denoiser(Preconditioned):
 
     def compiled(self) -> "Denoiser":
         """The same denoiser with its network through torch.compile."""
-        return self.with_network(torch.compile(self.net))
-
-    def compiled(self) -> "Denoiser":
-        """The same denoiser with its network run through torch.compile."""
         return self.with_network(torch.compile(self.net))
 
     def guided(self, scale: float) -> DenoiserProtocol:

@@ -83,7 +83,9 @@ def guide(denoiser: Denoiser, scale: float, label: Tensor | int | str | None = N
         UsageError: an unconditional denoiser, a scale that is not finite, or an unknown class.
     """
     if not getattr(denoiser, "labels", None):
-        raise UsageError("guidance needs a class-conditional denoiser; this one has no labels", "leave the guidance out")
+        raise UsageError(
+            "guidance needs a class-conditional denoiser; this one has no labels", "leave the guidance out"
+        )
     if not math.isfinite(scale):
         raise UsageError(f"guidance scale must be finite, got {scale}", "1 means no guidance; try 1.5 to 4")
     if isinstance(label, str):

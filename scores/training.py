@@ -1,8 +1,8 @@
 """Denoising score matching: train a network on pictures, survive any kill, resume bit for bit.
 
-Every random number of a run is a function of (seed, position), where position counts the training pictures: the order of
-the data, noise levels, noise, dropped classes and mirror images. So neither the number of processes nor an interruption changes
-what is drawn, and a checkpoint needs no random state.
+Every random number of a run is a function of (seed, position), where position counts the training pictures: the order
+of the data, noise levels, noise, dropped classes and mirror images. So neither the number of processes nor an
+interruption changes what is drawn, and a checkpoint needs no random state.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from pfode.denoiser import Preconditioning
-from pfode.errors import FileError, NumericalError, UsageError, unknown
+from pfode.errors import FileError, NumericalError, UsageError, WriteError, unknown
 from pfode.files import write_atomic
 from pfode.prediction import PREDICTIONS
 from pfode.process import EDM, VE, Flow, Process, from_config
@@ -48,8 +48,8 @@ class TrainConfig:
         network: of the `UNet`.
         process: its configuration, `Process.config()`.
         prediction: "edm", "x0", "eps", "score", "v" or "flow"; "" chooses by the process: edm, eps or flow.
-        levels: how noise levels are drawn: "lognormal" in sigma/alpha with `level_mean`, `level_std` (Karras et al. 2022),
-            "uniform" in t, or "logit-normal" in t (Esser et al. 2024); "" chooses by the process.
+        levels: how noise levels are drawn: "lognormal" in sigma/alpha with `level_mean`, `level_std` (Karras et al.
+            2022), "uniform" in t, or "logit-normal" in t (Esser et al. 2024); "" chooses by the process.
         steps: optimiser steps; the cosine rate ends there.
         batch: pictures per step, over all processes and `accum` parts.
         rate: the highest learning rate, after `warmup` steps.
@@ -97,7 +97,9 @@ class TrainConfig:
         if self.levels not in LEVELS:
             raise unknown("noise levels", self.levels, LEVELS)
         if self.levels == "logit-normal" and not 0 <= process.t_min < process.t_max <= 1:
-            raise UsageError(f"training: levels: 'logit-normal' needs times within [0, 1], not those of {self.process['name']}")
+            raise UsageError(
+                f"training: levels: 'logit-normal' needs times within [0, 1], not those of {self.process['name']}"
+            )
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
         for name in ("steps", "batch", "accum"):
@@ -109,7 +111,9 @@ class TrainConfig:
             _require(name, 0 < getattr(self, name) < math.inf, getattr(self, name), "a positive number")
         _require("drop", 0 <= self.drop <= 1, self.drop, "a share within [0, 1]")
         _require("seed", 0 <= self.seed < 2**63, self.seed, "an integer from 0 to 2^63")
-        _require("ema", bool(self.ema) and all(0 < width < 0.25 for width in self.ema), self.ema, "widths within (0, 0.25)")
+        _require(
+            "ema", bool(self.ema) and all(0 < width < 0.25 for width in self.ema), self.ema, "widths within (0, 0.25)"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -165,7 +169,7 @@ class Batch:
         self.order = (-1, np.empty(0, dtype=np.int64))
 
     def draw(self, step: int, indices: range) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x0 in [-1, 1], noise, t (all float64) and labels of the pictures `indices` (within the batch) of a step from 0."""
+        """x0 in [-1, 1], noise, t (all float64) and labels of the pictures `indices` of the batch of a step from 0."""
         config, data = self.config, self.data
         chosen, clock, dropped, mirror, noise = [], [], [], [], []
         for i in indices:
@@ -252,15 +256,22 @@ class Trainer:
         shape = (config.network.channels, config.network.size, config.network.size)
         if shape != data.shape or config.network.classes != len(data.names):
             raise UsageError(
-                f"training: a network for {shape} with {config.network.classes} classes does not fit data of {data.shape} with {len(data.names)}"
+                f"training: a network for {shape} with {config.network.classes} classes does not fit "
+                f"data of {data.shape} with {len(data.names)}"
             )
         self.accelerator = Accelerator(cpu=device == "cpu", log_with=list(trackers) or None)
         if trackers:
             self.accelerator.init_trackers("pfode")
         self.trackers = bool(trackers)
-        share, self.first = divmod(config.batch // config.accum, self.accelerator.num_processes), self.accelerator.process_index
+        share, self.first = (
+            divmod(config.batch // config.accum, self.accelerator.num_processes),
+            self.accelerator.process_index,
+        )
         if share[1]:
-            raise UsageError(f"training: batch: {config.batch} in {config.accum} parts cannot be split over {self.accelerator.num_processes} processes")
+            raise UsageError(
+                f"training: batch: {config.batch} in {config.accum} parts cannot be split "
+                f"over {self.accelerator.num_processes} processes"
+            )
         self.share = share[0]
         self.config = config
         self.data = data
@@ -272,9 +283,13 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.net = UNet(config.network)
-        self.ema = {width: {name: p.detach().clone() for name, p in self.net.named_parameters()} for width in config.ema}
+        self.ema = {
+            width: {name: p.detach().clone() for name, p in self.net.named_parameters()} for width in config.ema
+        }
         self.model: Any = self.accelerator.prepare_model(self.net)
-        self.ema = {w: {n: p.to(self.accelerator.device) for n, p in average.items()} for w, average in self.ema.items()}
+        self.ema = {
+            w: {n: p.to(self.accelerator.device) for n, p in average.items()} for w, average in self.ema.items()
+        }
         self.optimiser = torch.optim.AdamW(
             self.net.parameters(), lr=config.rate, betas=(0.9, config.beta2), weight_decay=config.decay, fused=True
         )
@@ -343,14 +358,21 @@ class Trainer:
             x, c, target = self._problem(x0, noise, t)
             extra = {} if label is None else {"label": label.to(device)}
             last = k == config.accum - 1
-            with _synchronised(self.accelerator, self.model, last), torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                out = self.model((c.c_in.reshape(-1, 1, 1, 1) * x).float().to(device), c.c_noise.float().to(device), **extra)
+            with (
+                _synchronised(self.accelerator, self.model, last),
+                torch.autocast(device.type, torch.bfloat16, enabled=config.amp),
+            ):
+                out = self.model(
+                    (c.c_in.reshape(-1, 1, 1, 1) * x).float().to(device), c.c_noise.float().to(device), **extra
+                )
                 loss = (out.float() - target.float().to(device)).square().mean() / config.accum
                 self.accelerator.backward(loss)
             total += loss.detach()
         loss = float(self.accelerator.reduce(total, reduction="mean"))
         if not math.isfinite(loss):
-            raise NumericalError(f"training: the loss is {loss} at step {self.step + 1}", "a smaller --lr, or a longer --warmup")
+            raise NumericalError(
+                f"training: the loss is {loss} at step {self.step + 1}", "a smaller --lr, or a longer --warmup"
+            )
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.clip)
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate(self.step)
@@ -378,8 +400,11 @@ class Trainer:
                 "rate": float(f"{record.rate:.4g}"),
                 "images_per_second": round(record.images_per_second, 1),
             }
-            with (self.folder / METRICS).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with (self.folder / METRICS).open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise _unwritable(self.folder / METRICS, error) from error
 
     # Checkpoints: folder/step-000123/ with the weights, the averages, the optimiser and, last, a manifest of digests.
 
@@ -394,28 +419,38 @@ class Trainer:
         if not self.main:
             self.accelerator.wait_for_everyone()
             return None
-        named = {name: p for name, p in self.net.named_parameters()}
-        parts: dict[str, dict[str, Tensor]] = {"network.safetensors": {n: p.detach().cpu().contiguous() for n, p in named.items()}}
+        named = dict(self.net.named_parameters())
+        parts: dict[str, dict[str, Tensor]] = {
+            "network.safetensors": {n: p.detach().cpu().contiguous() for n, p in named.items()}
+        }
         for width, average in self.ema.items():
             parts[f"ema-{width:g}.safetensors"] = {n: p.cpu().contiguous() for n, p in average.items()}
         state = self.optimiser.state
         parts["optimiser.safetensors"] = {
-            f"{name}.{key}": value.cpu().contiguous() for name, p in named.items() for key, value in state.get(p, {}).items()
+            f"{name}.{key}": value.cpu().contiguous()
+            for name, p in named.items()
+            for key, value in state.get(p, {}).items()
         }
         final = self.folder / f"step-{self.step:06d}"
         temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        digests = {}
-        for name, tensors in parts.items():
-            raw = serialise(tensors)
-            digests[name] = hashlib.sha256(raw).hexdigest()
-            write_atomic(temporary / name, raw)
-        manifest = {"step": self.step, "seconds": self.seconds, "config": self.config.to_json(), "data": self.data.card, "files": digests}
-        write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
+        manifest = {"step": self.step, "seconds": self.seconds, "config": self.config.to_json(), "data": self.data.card}
+        try:
+            temporary.mkdir()
+            digests = {}
+            for name, tensors in parts.items():
+                raw = serialise(tensors)
+                digests[name] = hashlib.sha256(raw).hexdigest()
+                write_atomic(temporary / name, raw)
+            write_atomic(temporary / "manifest.json", json.dumps({**manifest, "files": digests}, indent=1).encode())
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and not isinstance(error, WriteError):
+                raise _unwritable(final, error) from error
+            raise
         for old in checkpoints(self.folder)[KEPT:]:
             (old / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
@@ -427,8 +462,13 @@ class Trainer:
         assert self.folder is not None
         found = checkpoints(self.folder)
         if found and not resume:
-            raise UsageError(f"{self.folder} already holds a run ({found[0].name})", "--resume continues it; or another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
+            raise UsageError(
+                f"{self.folder} already holds a run ({found[0].name})", "--resume continues it; or another --out"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
         for path in found:
             try:
                 manifest, parts = read_checkpoint(path)
@@ -446,9 +486,14 @@ class Trainer:
         theirs, ours = manifest["config"], self.config.to_json()
         for key in ours.keys() - MAY_CHANGE:
             if theirs.get(key) != ours[key]:
-                raise UsageError(f"{path}: {key} was {theirs.get(key)!r}, now {ours[key]!r}", "resume with the options of the run, or another --out")
+                raise UsageError(
+                    f"{path}: {key} was {theirs.get(key)!r}, now {ours[key]!r}",
+                    "resume with the options of the run, or another --out",
+                )
         if manifest["data"].get("sha256") != self.data.card.get("sha256"):
-            raise UsageError(f"{path}: the run was started on other data", "resume with the same --data, or another --out")
+            raise UsageError(
+                f"{path}: the run was started on other data", "resume with the same --data, or another --out"
+            )
         device = self.accelerator.device
         self.net.load_state_dict(parts["network.safetensors"])
         for width in self.ema:
@@ -457,10 +502,14 @@ class Trainer:
         moments = parts["optimiser.safetensors"]
         for name, p in self.net.named_parameters():
             self.optimiser.state[p] = {
-                key: moments[f"{name}.{key}"].to(device) for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments
+                key: moments[f"{name}.{key}"].to(device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{key}" in moments
             }
             for key in ("exp_avg", "exp_avg_sq"):
-                self.optimiser.state[p][key] = torch.empty_like(p, requires_grad=False).copy_(self.optimiser.state[p][key])
+                self.optimiser.state[p][key] = torch.empty_like(p, requires_grad=False).copy_(
+                    self.optimiser.state[p][key]
+                )
         self.step, self.seconds = manifest["step"], manifest["seconds"]
 
     def _cut_metrics(self) -> None:
@@ -470,6 +519,10 @@ class Trainer:
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
             write_atomic(path, "".join(line + "\n" for line in lines).encode())
+
+
+def _unwritable(path: Path, error: OSError) -> WriteError:
+    return WriteError(f"{path}: cannot be written: {error.strerror or error}", "another --out, or make room")
 
 
 def _step_of(line: str) -> float:
@@ -502,10 +555,15 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Ten
         for name, digest in manifest["files"].items():
             raw = (path / Path(name).name).read_bytes()
             if hashlib.sha256(raw).hexdigest() != digest:
-                raise FileError(f"{path / name}: does not match its digest in manifest.json", "an older checkpoint is used, if there is one")
+                raise FileError(
+                    f"{path / name}: does not match its digest in manifest.json",
+                    "an older checkpoint is used, if there is one",
+                )
             parts[name] = parse(raw)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{path}: not a whole checkpoint ({error})", "an older checkpoint is used, if there is one") from error
+        raise FileError(
+            f"{path}: not a whole checkpoint ({error})", "an older checkpoint is used, if there is one"
+        ) from error
     return manifest, parts

@@ -3,7 +3,7 @@
     x --first--> [block, block, down] ... [block, block] -> middle -> [block, block, block, up] ... --last--> out
                      |______________ every feature map on the way down is joined on the way up ________^
 
-Everything keeps the channels-last layout, in which bfloat16 convolutions on a CPU are several times faster than float32.
+Everything keeps the channels-last layout: bfloat16 convolutions on a CPU are then several times faster than float32.
 """
 
 import math
@@ -62,17 +62,23 @@ class UNetConfig:
         if any(width % 8 for width in self.widths):
             raise UsageError(f"network: widths: need multiples of 8, got {list(self.widths)}")
         if self.size % 2 ** (len(self.widths) - 1):
-            raise UsageError(f"network: size: {self.size} cannot be halved {len(self.widths) - 1} times (widths {list(self.widths)})")
+            raise UsageError(
+                f"network: size: {self.size} cannot be halved {len(self.widths) - 1} times (widths {list(self.widths)})"
+            )
         for level, width in enumerate(self.widths):
             if self.size >> level in self.attention and width % self.head:
-                raise UsageError(f"network: head: {self.head} does not divide the width {width} of the side {self.size >> level}")
+                raise UsageError(
+                    f"network: head: {self.head} does not divide the width {width} of the side {self.size >> level}"
+                )
         if self.parameters() > MAX_PARAMETERS:
             raise UsageError(f"network: widths: about {self.parameters():,} parameters; at most {MAX_PARAMETERS:,}")
 
     def parameters(self) -> int:
         """An upper estimate of the number of parameters, without building the network."""
         widest = max(self.widths)
-        convolutions = sum(width * (width + widest) * (6 * n + 10) for width, n in zip(self.widths, self.blocks, strict=True))
+        convolutions = sum(
+            width * (width + widest) * (6 * n + 10) for width, n in zip(self.widths, self.blocks, strict=True)
+        )
         return 9 * convolutions + 4 * self.widths[0] * self.classes
 
     def to_json(self) -> dict[str, Any]:
@@ -149,7 +155,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        """x (batch, channels, size, size), c_noise (batch,), label (batch,) of integers; None: the null class everywhere.
+        """x (batch, channels, size, size), c_noise (batch,), label (batch,) of integers; None: the null class.
 
         Raises:
             UsageError: labels for an unconditional network.
@@ -159,7 +165,9 @@ class UNet(nn.Module):
             null = torch.full_like(c_noise, self.config.classes, dtype=torch.long)
             emb = emb + self.label(null if label is None else label).to(emb.dtype)
         elif label is not None:
-            raise UsageError("this network is unconditional: it takes no label", "leave label= (or --label, --guidance) out")
+            raise UsageError(
+                "this network is unconditional: it takes no label", "leave label= (or --label, --guidance) out"
+            )
         emb = functional.silu(emb)
         h = self.first(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
@@ -191,7 +199,7 @@ class Norm(nn.GroupNorm):
 
 
 class Block(nn.Module):
-    """norm, SiLU, conv, norm scaled and shifted by the embedding, SiLU, conv, plus the input; then attention (head > 0)."""
+    """norm, SiLU, conv, norm scaled and shifted by the embedding, SiLU, conv, plus the input; then attention."""
 
     def __init__(self, width_in: int, width: int, embedding: int, head: int, dropout: float):
         super().__init__()

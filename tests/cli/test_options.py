@@ -86,6 +86,13 @@ def test_did_you_mean_in_a_config(cli, tmp_path):
     assert "did you mean 'steps'" in cli("sample", "--config", "bad.toml").err
 
 
+def test_keys_may_be_written_as_the_flags_are(cli, tmp_path):
+    (tmp_path / "pfode.toml").write_text("[tool.pfode.train]\nsigma-data = 0.7\nsave_every = 9\n")
+    run = cli("info", "config", "--json")
+    assert value(run, "sigma_data", "train") == (0.7, "pfode.toml")
+    assert value(run, "save_every", "train") == (9, "pfode.toml")
+
+
 def test_keys_of_other_commands_are_no_error(cli, tmp_path):
     (tmp_path / "pfode.toml").write_text("[tool.pfode]\nverify = false\n")
     assert cli("info", "config").code == 0

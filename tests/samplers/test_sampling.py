@@ -11,26 +11,9 @@ from tests import problems
 MIX = problems.mixture(pfode.EDM())
 
 
-def network() -> pfode.scores.Denoiser:
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(16, 1, 3, padding=1)
-    )
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, x, t):
-            return self.net(x + t[:, None, None, None])
-
-    return pfode.scores.Denoiser(Wrapped(), pfode.EDM(), "edm", shape=(1, 8, 8))
-
-
 @pytest.mark.parametrize("name", ["dpm++2m", "heun", "euler-a"])
 @pytest.mark.parametrize(
-    ("denoiser", "dtype", "tolerance"), [(network(), torch.float32, 1e-5), (MIX, torch.float64, 1e-12)]
+    ("denoiser", "dtype", "tolerance"), [(pfode.load("digits"), torch.float32, 1e-5), (MIX, torch.float64, 1e-12)]
 )
 def test_a_sample_is_its_seed(name, denoiser, dtype, tolerance):
     """64 samples as 1 x 64, 4 x 16, 64 x 1 and in reversed order."""

@@ -33,7 +33,9 @@ def forge(path, metadata=None, tensors=None, config=None):
     tensors = {name: value for name, value in tensors.items() if value is not None}
     meta = {**header.metadata, **(metadata or {})}
     if config is not None:
-        meta["pfode.config"] = config if isinstance(config, str) else json.dumps({**header.config("pfode.config"), **config})
+        meta["pfode.config"] = (
+            config if isinstance(config, str) else json.dumps({**header.config("pfode.config"), **config})
+        )
     meta = {key: value for key, value in meta.items() if value is not None}
     save_file(tensors, path, metadata=meta)
     if "pfode.digest" in meta:
@@ -113,7 +115,12 @@ def test_every_flipped_bit_is_refused(model):
     raw = model.read_bytes()
     generator = torch.Generator().manual_seed(0)
     header = 8 + int.from_bytes(raw[:8], "little")
-    places = torch.cat([torch.randint(0, header, (100,), generator=generator), torch.randint(header, len(raw), (100,), generator=generator)])
+    places = torch.cat(
+        [
+            torch.randint(0, header, (100,), generator=generator),
+            torch.randint(header, len(raw), (100,), generator=generator),
+        ]
+    )
     for place, bit in zip(places.tolist(), torch.randint(0, 8, (200,), generator=generator).tolist(), strict=True):
         changed = bytearray(raw)
         changed[place] ^= 1 << bit

@@ -11,7 +11,9 @@ from PIL import Image
 from pfode.errors import FileError, MissingError, UsageError
 from pfode.scores.data import EMOJI_FONT, EMOJI_LIST, Data, emoji, load_data
 
-installed = pytest.mark.skipif(not (EMOJI_FONT.is_file() and EMOJI_LIST.is_file()), reason="the emoji packages are not installed")
+installed = pytest.mark.skipif(
+    not (EMOJI_FONT.is_file() and EMOJI_LIST.is_file()), reason="the emoji packages are not installed"
+)
 
 
 def png(colour="red", size=(12, 10), mode="RGB", kind="PNG"):
@@ -51,7 +53,9 @@ def test_emoji_files_that_are_missing_name_their_package(tmp_path, which):
     here = tmp_path / "there"
     here.write_bytes(b"")
     paths = {"font": here, "listing": here} | {which: tmp_path / "nowhere"}
-    with pytest.raises(MissingError, match="apt-get install " + {"font": "fonts-noto", "listing": "unicode-data"}[which]):
+    with pytest.raises(
+        MissingError, match="apt-get install " + {"font": "fonts-noto", "listing": "unicode-data"}[which]
+    ):
         emoji(**paths)
 
 

@@ -186,4 +186,4 @@ def test_it_samples():
     out = pfode.sample(den, n=3, steps=4, label=[0, 1, 2], guidance=2.0)
     assert out.x.shape == (3, 1, 8, 8)
     assert out.evals == 2 * out.nfe
-    assert NAMES == den.labels
+    assert den.labels == NAMES

@@ -52,7 +52,14 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.parametrize(
     ("process", "prediction"),
-    [(pfode.EDM(), ""), (pfode.VP(), ""), (pfode.Flow(), ""), (pfode.VP(), "v"), (pfode.EDM(), "x0"), (pfode.VPCosine(), "edm")],
+    [
+        (pfode.EDM(), ""),
+        (pfode.VP(), ""),
+        (pfode.Flow(), ""),
+        (pfode.VP(), "v"),
+        (pfode.EDM(), "x0"),
+        (pfode.VPCosine(), "edm"),
+    ],
     ids=lambda value: str(value).split("(")[0],
 )
 def test_the_loss_falls(data, process, prediction):
@@ -277,9 +284,21 @@ def test_two_processes_train_as_one(data, tmp_path):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", str(tmp_path / "script.py"), str(run), "2"]
-    shared = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared = {
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
     started = [
-        subprocess.Popen(command, cwd=root, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command,
+            cwd=root,
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in "01"
     ]
     for process in started:

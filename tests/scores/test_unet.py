@@ -69,7 +69,9 @@ def test_groups_divide_the_width(width):
     assert width % Norm(width).num_groups == 0
 
 
-@pytest.mark.parametrize("config", [SMALL, UNetConfig(), UNetConfig(size=8, channels=1, widths=(24, 48), blocks=(1, 1), head=24)])
+@pytest.mark.parametrize(
+    "config", [SMALL, UNetConfig(), UNetConfig(size=8, channels=1, widths=(24, 48), blocks=(1, 1), head=24)]
+)
 def test_the_estimate_bounds_the_parameters(config):
     real = sum(p.numel() for p in UNet(config).parameters())
     assert real <= config.parameters() <= 4 * real

@@ -1,0 +1,85 @@
+"""pfode train, as a user types it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pfode.scores.checkpoint import load
+
+SMALL = ("train", "--widths", "8,16", "--batch", 8, "--no-amp")
+
+
+def test_train_resume_and_sample(cli, tmp_path):
+    words = (*SMALL, "--process", "flow", "--steps", 6, "--save-every", 2, "--sheet-every", 3, "--out", "a.safetensors")
+    done = cli(*words, "--json")
+    assert done.code == 0, done.err
+    assert done.json["out"] == "a.safetensors"
+    assert done.json["steps"] == 6
+    den = load(tmp_path / "a.safetensors")
+    assert (den.prediction, den.shape, len(den.labels)) == ("flow", (1, 8, 8), 10)
+    assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 6
+    with Image.open(tmp_path / "a" / "sheet-000003.png") as sheet:
+        assert sheet.width > 8 * 8
+    again = cli(*words)
+    assert again.code == 2
+    assert "--resume" in again.err
+    assert cli(*words, "--resume").code == 0
+    assert cli("sample", "--model", "a.safetensors", "--steps", 2, "--n", 2, "--label", "3").code == 0
+
+
+def test_the_same_command_gives_the_same_network(cli, tmp_path):
+    losses = []
+    for name in ("a", "b"):
+        assert cli(*SMALL, "--steps", 3, "--out", name).code == 0
+        losses.append(
+            [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        )
+    assert losses[0] == losses[1]
+    a, b = (load(tmp_path / name / "model.safetensors").net.state_dict() for name in ("a", "b"))
+    assert all((a[key] == b[key]).all() for key in a)
+
+
+def test_own_pictures(cli, tmp_path):
+    np.savez(tmp_path / "mine.npz", images=np.zeros((9, 16, 16, 3), np.uint8))
+    assert cli(*SMALL, "--data", "mine.npz", "--process", "vp", "--prediction", "v", "--steps", 2).code == 0
+    den = load(tmp_path / "runs" / "mine-vp" / "model.safetensors")
+    assert (den.labels, den.shape, den.prediction) == (None, (3, 16, 16), "v")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--data", "digit"), 2, "did you mean 'digits'"),
+        (("--data", "nowhere.npz"), 2, "no such file"),
+        (("--data", "emoji", "--font", "nowhere.ttf"), 4, "apt-get install"),
+        (("--process", "ddpm"), 2, "--process"),
+        (("--prediction", "noise"), 2, "--prediction"),
+        (("--widths", "a"), 2, "--widths"),
+        (("--widths", "8,12"), 2, "widths"),
+        (("--widths", "8,16,32,64,128"), 2, "size"),
+        (("--blocks", "1,2,3"), 2, "blocks"),
+        (("--ema", "x"), 2, "--ema"),
+        (("--ema", "0.9"), 2, "ema"),
+        (("--batch", "9", "--accum", "2"), 2, "accum"),
+        (("--lr", "0"), 2, "rate"),
+        (("--lr", "nan"), 2, "--lr"),
+        (("--drop", "2"), 2, "drop"),
+        (("--steps", "0"), 2, "--steps"),
+        (("--device", "tpu"), 2, "device"),
+    ],
+)
+def test_mistakes(cli, words, code, said, tmp_path):
+    done = cli("train", *words)
+    assert done.code == code
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_folder_that_cannot_be_written(cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = cli(*SMALL, "--steps", 1, "--out", "file/run")
+    assert done.code == 7
+    assert "file/run" in done.err
