@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code that `pfode --help` states."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     out = Output(json="--json" in given, debug="--debug" in given)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of torch that spin starve each other on busy cores
     if "_PFODE_COMPLETE" in os.environ:
         group.main(given, prog_name="pfode")
     try:

@@ -1,7 +1,7 @@
 """Models as one self-contained safetensors file: the weights, and in the metadata everything else.
 
 Metadata: `pfode.config` (JSON: architecture, process, prediction, labels and the card: data, licence, ...),
-`pfode.digest` (sha256 of everything), `modelspec.*` (https://github.com/Stability-AI/ModelSpec). Loading executes nothing.
+`pfode.digest` (sha256 of everything), `modelspec.*` (https://github.com/Stability-AI/ModelSpec). Loading runs no code.
 """
 
 import json
@@ -108,9 +108,9 @@ def load(
         den = _build(config)
     except PfodeError as error:
         raise FileError(f"{file}: metadata 'pfode.config': {error.message}", error.hint) from error
-    tensors = _tensors(header, den.net)  # type: ignore[arg-type]
-    den.net.load_state_dict(tensors, assign=True)  # type: ignore[union-attr]
-    network = den.net.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[union-attr]
+    tensors = _tensors(header, den.net)
+    den.net.load_state_dict(tensors, assign=True)
+    network = den.net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     return den.with_network(network.eval().requires_grad_(False))
 
 

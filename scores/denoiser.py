@@ -57,7 +57,7 @@ class Denoiser(Preconditioned):
             raise UsageError(f"unknown prediction {prediction!r}", did_you_mean(prediction, ["edm", *PREDICTIONS]))
         if not sigma_data > 0 or not time_scale > 0:
             raise UsageError(f"sigma_data and time_scale must be positive, got {sigma_data} and {time_scale}")
-        self.net = network
+        self.net: Any = network
         self.process = process
         self.prediction = prediction
         self.sigma_data = float(sigma_data)

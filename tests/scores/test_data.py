@@ -27,6 +27,7 @@ def test_digits():
     assert data.images.shape == (1797, 1, 8, 8)
     assert (int(data.images.min()), int(data.images.max())) == (0, 255)
     assert data.names == tuple("0123456789")
+    assert data.labels is not None
     assert torch.bincount(data.labels).min() > 170
     assert data.card["licence"]
     assert data.card["sha256"]
@@ -80,6 +81,7 @@ def test_a_folder_with_classes(tmp_path):
     data = load_data(tmp_path, size=8)
     assert data.shape == (3, 8, 8)
     assert data.names == ("ant", "cat")
+    assert data.labels is not None
     assert data.labels.tolist() == [0, 1, 1]
     assert data.images[0, :, 0, 0].tolist() == [0, 0, 255]
 

@@ -101,9 +101,9 @@ def test_the_network_sees_its_own_dtype_and_the_state_keeps_its(dtype):
     seen = []
 
     class Probe(nn.Linear):
-        def forward(self, x, t, label=None):
-            seen.append((x.dtype, t.dtype, tuple(t.shape)))
-            return super().forward(x)
+        def forward(self, input, t):  # type: ignore[override]
+            seen.append((input.dtype, t.dtype, tuple(t.shape)))
+            return super().forward(input)
 
     den = Denoiser(Probe(3, 3), pfode.VP(), "v").to(dtype=dtype)
     for state in (torch.float32, torch.float64):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ CONFIG = TrainConfig(network=NETWORK, process=pfode.EDM().config(), steps=12, ba
 
 
 @pytest.fixture(scope="module")
-def data():
+def data() -> Any:
     return load_data("digits")
 
 
@@ -182,11 +183,11 @@ def test_rates(data):
 
 def test_draws_depend_on_nothing_but_the_position(data):
     a, b = Batch(CONFIG, data), Batch(CONFIG, data)
-    whole = a.draw(200, range(16))
+    whole: tuple[Any, ...] = a.draw(200, range(16))
     b.draw(7, range(3))
     for i in (0, 5, 15):
-        for one, all_ in zip(b.draw(200, range(i, i + 1)), whole, strict=True):
-            assert torch.equal(one[0], all_[i])
+        part: tuple[Any, ...] = b.draw(200, range(i, i + 1))
+        assert all(torch.equal(one[0], every[i]) for one, every in zip(part, whole, strict=True))
     other = Batch(replace(CONFIG, seed=1), data).draw(200, range(16))
     assert not torch.equal(other[1], whole[1])
 
@@ -200,7 +201,7 @@ def test_every_epoch_shows_every_picture_once(data):
 
 
 def test_classes_are_dropped_and_pictures_mirrored_as_told(data):
-    def share(**change):
+    def share(**change: Any) -> Any:
         batch = Batch(replace(CONFIG, batch=500, **change), data)
         x0, _, _, labels = batch.draw(0, range(500))
         plain, _, _, kept = Batch(replace(CONFIG, batch=500, drop=0.0), data).draw(0, range(500))
@@ -224,7 +225,7 @@ def test_noise_levels(data):
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     trainer = Trainer(CONFIG, data, tmp_path, device="cpu")
-    trainer.net.last.bias.data.fill_(math.inf)
+    trainer.net.last.weight.data.fill_(math.inf)
     with pytest.raises(NumericalError, match="the loss is"):
         finish(trainer)
     assert not checkpoints(tmp_path)
