@@ -74,7 +74,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def pfode_run(name: str, prediction: str, clock: Clock, x: torch.Tensor) -> Callable[[], None]:
+def pfode_run(name: str, prediction: str, clock: Clock, x: torch.Tensor) -> Callable[[], object]:
     process = pfode.EDM() if prediction == "x0" else diffusers_process()
     denoiser = pfode.scores.Denoiser(clock, process, prediction)
     if prediction == "x0":  # what k-diffusion's samplers see: a denoiser, nothing to precondition
@@ -97,7 +97,7 @@ def diffusers_process() -> pfode.VPDiscrete:
     return pfode.VPDiscrete(torch.cumprod(1 - betas, 0))
 
 
-def diffusers_run(scheduler: str, clock: Clock, x: torch.Tensor) -> Callable[[], None]:
+def diffusers_run(scheduler: str, clock: Clock, x: torch.Tensor) -> Callable[[], object]:
     import diffusers
 
     made = getattr(diffusers, scheduler)(use_karras_sigmas=True)
@@ -112,14 +112,14 @@ def diffusers_run(scheduler: str, clock: Clock, x: torch.Tensor) -> Callable[[],
     return go
 
 
-def k_diffusion_run(name: str, clock: Clock, x: torch.Tensor) -> Callable[[], None]:
+def k_diffusion_run(name: str, clock: Clock, x: torch.Tensor) -> Callable[[], object]:
     times = pfode.grids.times(pfode.EDM(), "karras", STEPS)
     sigmas = torch.tensor(times, dtype=torch.float32, device=x.device)
     sampler = getattr(k_diffusion_sampling(), name)
     return lambda: sampler(clock, x, sigmas, disable=True)
 
 
-def contestants(clock: Clock, x: torch.Tensor) -> dict[str, Callable[[], None]]:
+def contestants(clock: Clock, x: torch.Tensor) -> dict[str, Callable[[], object]]:
     return {
         "pfode dpm++2m (eps network)": pfode_run("dpm++2m", "eps", clock, x),
         "pfode ipndm4 (eps network)": pfode_run("ipndm4", "eps", clock, x),

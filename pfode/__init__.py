@@ -1,50 +1,43 @@
-"""pfode: a diffusion sampling engine based on probability-flow ODEs.
+"""pfode: a diffusion sampling engine based on probability-flow ODEs."""
 
-Every name is imported at first use (PEP 562), so that `import pfode` and `pfode --help` stay quick.
-"""
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import Any
+from pfode.lazy import lazy
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "VP": "process",
-    "VPCosine": "process",
-    "VPDiscrete": "process",
-    "SubVP": "process",
-    "VE": "process",
-    "EDM": "process",
-    "Flow": "process",
-    "Process": "process",
-    "Denoiser": "denoiser",
-    "Plan": "plan",
-    "run": "plan",
-    "iterate": "plan",
-    "grids": "",
-    "noise": "",
-    "make_plan": "samplers",
-    "sample": "samplers",
-    "load": "scores",
-    "samplers": "",
-    "scores": "",
-    "errors": "",
-    "PfodeError": "errors",
-}
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "": ["errors", "grids", "noise", "samplers", "scores"],
+        "errors": ["PfodeError"],
+        "process": ["EDM", "VE", "VP", "Flow", "Process", "SubVP", "VPCosine", "VPDiscrete"],
+        "denoiser": ["Denoiser"],
+        "plan": ["Plan", "iterate", "run"],
+        "samplers": ["make_plan", "sample"],
+        "scores": ["load"],
+    },
+)
 
-__all__ = ["__version__", *_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'pfode' has no attribute {name!r}")
-    home = _HOME[name]
-    if not home:
-        return importlib.import_module(f"pfode.{name}")
-    value = getattr(importlib.import_module(f"pfode.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py compares the lists
+    from pfode import errors as errors
+    from pfode import grids as grids
+    from pfode import noise as noise
+    from pfode import samplers as samplers
+    from pfode import scores as scores
+    from pfode.denoiser import Denoiser as Denoiser
+    from pfode.errors import PfodeError as PfodeError
+    from pfode.plan import Plan as Plan
+    from pfode.plan import iterate as iterate
+    from pfode.plan import run as run
+    from pfode.process import EDM as EDM
+    from pfode.process import VE as VE
+    from pfode.process import VP as VP
+    from pfode.process import Flow as Flow
+    from pfode.process import Process as Process
+    from pfode.process import SubVP as SubVP
+    from pfode.process import VPCosine as VPCosine
+    from pfode.process import VPDiscrete as VPDiscrete
+    from pfode.samplers import make_plan as make_plan
+    from pfode.samplers import sample as sample
+    from pfode.scores import load as load

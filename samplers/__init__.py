@@ -1,24 +1,24 @@
 """Recipes: chart x method x grid -> Plan; the catalogue, `make_plan` and `sample`."""
 
+from typing import TYPE_CHECKING
+
+from pfode.lazy import lazy
+
 if __name__ != "pfode.samplers":
     raise ImportError("import pfode.samplers: the folder is a part of the package pfode, not a package of its own")
 
-import importlib
-from typing import Any
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "catalogue": ["CATALOGUE", "Recipe", "make_plan", "usual"],
+        "sampling": ["Samples", "sample"],
+    },
+)
 
-_HOME = {
-    "CATALOGUE": "catalogue",
-    "Recipe": "catalogue",
-    "make_plan": "catalogue",
-    "usual": "catalogue",
-    "sample": "sampling",
-    "Samples": "sampling",
-}
-
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'pfode.samplers' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"pfode.samplers.{_HOME[name]}"), name)
+if TYPE_CHECKING:  # the same names for type checkers
+    from pfode.samplers.catalogue import CATALOGUE as CATALOGUE
+    from pfode.samplers.catalogue import Recipe as Recipe
+    from pfode.samplers.catalogue import make_plan as make_plan
+    from pfode.samplers.catalogue import usual as usual
+    from pfode.samplers.sampling import Samples as Samples
+    from pfode.samplers.sampling import sample as sample

@@ -37,8 +37,8 @@ class Samples:
     evals: int
     times: Tensor
     bad: list[int] = field(default_factory=list)
-    trajectory: list[Tensor] | None = None
-    preview: list[Tensor] | None = None
+    trajectory: list[Tensor] = field(default_factory=list)
+    preview: list[Tensor] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -134,8 +134,8 @@ def sample(
         evals=plan.nfe * getattr(denoiser, "evals", 1),
         times=plan.times,
         bad=bad,
-        trajectory=whole if trajectory else None,
-        preview=previews if trajectory else None,
+        trajectory=whole if trajectory else [],
+        preview=previews if trajectory else [],
         stats={"seconds": time.perf_counter() - began},
     )
 

@@ -1,35 +1,27 @@
-"""Where denoisers come from: exact ones, networks and their preconditioning, guidance, training, the shipped models.
+"""Where denoisers come from: exact ones, networks and their preconditioning, guidance, training, the shipped models."""
 
-Every name is imported at first use (PEP 562).
-"""
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import Any
+from pfode.lazy import lazy
 
 if __name__ != "pfode.scores":
     raise ImportError("import pfode.scores: the folder is a part of the package pfode, not a package of its own")
 
-_HOME = {
-    "Denoiser": ("denoiser", "Denoiser"),
-    "guide": ("guidance", "guide"),
-    "load": ("checkpoint", "load_model"),
-    "save": ("checkpoint", "save"),
-    "Gaussian": ("exact", "Gaussian"),
-    "GaussianMixture": ("exact", "GaussianMixture"),
-    "Empirical": ("exact", "Empirical"),
-}
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "denoiser": ["Denoiser"],
+        "guidance": ["guide"],
+        "checkpoint": ["load = load_model", "save"],
+        "exact": ["Empirical", "Gaussian", "GaussianMixture"],
+    },
+)
 
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'pfode.scores' has no attribute {name!r}")
-    module, attribute = _HOME[name]
-    value = getattr(importlib.import_module(f"pfode.scores.{module}"), attribute)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+if TYPE_CHECKING:  # the same names for type checkers
+    from pfode.scores.checkpoint import load_model as load  # noqa: F401
+    from pfode.scores.checkpoint import save as save
+    from pfode.scores.denoiser import Denoiser as Denoiser
+    from pfode.scores.exact import Empirical as Empirical
+    from pfode.scores.exact import Gaussian as Gaussian
+    from pfode.scores.exact import GaussianMixture as GaussianMixture
+    from pfode.scores.guidance import guide as guide

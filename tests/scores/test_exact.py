@@ -64,7 +64,8 @@ def test_samples_have_the_mixture_s_moments(kind):
     x = gmm.sample(40_000, seed=1)
     mean = torch.tensor([0.3, 0.7], dtype=torch.float64) @ MEANS
     spread = MEANS - mean
-    cov = sum(w * (c + torch.outer(s, s)) for w, c, s in zip((0.3, 0.7), COVS[kind], spread, strict=True))
+    parts = [w * (c + torch.outer(s, s)) for w, c, s in zip((0.3, 0.7), COVS[kind], spread, strict=True)]
+    cov = torch.stack(parts).sum(0)
     assert torch.allclose(x.mean(0), mean, atol=0.03)
     assert torch.allclose(torch.cov(x.T), cov, atol=0.05)
     assert torch.equal(gmm.sample(5, seed=3), gmm.sample(10, seed=1)[2:7])

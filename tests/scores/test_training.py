@@ -1,5 +1,6 @@
 """Training: the loss falls, and a run that was killed continues as if nothing had happened."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import torch
 
 import pfode
 from pfode.errors import FileError, NumericalError, UsageError
+from pfode.scores import training
 from pfode.scores.checkpoint import load
 from pfode.scores.data import Data, load_data
 from pfode.scores.training import METRICS, Batch, TrainConfig, Trainer, checkpoints, ema_power, read_checkpoint
@@ -124,6 +126,40 @@ def test_damaged_checkpoints_are_passed_over(data, tmp_path):
     (newest / "network.safetensors").unlink()
     assert Trainer(replace(CONFIG, steps=4), data, tmp_path, resume=True, device="cpu").step == 2
     assert older.name == "step-000002"
+
+
+@pytest.mark.parametrize("point", range(7))
+def test_a_kill_at_any_point_of_a_save_loses_one_interval(data, tmp_path, monkeypatch, point):
+    """A save is five files, a rename and the removal of the oldest; here it stops dead before one of them."""
+    config = replace(CONFIG, steps=4)
+    losses = finish(Trainer(config, data, device="cpu"))
+    trainer = Trainer(config, data, tmp_path, save_every=1, device="cpu")
+    run = trainer.run()
+    for _ in range(3):
+        next(run)
+    calls = iter(range(100))
+
+    def killed(function):
+        def call(*args, **options):
+            if next(calls) == point:
+                raise SystemExit("killed")
+            return function(*args, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_atomic", killed(training.write_atomic))
+        patch.setattr(training.os, "replace", killed(os.replace) if point == 5 else os.replace)
+        patch.setattr(Path, "unlink", killed(Path.unlink) if point == 6 else Path.unlink)
+        patch.setattr(training.shutil, "rmtree", lambda *args, **options: None)  # a killed process tidies nothing
+        with contextlib.suppress(SystemExit):
+            next(run)
+    resumed = Trainer(config, data, tmp_path, resume=True, device="cpu")
+    start = resumed.step
+    assert start in (3, 4)
+    assert finish(resumed) == losses[start:]
+    assert len([json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]) == 4
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_is_not_overwritten_by_another_run(data, tmp_path):
