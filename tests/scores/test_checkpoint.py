@@ -195,7 +195,8 @@ def test_folders_are_no_models(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if (WEIGHTS / f"{name}.safetensors").is_file()])
 def test_shipped_models(name):
-    den = pfode.load(name)
+    den = load_model(name)
+    assert den.shape is not None
     x = torch.randn(2, *den.shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor((den.process.t_min + den.process.t_max) / 2)
     assert den(x, t, label=1).isfinite().all()
