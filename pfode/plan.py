@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pfode import noise
 from pfode.denoiser import Denoiser, Preconditioned, preconditioned
-from pfode.errors import FileError, NumericalError, UsageError
+from pfode.errors import FileError, UsageError
 from pfode.files import content_digest, read_header, write_atomic
 from pfode.prediction import prediction
 from pfode.process import Process, from_config
@@ -226,20 +226,31 @@ def iterate(
         return
 
 
-def check(
-    plan: Plan, denoiser: Denoiser, x: Tensor, seeds: Sequence[int] | None = None, *, offset: int = 0, **cond: Any
-) -> None:
-    """Replay a plan row by row, looking at every state; `offset` is added to the index of the sample in the message.
+class Bad(NamedTuple):
+    """A sample that is not finite.
 
-    Raises:
-        NumericalError: at the first row that makes a state non-finite, with sample, step and time.
+    Fields: index; step (1 ... steps) and time of the evaluation that spoilt it.
     """
-    for k, y, _ in _walk(plan, denoiser, x, seeds, cond, preview=False):
-        bad = (~torch.isfinite(y)).flatten(1).any(1).nonzero().flatten().tolist()
-        if bad:
-            where = f"step {int(plan.step[k]) + 1} of {plan.steps}, t = {plan.t[k]:.6g}"
-            hint = "the denoiser gave NaN or infinity there: check the network and its precision"
-            raise NumericalError(f"sample {offset + bad[0]} is not finite after {where}", hint)
+
+    index: int
+    step: int
+    time: float
+
+
+def find_bad(
+    plan: Plan, denoiser: Denoiser, x: Tensor, seeds: Sequence[int] | None = None, **cond: Any
+) -> dict[int, Bad]:
+    """Replay a plan row by row: the samples of which a state or a denoiser output is not finite, by their index."""
+    found: dict[int, Bad] = {}
+    for k, y, x0 in _walk(plan, denoiser, x, seeds, cond, preview=True):
+        for i in not_finite(y) + not_finite(x0):
+            found.setdefault(i, Bad(i, int(plan.step[k]) + 1, float(plan.t[k])))
+    return found
+
+
+def not_finite(x: Tensor) -> list[int]:
+    """The indices of the samples in x that hold NaN or infinity."""
+    return (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
 
 
 def _walk(

@@ -1,7 +1,7 @@
 """`sample`: draw from a denoiser, batch by batch, every sample by its own seed."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from pfode import noise
 from pfode.denoiser import Denoiser
-from pfode.errors import NumericalError, UsageError
-from pfode.plan import Plan, Point, check, iterate, run
+from pfode.errors import MemoryLimitError, NumericalError, PfodeError, UsageError
+from pfode.plan import Bad, Plan, Point, find_bad, iterate, not_finite, run
 from pfode.samplers.catalogue import make_plan
 
 DEFAULT_STEPS = 20
 DEFAULT_BATCH = 64
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # in the RuntimeErrors of torch
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Samples:
     Args:
         x: the samples, shape (n, *shape); seeds: one per sample.
         plan: what was run; nfe: denoiser calls; evals: network forwards per sample; times: of the nodes.
-        bad: indices of samples that are not finite (only with nan="flag").
+        bad: index, step and time of the samples that are not finite (only with nan="flag").
         trajectory: states at nodes 0 ... steps, and preview: denoiser outputs on the way, when asked for.
-        stats: seconds in all.
+        stats: seconds in all, and the batch used at last: smaller than asked for where memory ran out.
     """
 
     x: Tensor
@@ -36,7 +37,7 @@ class Samples:
     nfe: int
     evals: int
     times: Tensor
-    bad: list[int] = field(default_factory=list)
+    bad: list[Bad] = field(default_factory=list)
     trajectory: list[Tensor] = field(default_factory=list)
     preview: list[Tensor] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)
@@ -84,7 +85,7 @@ def sample(
         x: states at the first time, shape (n, *shape), instead of noise.
         shape: of one sample, where the denoiser does not say.
         label: a class, or one per sample, passed on to the denoiser. guidance: scale of classifier-free guidance.
-        batch: samples per denoiser call (64).
+        batch: samples per denoiser call (64); halved, and the batch begun again, where memory runs out.
         dtype: of the state, float32 or float64. device: where to run.
         compile: run the network through torch.compile.
         callback: called at every node of every batch; a tensor it returns replaces the state there.
@@ -92,7 +93,8 @@ def sample(
         nan: "raise" an error that names sample, step and time, or "flag" the samples in `bad`.
 
     Raises:
-        UsageError: options that cannot be carried out; NumericalError: a sample that is not finite.
+        UsageError: options that cannot be carried out; NumericalError: a sample that is not finite;
+            MemoryLimitError: out of memory at a single sample.
     """
     if nan not in ("raise", "flag"):
         raise UsageError(f"nan: got {nan!r}", 'nan="raise" or nan="flag"')
@@ -100,7 +102,7 @@ def sample(
     batch = DEFAULT_BATCH if batch is None else batch
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise UsageError(f"batch: need an integer of at least 1, got {batch!r}", "batch=64")
-    denoiser = _prepared(denoiser, guidance, device, compile)
+    denoiser = prepared(denoiser, guidance, device, compile)
     options = {"nfe": nfe, "grid": grid, "eta": eta, "start": start, "stop": stop}
     if plan is None:
         if steps is None and nfe is None and not isinstance(grid, Tensor | list | tuple):
@@ -108,36 +110,94 @@ def sample(
         plan = make_plan(sampler, denoiser.process, steps, final=final, **options)
     elif any(value is not None for value in (steps, *options.values())):
         raise UsageError("plan given together with steps, nfe, grid, eta, start or stop", "leave these out")
+    began = time.perf_counter()
+    options = {"x": x, "shape": shape, "label": label, "batch": batch, "dtype": dtype, "device": device}
+    parts = list(batches(denoiser, plan, seeds, **options, callback=callback, trajectory=trajectory, nan=nan))
+    bad, done = [], 0
+    for part in parts:
+        bad += [flaw._replace(index=done + flaw.index) for flaw in part.bad]
+        done += len(part.x)
+    return Samples(
+        x=torch.cat([part.x for part in parts]),
+        seeds=seeds,
+        plan=plan,
+        nfe=parts[0].nfe,
+        evals=parts[0].evals,
+        times=plan.times,
+        bad=bad,
+        trajectory=[torch.cat(states) for states in zip(*(part.trajectory for part in parts), strict=True)],
+        preview=[torch.cat(outputs) for outputs in zip(*(part.preview for part in parts), strict=True)],
+        stats={"seconds": time.perf_counter() - began, "batch": parts[-1].stats["batch"]},
+    )
+
+
+def batches(
+    denoiser: Denoiser,
+    plan: Plan,
+    seeds: Sequence[int],
+    *,
+    x: Tensor | None = None,
+    shape: Sequence[int] | None = None,
+    label: int | Sequence[int] | Tensor | None = None,
+    batch: int = DEFAULT_BATCH,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    callback: Callable[[Point], Tensor | None] | None = None,
+    trajectory: bool = False,
+    nan: str = "raise",
+) -> Iterator[Samples]:
+    """The loop of `sample`: every batch as it ends, with memory for one; `bad` counts from the batch's first sample.
+
+    Args:
+        denoiser: ready to run, see `prepared`. The others are those of `sample`.
+
+    Raises:
+        as `sample`; the batches before have been handed out.
+    """
     dtype = _state_dtype(dtype, x)
     shape = tuple(x.shape[1:]) if x is not None else tuple(shape or getattr(denoiser, "shape", None) or ())
     if x is None and not shape:
         raise UsageError("the denoiser does not say the shape of a sample", "shape=(3, 32, 32)")
     labels = _labels(label, len(seeds))
     where = torch.device(device or getattr(denoiser, "device", None) or "cpu")
-
-    began = time.perf_counter()
-    parts = []
-    with torch.no_grad():
-        for i in range(0, len(seeds), batch):
-            some = slice(i, i + batch)
-            cond = {} if labels is None else {"label": labels[some].to(where)}
-            first = _first(plan, seeds[some], shape, dtype, where) if x is None else x[some].to(where, dtype)
-            parts.append(_draw(plan, denoiser, first, seeds[some], cond, callback, trajectory, nan, i))
-    whole = [torch.cat(tensors) for tensors in zip(*(states for states, _ in parts), strict=True)]
-    previews = [torch.cat(tensors) for tensors in zip(*(previews for _, previews in parts), strict=True)]
-    bad = (~torch.isfinite(whole[-1])).flatten(1).any(1).nonzero().flatten().tolist()
-    return Samples(
-        x=whole[-1],
-        seeds=seeds,
-        plan=plan,
-        nfe=plan.nfe,
-        evals=plan.nfe * getattr(denoiser, "evals", 1),
-        times=plan.times,
-        bad=bad,
-        trajectory=whole if trajectory else [],
-        preview=previews if trajectory else [],
-        stats={"seconds": time.perf_counter() - began},
-    )
+    done = 0
+    while done < len(seeds):
+        began = time.perf_counter()
+        some = slice(done, done + batch)
+        chosen = list(seeds[some])
+        drawn = None
+        try:
+            with torch.no_grad():
+                cond = {} if labels is None else {"label": labels[some].to(where)}
+                first = _first(plan, chosen, shape, dtype, where) if x is None else x[some].to(where, dtype)
+                drawn = _draw(plan, denoiser, first, chosen, cond, callback, trajectory)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            if len(chosen) == 1:
+                hint = "a smaller network, a lower precision of it (bf16), or a device with more memory"
+                raise MemoryLimitError(f"out of memory at a single sample of shape {shape}", hint) from error
+        if drawn is None:  # here the error is gone, and with it what it held
+            batch = len(chosen) // 2
+            if where.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        states, previews, bad = drawn
+        if bad and nan == "raise":
+            raise _not_finite(plan, bad[0]._replace(index=done + bad[0].index))
+        done += len(chosen)
+        yield Samples(
+            x=states[-1],
+            seeds=chosen,
+            plan=plan,
+            nfe=plan.nfe,
+            evals=plan.nfe * getattr(denoiser, "evals", 1),
+            times=plan.times,
+            bad=bad,
+            trajectory=states if trajectory else [],
+            preview=previews,
+            stats={"seconds": time.perf_counter() - began, "batch": batch},
+        )
 
 
 def _draw(
@@ -148,11 +208,9 @@ def _draw(
     cond: dict[str, Any],
     callback: Callable[[Point], Tensor | None] | None,
     trajectory: bool,
-    nan: str,
-    offset: int,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """One batch: its states (the last alone unless a trajectory is asked for) and previews."""
-    states, previews = [x], []
+) -> tuple[list[Tensor], list[Tensor], list[Bad]]:
+    """One batch: its states (the last alone unless a trajectory is asked for), previews, and what is not finite."""
+    states, previews, spoilt = [x], [], []
     if callback is None and not trajectory:
         states = [run(plan, denoiser, x, seeds, **cond)]
     else:
@@ -163,10 +221,31 @@ def _draw(
             end = point.x if sent is None else sent.to(point.x)
             states = [*states, end] if trajectory else [end]
             previews += [point.x0] if trajectory else []
-    if nan == "raise" and not torch.isfinite(states[-1]).all():
-        check(plan, denoiser, x, seeds, offset=offset, **cond)
-        raise NumericalError("a sample is not finite", "the callback gave NaN or infinity")
-    return states, previews
+            spoilt.append(~(torch.isfinite(end) & torch.isfinite(point.x0)).flatten(1).all(1))
+    lost = not_finite(states[-1])
+    if not lost:
+        return states, previews, []
+    found = find_bad(plan, denoiser, x, seeds, **cond) if callback is None else {}
+    return states, previews, [found.get(i) or _seen(plan, i, spoilt) for i in lost]
+
+
+def _seen(plan: Plan, index: int, spoilt: list[Tensor]) -> Bad:
+    """Where a sample was first seen not to be finite, for what a replay does not show; the end if nowhere before."""
+    step = next((k for k, samples in enumerate(spoilt) if samples[index]), plan.steps - 1)
+    return Bad(index, step + 1, float(plan.t[plan.step == step][0]))
+
+
+def _not_finite(plan: Plan, bad: Bad) -> NumericalError:
+    hint = "the denoiser (or the callback) gave NaN or infinity there: check the network and its precision"
+    where = f"step {bad.step} of {plan.steps}, t = {bad.time:.6g}"
+    return NumericalError(f"sample {bad.index} is not finite after {where}", hint)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, PfodeError):
+        return False
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(words in str(error).lower() for words in NO_MEMORY)
 
 
 def _first(plan: Plan, seeds: list[int], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -211,7 +290,7 @@ def _labels(label: Any, n: int) -> Tensor | None:
     return labels.long().expand(n)
 
 
-def _prepared(denoiser: Denoiser, guidance: float | None, device: Any, compile: bool) -> Denoiser:
+def prepared(denoiser: Denoiser, guidance: float | None, device: Any = None, compile: bool = False) -> Denoiser:
     """The denoiser on its device, guided and compiled as asked."""
     steps: list[tuple[bool, str, tuple[Any, ...], str]] = [
         (device is not None, "to", (device,), "move it to the device yourself"),

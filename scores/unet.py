@@ -160,7 +160,7 @@ class UNet(nn.Module):
         Raises:
             UsageError: labels for an unconditional network.
         """
-        if len(x) == 1 and x.device.type == "cpu" and not self.training:  # convolutions of one picture round differently
+        if len(x) == 1 and x.device.type == "cpu" and not self.training:  # one picture alone would round differently
             pair = (x.expand(2, -1, -1, -1), c_noise.expand(2), None if label is None else label.expand(2))
             return self(*pair)[:1]
         emb = self.noise(waves(c_noise).to(x.dtype))
