@@ -11,22 +11,17 @@ def lazy(package: str, homes: dict[str, list[str]]) -> tuple[Callable[[str], Any
 
     Args:
         package: its `__name__`.
-        homes: modules and the names they give, `"name"` or `"name = name there"`; the modules under "" are names
-            themselves.
+        homes: modules and the names they give; under "" stand modules that are names themselves.
     """
-    table: dict[str, tuple[str, str]] = {}
-    for home, names in homes.items():
-        for entry in names:
-            name, _, there = entry.partition(" = ")
-            table[name] = (home or name, there or (name if home else ""))
+    home_of = {name: home for home, names in homes.items() for name in names}
 
     def find(name: str) -> Any:
-        if name not in table:
+        if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        home, there = table[name]
-        module = importlib.import_module(f"{package}.{home}")
-        value = getattr(module, there) if there else module
+        home = home_of[name]
+        module = importlib.import_module(f"{package}.{home or name}")
+        value = getattr(module, name) if home else module
         setattr(sys.modules[package], name, value)
         return value
 
-    return find, lambda: sorted(table)
+    return find, lambda: sorted(home_of)

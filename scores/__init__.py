@@ -12,13 +12,13 @@ __getattr__, __dir__ = lazy(
     {
         "denoiser": ["Denoiser"],
         "guidance": ["guide"],
-        "checkpoint": ["load = load_model", "save"],
+        "checkpoint": ["load", "save"],
         "exact": ["Empirical", "Gaussian", "GaussianMixture"],
     },
 )
 
 if TYPE_CHECKING:  # the same names for type checkers
-    from pfode.scores.checkpoint import load_model as load  # noqa: F401
+    from pfode.scores.checkpoint import load as load
     from pfode.scores.checkpoint import save as save
     from pfode.scores.denoiser import Denoiser as Denoiser
     from pfode.scores.exact import Empirical as Empirical

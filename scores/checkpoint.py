@@ -87,14 +87,17 @@ def save(
 
 
 def load(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    source: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Denoiser:
-    """Read a model written by `save`; header, digest, configuration and every tensor are checked first.
+    """A shipped model by its name, or a file written by `save`.
+
+    Nothing is executed: header, digest, configuration and every tensor are checked first.
 
     Raises:
+        UsageError: neither a name nor a file.
         FileError: missing, damaged, changed, or of another kind; the message names the file and the field.
     """
-    file = Path(path)
+    file = model_path(source)
     header = read_header(file)
     kind = header.metadata.get("pfode.kind")
     if kind != "model":
@@ -112,18 +115,6 @@ def load(
     den.net.load_state_dict(tensors, assign=True)
     network = den.net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     return den.with_network(network.eval().requires_grad_(False))
-
-
-def load_model(
-    source: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Denoiser:
-    """A shipped model by name, or a file by path; `pfode.load`.
-
-    Raises:
-        UsageError: neither a name nor a file.
-        FileError: see `load`.
-    """
-    return load(model_path(source), device, dtype)
 
 
 def model_path(source: str | os.PathLike[str]) -> Path:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import pfode
 from pfode.errors import FileError, UsageError, WriteError
 from pfode.files import content_digest, read_header
-from pfode.scores.checkpoint import SHIPPED, WEIGHTS, load, load_model, save
+from pfode.scores.checkpoint import SHIPPED, WEIGHTS, load, save
 from pfode.scores.denoiser import Denoiser
 from tests import problems
 from tests.scores.small import CONFIG, NAMES, denoiser, network
@@ -181,21 +181,21 @@ def test_a_forged_digest_is_refused(model):
 
 def test_names():
     with pytest.raises(UsageError, match="did you mean 'digits'"):
-        load_model("digit")
+        load("digit")
     with pytest.raises(UsageError, match="unknown model 'resnet'"):
-        load_model("resnet")
+        load("resnet")
     with pytest.raises(FileError, match="cannot be read"):
-        load_model("nowhere.safetensors")
+        load("nowhere.safetensors")
 
 
 def test_folders_are_no_models(tmp_path):
     with pytest.raises(UsageError, match="is a folder"):
-        load_model(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if (WEIGHTS / f"{name}.safetensors").is_file()])
 def test_shipped_models(name):
-    den = load_model(name)
+    den = load(name)
     assert den.shape is not None
     x = torch.randn(2, *den.shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor((den.process.t_min + den.process.t_max) / 2)
