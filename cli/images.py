@@ -23,15 +23,29 @@ Pixels = np.ndarray  # uint8, (n, height, width) grey or (n, height, width, 3)
 
 
 def to_pixels(x: Any) -> Pixels:
-    """A tensor (n, channels, height, width) in [-1, 1] as bytes.
+    """A tensor (n, channels, height, width) in [-1, 1] as bytes; what is not finite is crossed out.
 
     Raises:
         UsageError: neither grey nor RGB.
     """
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise UsageError(f"samples of shape {tuple(x.shape[1:])} are no pictures", "needs (1 or 3, height, width)")
-    scaled = ((x.detach().cpu().double().clamp(-1, 1) + 1) * 127.5).round().numpy().astype(np.uint8)
-    return scaled[:, 0] if scaled.shape[1] == 1 else scaled.transpose(0, 2, 3, 1)
+    x = x.detach().cpu().double()
+    sound = x.isfinite().flatten(1).all(1)
+    scaled = ((x.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().numpy().astype(np.uint8)
+    pixels = scaled[:, 0] if scaled.shape[1] == 1 else scaled.transpose(0, 2, 3, 1)
+    for i in (~sound).nonzero().flatten().tolist():
+        cross_out(pixels[i])
+    return pixels
+
+
+def cross_out(picture: np.ndarray) -> None:
+    """Make a picture a black cross on white: it says that there is none."""
+    height, width = picture.shape[:2]
+    rows = np.arange(height)
+    columns = rows * (width - 1) // max(1, height - 1)
+    picture[:] = 255
+    picture[rows, columns] = picture[rows, width - 1 - columns] = 0
 
 
 def sheet_columns(n: int, classes: int = 0) -> int:

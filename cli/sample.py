@@ -1,8 +1,6 @@
 """pfode sample: draw pictures, write the sheet, say what was done."""
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import re
@@ -17,7 +15,7 @@ import click
 import pfode
 from pfode.cli.common import Command, Finite, Output, bar, model_path, output
 from pfode.cli.recipe import check_digest, format_seeds, parse_seeds, seed_range, settle
-from pfode.errors import MissingError, UsageError, WriteError, unknown
+from pfode.errors import MissingError, NumericalError, UsageError, WriteError, unknown
 from pfode.files import read_header, write_atomic
 
 if TYPE_CHECKING:
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
 
     from pfode.plan import Plan
 
+SHEET = 100  # pictures of --separate that the contact sheet shows
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -54,7 +53,17 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "flo
 @click.option("--batch", type=click.IntRange(1), metavar="N", help="Pictures at a time; changes no picture.")
 @click.option("--out", default="sheet.png", show_default=True, metavar="FILE.png", help="The contact sheet.")
 @click.option("--scale", type=click.IntRange(1, 64), metavar="N", help="Enlarge each picture on the sheet.")
-@click.option("--separate", metavar="DIR", help="Also every picture as a file, results.jsonl and run.json.")
+@click.option(
+    "--separate", metavar="DIR", help="Also every picture as a file, results.jsonl and run.json; continues there."
+)
+@click.option("--overwrite", is_flag=True, help="Start --separate anew instead of continuing.")
+@click.option(
+    "--nan",
+    type=click.Choice(["raise", "flag"]),
+    default="raise",
+    show_default=True,
+    help="At a picture that is not finite: stop, or leave it out and exit with 5 at the end.",
+)
 @click.option("--trajectory", metavar="FILE", help="Also an animation: .gif, .png or .webp.")
 @click.option("--like", metavar="FILE.png", help="Repeat the settings of a picture; flags still win.")
 @click.pass_context
@@ -67,39 +76,61 @@ def command(ctx: click.Context, **options: Any) -> None:
     out = output(ctx)
     options = settle(ctx, options)
     check_outputs(options["out"], options["trajectory"], options["separate"])
+    if options["overwrite"] and options["separate"] is None:
+        raise UsageError("--overwrite: nothing is continued without --separate", "--separate DIR")
+    from pfode.cli import many
+
+    if options["separate"] is None and many.launched():
+        raise UsageError("several processes share the pictures of a folder", "--separate DIR")
     job = prepare(options)
     plan, n = job.plan, len(job.seeds)
     names = f"model {options['model']}, sampler {plan.name}, grid {plan.meta.get('grid', 'of the plan')}"
-    out.note(f"{names}, n {n}, seeds {format_seeds(job.seeds)}, device {job.device}")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        out.note(f"{names}, n {n}, seeds {format_seeds(job.seeds)}, device {job.device}")
+    done = one_sheet(job, out) if options["separate"] is None else many.draw(job, out)
+    if done is None:
+        return
+    drawn, seconds, evals = done.get("drawn", n), done["seconds"], done["evals"]
+    out.note(f"steps {plan.steps}, NFE {plan.nfe}, evals {evals} ({seconds:.2f} s)")
+    summary = {
+        "out": done["files"][0],
+        "n": n,
+        "steps": plan.steps,
+        "nfe": plan.nfe,
+        **done,
+        "images_per_second": drawn / seconds,
+        "recipe": recipe(job, evals),
+    }
+    out.emit(summary, done["files"][0])
+
+
+def one_sheet(job: "Job", out: Output) -> dict[str, Any]:
+    """Draw all pictures, then write the sheet and the animation.
+
+    Raises:
+        NumericalError: pictures that are not finite; with --nan flag the others have been written.
+    """
     began = time.perf_counter()
-    with Progress(n, out) as progress:
+    with Progress(len(job.seeds), out) as progress:
         result = pfode.sample(
             job.net,
-            plan=plan,
+            plan=job.plan,
             seeds=job.seeds,
             label=job.label,
-            guidance=options["guidance"],
-            batch=options["batch"],
+            guidance=job.options["guidance"],
+            batch=job.options["batch"],
             dtype=job.dtype,
             device=job.device,
-            callback=progress,
-            trajectory=options["trajectory"] is not None,
+            callback=progress if progress.visible else None,
+            trajectory=job.options["trajectory"] is not None,
+            nan=job.options["nan"],
         )
     seconds = time.perf_counter() - began
-    out.note(f"steps {result.steps}, NFE {result.nfe}, evals {result.evals} ({seconds:.2f} s)")
     files = write(job, result)
-    summary = {
-        "out": files[0],
-        "files": files,
-        "n": n,
-        "steps": result.steps,
-        "nfe": result.nfe,
-        "evals": result.evals,
-        "seconds": seconds,
-        "images_per_second": n / seconds,
-        "recipe": recipe(job, result.evals),
-    }
-    out.emit(summary, files[0])
+    if result.bad:
+        flaws = [(job.seeds[bad.index], bad.step, bad.time) for bad in result.bad]
+        raise non_finite(flaws, job, f"crossed out in {files[0]}; the other pictures are sound")
+    return {"files": files, "evals": result.evals, "seconds": seconds}
 
 
 @dataclass(frozen=True)
@@ -118,6 +149,7 @@ class Job:
     device: str
     columns: int
     scale: int
+    shown: int  # pictures on the sheet
 
 
 def prepare(options: dict[str, Any]) -> Job:
@@ -150,9 +182,10 @@ def prepare(options: dict[str, Any]) -> Job:
     if options["guidance"] not in (None, 1) and options["label"] is None:
         raise UsageError(f"--guidance {options['guidance']:g} needs a class to guide to", "--label all")
     indices = find_labels(options["label"], net, len(seeds))
-    columns = images.sheet_columns(len(seeds), len(labels) if options["label"] == "all" else 0)
-    scale = options["scale"] or images.default_scale(len(seeds), *shape[1:], columns)
-    size = images.sheet_size(len(seeds), *shape[1:], scale, columns)
+    shown = len(seeds) if options["separate"] is None else min(len(seeds), SHEET)
+    columns = images.sheet_columns(shown, len(labels) if options["label"] == "all" else 0)
+    scale = options["scale"] or images.default_scale(shown, *shape[1:], columns)
+    size = images.sheet_size(shown, *shape[1:], scale, columns)
     if options["trajectory"] is not None and size[0] * size[1] * (plan.steps + 1) > 4 * images.MAX_PIXELS:
         frames = f"{plan.steps + 1} frames of twice {size[1]} x {size[0]} pixels"
         raise UsageError(f"--trajectory: {frames} are too many", "a smaller --n or --scale")
@@ -169,6 +202,7 @@ def prepare(options: dict[str, Any]) -> Job:
         device=device,
         columns=columns,
         scale=scale,
+        shown=shown,
     )
 
 
@@ -302,17 +336,18 @@ def _check_writable(name: str, option: str, made: bool) -> None:
 
 
 class Progress:
-    """A bar over the steps of all batches; the callback of `pfode.sample`."""
+    """A bar over the pictures, with their rate and the time left; the callback of `pfode.sample`."""
 
     def __init__(self, n: int, out: Output):
-        self.n = n
-        self.bar = bar(out, 0, unit=" steps")
+        self.bar = bar(out, n, unit=" pictures")
+        self.visible = not self.bar.disable
+        self.done = 0  # in the batches before
 
     def __call__(self, point: Any) -> None:
-        if not self.bar.total:
-            self.bar.total = point.steps * -(-self.n // len(point.x))
         self.bar.set_postfix_str(f"NFE {point.nfe}", refresh=False)
-        self.bar.update()
+        self.bar.update(self.done + len(point.x) * point.step // point.steps - self.bar.n)
+        if point.step == point.steps:
+            self.done += len(point.x)
 
     def __enter__(self) -> "Progress":
         return self
@@ -321,51 +356,38 @@ class Progress:
         self.bar.close()
 
 
+def non_finite(flaws: list[tuple[int, int, float]], job: Job, hint: str) -> NumericalError:
+    """The error that names (seed, step, time) of the first few pictures that are not finite."""
+    named = [f"seed {seed} after step {step} of {job.plan.steps}, t = {t:.6g}" for seed, step, t in flaws[:3]]
+    more = [f"and {len(flaws) - 3} more"] if len(flaws) > 3 else []
+    return NumericalError(f"{len(flaws)} of {len(job.seeds)} pictures not finite: {'; '.join(named + more)}", hint)
+
+
 def write(job: Job, result: Any) -> list[str]:
     """Write everything that was asked for; the sheet comes first in the list and last on the disk."""
     from pfode.cli import images
 
-    out, separate, trajectory = (job.options[key] for key in ("out", "separate", "trajectory"))
-    pixels = images.to_pixels(result.x)
-    files = [out]
-    if separate is not None:
-        make_folder(Path(separate))
-        files += _write_separate(job, pixels, result.evals, Path(separate))
-    if trajectory is not None:
-        frames = [_frame(job, result, k) for k in range(len(result.trajectory))]
-        write_atomic(trajectory, images.encode_animation(frames, Path(trajectory).suffix.lower()))
-        files.append(trajectory)
+    films = [write_film(job, result)] if job.options["trajectory"] is not None else []
+    return [write_sheet(job, images.to_pixels(result.x), result.evals), *films]
+
+
+def write_sheet(job: Job, pixels: "np.ndarray", evals: int) -> str:
+    """Write the contact sheet of all pictures of the job."""
+    from pfode.cli import images
+
     sheet = images.contact_sheet(pixels, job.scale, job.columns)
-    write_atomic(out, images.encode_png(sheet, recipe(job, result.evals)))
-    return files
+    write_atomic(job.options["out"], images.encode_png(sheet, recipe(job, evals)))
+    return job.options["out"]
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it.
+def write_film(job: Job, result: Any) -> str:
+    """Write the animation of a result with its trajectory."""
+    from pfode.cli import images
 
-    Raises:
-        WriteError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"{folder}: cannot be made: {error.strerror}", "another --separate") from error
-
-
-def _write_separate(job: Job, pixels: "np.ndarray", evals: int, folder: Path) -> list[str]:
-    from pfode.cli.images import encode_png
-
-    lines, files = [], []
-    for i, seed in enumerate(job.seeds):
-        data = encode_png(pixels[i], recipe(job, evals, i))
-        name = f"{seed:06d}.png"
-        files.append(str(write_atomic(folder / name, data)))
-        line = {"seed": seed, "file": name, "sha256": hashlib.sha256(data).hexdigest(), "nfe": job.plan.nfe}
-        lines.append(json.dumps(line) + "\n")
-    files.append(str(write_atomic(folder / "results.jsonl", "".join(lines).encode())))
-    run = json.dumps(recipe(job, evals) | {"n": len(job.seeds), "device": job.device}, indent=2) + "\n"
-    files.append(str(write_atomic(folder / "run.json", run.encode())))
-    return files
+    path = job.options["trajectory"]
+    frames = [_frame(job, result, k) for k in range(len(result.trajectory))]
+    write_atomic(path, images.encode_animation(frames, Path(path).suffix.lower()))
+    return path
 
 
 def _frame(job: Job, result: Any, k: int) -> "np.ndarray":

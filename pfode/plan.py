@@ -226,11 +226,9 @@ def iterate(
         return
 
 
-class Bad(NamedTuple):
-    """A sample that is not finite.
-
-    Fields: index; step (1 ... steps) and time of the evaluation that spoilt it.
-    """
+@dataclass(frozen=True)
+class Bad:
+    """A sample that is not finite: its index, and step (1 ... steps) and time of the evaluation that spoilt it."""
 
     index: int
     step: int

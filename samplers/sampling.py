@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -111,11 +111,25 @@ def sample(
     elif any(value is not None for value in (steps, *options.values())):
         raise UsageError("plan given together with steps, nfe, grid, eta, start or stop", "leave these out")
     began = time.perf_counter()
-    options = {"x": x, "shape": shape, "label": label, "batch": batch, "dtype": dtype, "device": device}
-    parts = list(batches(denoiser, plan, seeds, **options, callback=callback, trajectory=trajectory, nan=nan))
+    parts = list(
+        batches(
+            denoiser,
+            plan,
+            seeds,
+            x=x,
+            shape=shape,
+            label=label,
+            batch=batch,
+            dtype=dtype,
+            device=device,
+            callback=callback,
+            trajectory=trajectory,
+            nan=nan,
+        )
+    )
     bad, done = [], 0
     for part in parts:
-        bad += [flaw._replace(index=done + flaw.index) for flaw in part.bad]
+        bad += [replace(flaw, index=done + flaw.index) for flaw in part.bad]
         done += len(part.x)
     return Samples(
         x=torch.cat([part.x for part in parts]),
@@ -184,7 +198,7 @@ def batches(
             continue
         states, previews, bad = drawn
         if bad and nan == "raise":
-            raise _not_finite(plan, bad[0]._replace(index=done + bad[0].index))
+            raise _not_finite(plan, replace(bad[0], index=done + bad[0].index))
         done += len(chosen)
         yield Samples(
             x=states[-1],
