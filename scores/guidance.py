@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022): a denoiser made from a denoiser."""
+"""Guidance, a denoiser made from denoisers: away from no class (Ho & Salimans 2022) or from a weaker network."""
 
 import math
 from collections.abc import Sequence
@@ -71,23 +71,66 @@ class Guided(Preconditioned):
         return guide(self.denoiser, scale, self.label)
 
 
-def guide(denoiser: Denoiser, scale: float, label: Tensor | int | str | None = None) -> Denoiser:
-    """Classifier-free guidance: D_u + scale (D_c - D_u), where D_u is the denoiser at the null class.
+class Autoguided:
+    """D_weak + scale (D - D_weak): away from a weaker network's mistakes (Karras et al. 2024), classes or not."""
+
+    def __init__(self, denoiser: Denoiser, weak: Denoiser, scale: float):
+        if denoiser.process != weak.process:
+            raise UsageError(f"the weak denoiser has {weak.process}, the other {denoiser.process}", "take its sibling")
+        shapes = [getattr(d, "shape", None) for d in (denoiser, weak)]
+        classes = [len(getattr(d, "labels", None) or ()) for d in (denoiser, weak)]
+        if shapes[0] != shapes[1] or classes[0] != classes[1]:
+            raise UsageError(f"the weak denoiser differs in shape or classes: {shapes}, {classes}", "take its sibling")
+        self.denoiser, self.weak, self.scale = denoiser, weak, scale
+        self.process = denoiser.process
+        self.labels: Sequence[str] = getattr(denoiser, "labels", None) or ()
+        self.shape = shapes[0]
+        self.dtype = getattr(denoiser, "dtype", None)
+        self.device = getattr(denoiser, "device", None)
+        self.evals = getattr(denoiser, "evals", 1) + getattr(weak, "evals", 1)
+
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """The guided D; both denoisers see the same x, t and conditions."""
+        return torch.lerp(self.weak(x, t, **cond), self.denoiser(x, t, **cond), self.scale)
+
+    def label_index(self, name: str | int) -> int:
+        """See `Denoiser.label_index`."""
+        return self.denoiser.label_index(name)  # type: ignore[attr-defined]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Autoguided":
+        """See `Denoiser.to`."""
+        both = (d.to(device, dtype) for d in (self.denoiser, self.weak))  # type: ignore[attr-defined]
+        return Autoguided(*both, self.scale)
+
+    def compiled(self) -> "Autoguided":
+        """See `Denoiser.compiled`."""
+        return Autoguided(self.denoiser.compiled(), self.weak.compiled(), self.scale)  # type: ignore[attr-defined]
+
+
+def guide(
+    denoiser: Denoiser, scale: float, label: Tensor | int | str | None = None, weak: Denoiser | None = None
+) -> Denoiser:
+    """Guidance: D_0 + scale (D - D_0), where D_0 is the denoiser at the null class, or a weaker denoiser.
 
     Args:
-        denoiser: class-conditional; its label len(labels) means none.
-        scale: 0 the unconditional denoiser, 1 the conditional one itself, above 1 exaggerates the class.
+        denoiser: class-conditional, its label len(labels) meaning none; with `weak`, any.
+        scale: 0 is D_0, 1 the denoiser itself, above 1 exaggerates the difference.
         label: the class, where calls do not give one: an index, a name, or (batch,) indices.
+        weak: a smaller or less trained sibling, for autoguidance.
 
     Raises:
-        UsageError: an unconditional denoiser, a scale that is not finite, or an unknown class.
+        UsageError: an unconditional denoiser, a scale that is not finite, an unknown class, or no sibling.
     """
+    if not math.isfinite(scale):
+        raise UsageError(f"guidance scale must be finite, got {scale}", "1 means no guidance; try 1.5 to 4")
+    if weak is not None:
+        if label is not None:
+            raise UsageError("autoguidance takes no label of its own", "give label= to sample")
+        return denoiser if scale == 1 else Autoguided(denoiser, weak, float(scale))
     if not getattr(denoiser, "labels", None):
         raise UsageError(
             "guidance needs a class-conditional denoiser; this one has no labels", "leave the guidance out"
         )
-    if not math.isfinite(scale):
-        raise UsageError(f"guidance scale must be finite, got {scale}", "1 means no guidance; try 1.5 to 4")
     if isinstance(label, str):
         label = denoiser.label_index(label)  # type: ignore[attr-defined]
     if scale == 1 and label is None:

@@ -114,3 +114,27 @@ def test_errors(den):
         guide(den, 2.0, label="dog")
     with pytest.raises(UsageError, match="out of range"):
         guide(den, 2.0)(X, T, label=7)
+
+
+def test_autoguidance_leads_away_from_the_weak_one(den):
+    weak = Denoiser(network(), pfode.EDM(), "edm", sigma_data=0.7, shape=den.shape, labels=NAMES)
+    both = den(X, T, label=LABEL), weak(X, T, label=LABEL)
+    guided = guide(den, 2.5, weak=weak)
+    torch.testing.assert_close(guided(X, T, label=LABEL), both[1] + 2.5 * (both[0] - both[1]))
+    assert guided.evals == 2
+    assert guide(den, 1, weak=weak) is den
+    out = pfode.sample(guided, n=2, steps=3, label=1)
+    assert (out.nfe, out.evals) == (3, 6)
+    assert torch.isfinite(out.x).all()
+
+
+def test_the_weak_one_must_be_a_sibling(den):
+    for weak in (
+        Denoiser(network(), pfode.VP(), "eps", shape=den.shape, labels=NAMES),
+        Denoiser(network(), pfode.EDM(), "edm", shape=(3, 8, 8), labels=NAMES),
+        Denoiser(network(), pfode.EDM(), "edm", shape=den.shape),
+    ):
+        with pytest.raises(UsageError, match="sibling|process|weak"):
+            guide(den, 2.0, weak=weak)
+    with pytest.raises(UsageError, match="no label of its own"):
+        guide(den, 2.0, label=1, weak=den)
