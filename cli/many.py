@@ -44,14 +44,20 @@ def draw(job: Job, out: Output) -> dict[str, Any] | None:
     Raises:
         PfodeError: as `pfode.sample`, or a folder that cannot be used; what is finished stays.
     """
-    from pfode.samplers.sampling import DEFAULT_BATCH, prepared
+    from pfode.samplers.sampling import prepared
 
     share = Share.find(job.device)
     if share.count > 1 and job.device == "cuda":
         job = replace(job, device=share.device)
     out = out if share.first else replace(out, quiet=True)
     net = prepared(job.net, job.options["guidance"], job.device)
-    folder = Folder(job, job.plan.nfe * getattr(net, "evals", 1))
+    with contextlib.closing(Folder(job, job.plan.nfe * getattr(net, "evals", 1))) as folder:
+        return _draw(job, net, folder, share, out)
+
+
+def _draw(job: Job, net: Any, folder: "Folder", share: "Share", out: Output) -> dict[str, Any] | None:
+    from pfode.samplers.sampling import DEFAULT_BATCH
+
     share.agree(lambda: folder.open(bool(job.options["overwrite"])) if share.first else None)
     kept = folder.lines()
     batch = job.options["batch"] or DEFAULT_BATCH
@@ -65,10 +71,10 @@ def draw(job: Job, out: Output) -> dict[str, Any] | None:
     seconds = time.perf_counter() - began
     if not share.first:
         return None
-    folder.close()
+    folder.finish()
     lines = folder.lines(DONE, NON_FINITE)
-    spoilt = [line for line in lines.values() if line["status"] == NON_FINITE]
-    drawn = len(lines) - len(kept)
+    spoilt = [line for line in lines.values() if line.get("status") == NON_FINITE]
+    drawn = len(lines) - len(spoilt) - len(kept)
     shown = head(job)
     files = [write_sheet(shown, _read(shown, folder), folder.evals), str(folder.path / RESULTS), str(folder.path / RUN)]
     if job.options["trajectory"] is not None:
@@ -97,6 +103,8 @@ def _fill(
     """Draw and write the pictures of these indices, batch by batch."""
     from pfode.samplers.sampling import batches
 
+    if not mine:
+        return
     label = job.label if isinstance(job.label, int | None) else job.label[mine]
     size, done = batch, 0
     with Progress(len(mine), out) as progress, folder.adding(rank) as add:
@@ -185,6 +193,7 @@ class Folder:
         self.path = Path(job.options["separate"])
         self.seeds = job.seeds
         self.evals = evals
+        self.handle: int | None = None
         self.settings = recipe(job, evals) | {"n": len(job.seeds), "device": job.device.split(":")[0]}
 
     def open(self, overwrite: bool) -> None:
@@ -214,9 +223,15 @@ class Folder:
                 raise
             raise _unwritable(self.path, error) from error
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Put the lines of all processes into results.jsonl, in the order of the seeds."""
         self._rewrite(self.lines(DONE, NON_FINITE))
+
+    def close(self) -> None:
+        """Let other runs in."""
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
 
     def lines(self, *statuses: str) -> dict[int, Line]:
         """The lines of results.jsonl and of its parts by their seed, the latest of each, in the order of the seeds.
@@ -278,7 +293,7 @@ class Folder:
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            os.close(self.handle)
+            self.close()
             raise UsageError(
                 f"{self.path}: another run is drawing into it", "wait for it, or another --separate"
             ) from error
@@ -320,15 +335,15 @@ class Folder:
 
     def _refuse_strangers(self) -> None:
         names = {RESULTS, *map(picture, self.seeds)}
-        strange = next((entry.name for entry in os.scandir(self.path) if entry.name in names), None)
+        strange = next((name for name in os.listdir(self.path) if name in names), None)
         if strange is not None:
             raise UsageError(f"{self.path / strange} is there, but no {RUN} that says how it was made", ANEW)
 
     def _clear(self) -> None:
         """Remove the pictures and the results of the run before, its settings at last."""
-        for entry in list(os.scandir(self.path)):
-            if re.fullmatch(r"\d{6,}\.png|results(\.\d+)?\.jsonl", entry.name):
-                os.unlink(entry.path)
+        for name in os.listdir(self.path):
+            if re.fullmatch(r"\d{6,}\.png|results(\.\d+)?\.jsonl", name):
+                (self.path / name).unlink()
         (self.path / RUN).unlink()
 
 

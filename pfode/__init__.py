@@ -12,7 +12,6 @@ __getattr__, __dir__ = lazy(
         "": ["errors", "grids", "noise", "samplers", "scores"],
         "errors": ["PfodeError"],
         "process": ["EDM", "VE", "VP", "Flow", "Process", "SubVP", "VPCosine", "VPDiscrete"],
-        "denoiser": ["Denoiser"],
         "plan": ["Plan", "iterate", "run"],
         "samplers": ["make_plan", "sample"],
         "scores": ["load"],
@@ -25,7 +24,6 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode import noise as noise
     from pfode import samplers as samplers
     from pfode import scores as scores
-    from pfode.denoiser import Denoiser as Denoiser
     from pfode.errors import PfodeError as PfodeError
     from pfode.plan import Plan as Plan
     from pfode.plan import iterate as iterate

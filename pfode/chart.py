@@ -41,15 +41,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Chart:
-    """A row of the table. `clock` gives u from v; `density` is w du/dv as a function of v, None where w = 1; `slope` is
-    du/dv."""
+    """A row of the table: `clock` gives u from v; `density` is w du/dv as a function of v, None where w = 1."""
 
     name: str
     prediction: str
     scale: Callable[[float, float], float]
     clock: Callable[[Process, Array], Array]
     density: Callable[[Array], Array] | None = None
-    slope: Callable[[Process, Node], float] = lambda process, node: 1.0
 
     def nodes(self, process: Process, times: Sequence[float]) -> list[Node]:
         """The points of a grid in this chart."""
@@ -60,12 +58,6 @@ class Chart:
             u = self.clock(process, v)
         levels = zip(t.tolist(), alpha.tolist(), sigma.tolist(), v.tolist(), u.tolist(), strict=True)
         return [Node(t, a, s, v, self.scale(a, s), u) for t, a, s, v, u in levels]
-
-    def weight(self, process: Process, node: Node) -> float:
-        """w(u) at a node."""
-        if self.density is None:
-            return 1.0
-        return float(self.density(np.array(node.v))) / self.slope(process, node)
 
     def integrate(self, process: Process, known: Sequence[Node], start: Node, stop: Node) -> list[float]:
         """Weights W_j = integral of w(u) l_j(u) du from start to stop, l_j the Lagrange basis on the known nodes.
@@ -98,18 +90,13 @@ def _process_time(process: Process, v: Array) -> Array:
     return process.time(torch.from_numpy(np.asarray(-2 * v))).numpy()
 
 
-def _process_slope(process: Process, node: Node) -> float:
-    """dt/dv = -2 / (d log_snr / dt)."""
-    return -2 / process.log_snr_rate(torch.tensor(node.t, dtype=torch.float64)).item()
-
-
 CHARTS: dict[str, Chart] = {
     chart.name: chart
     for chart in (
         Chart("ddim", "eps", lambda a, s: a, lambda p, v: np.exp(v)),
         Chart("dpm", "eps", lambda a, s: a, lambda p, v: v, np.exp),
-        Chart("dpm++", "x0", lambda a, s: s, lambda p, v: -v, lambda v: -np.exp(-v), lambda p, n: -1.0),
-        Chart("deis", "eps", lambda a, s: a, _process_time, np.exp, _process_slope),
+        Chart("dpm++", "x0", lambda a, s: s, lambda p, v: -v, lambda v: -np.exp(-v)),
+        Chart("deis", "eps", lambda a, s: a, _process_time, np.exp),
         Chart("flow", "flow", lambda a, s: a + s, lambda p, v: 1 / (1 + np.exp(-v))),
         Chart("trig", "v", math.hypot, lambda p, v: np.arctan(np.exp(v))),
         Chart("dpm3", "v", math.hypot, lambda p, v: v, lambda v: 0.5 / np.cosh(v)),

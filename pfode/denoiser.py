@@ -17,6 +17,8 @@ from pfode.process import Process
 class Denoiser(Protocol):
     """A callable `(x, t, **cond) -> x0`; x and x0 of shape (batch, ...), t 0-d or (batch,).
 
+    It must not change x, and returns a tensor of its own at every call: solvers keep both.
+
     Optional, used where present: `shape` (of one sample, without the batch), `labels` (names of the classes), `evals`
     (network forwards per call; 1 when absent), `guided(scale)` (classifier-free guidance), `compiled()`.
     """

@@ -4,7 +4,10 @@ Every class carries the exit code of the command line, so that `pfode` needs no 
 """
 
 import difflib
+import math
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 
 class PfodeError(Exception):
@@ -74,3 +77,35 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """The error for a name that is not in a table."""
     return UsageError(f"unknown {kind} {name!r}", did_you_mean(name, known))
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int within [low, high].
+
+    Raises:
+        UsageError: no integer, or out of range.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < low or (high is not None and number > high):
+        limit = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise UsageError(f"{name}: need an integer {limit}, got {value!r}", f"{name}={max(low, 1)}")
+    return number
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """`value` as a float within [low, high].
+
+    Raises:
+        UsageError: no number, not finite, or out of range.
+    """
+    try:
+        real = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        real = math.nan
+    if not math.isfinite(real) or not low <= real <= high:
+        limits = [f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
+        raise UsageError(f"{name}: need a number{' of ' if limits else ''}{' and '.join(limits)}, got {value!r}")
+    return real

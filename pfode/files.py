@@ -44,7 +44,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
             os.unlink(temporary)
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
-            raise WriteError(f"{target}: cannot be written: {reason}", "choose another path with --out") from error
+            raise WriteError(f"{target}: cannot be written: {reason}", "choose another path, or make room") from error
         raise
     return target
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pfode.errors import UsageError, unknown
+from pfode.errors import UsageError, integer, number, unknown
 from pfode.process import Process
 
-_RATIO_OF_PURE_NOISE = (
-    80.0  # sigma/alpha that stands for alpha = 0 in grids that need a finite log-SNR (EDM's sigma_max)
-)
+MAX_STEPS = 100_000
+ROUNDING = 1e-6  # a time beyond an end by less, relatively, is float32's rounding: it is put on the end
+_RATIO_OF_PURE_NOISE = 80.0  # sigma/alpha (EDM's sigma_max) that stands for alpha = 0 where a finite log-SNR is needed
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Grid:
 
 def karras(rho: float = 7.0) -> Grid:
     """(sigma/alpha)^(1/rho) is uniform (Karras et al. 2022, eq. 5)."""
-    if not rho > 0:
-        raise UsageError(f"karras: need rho > 0, got {rho}", "grids.karras(rho=7.0)")
+    rho = number("karras: rho", rho, 1e-3, 1e3)
 
     def place(process: Process, high: float, low: float, n: int) -> Tensor:
         ends = torch.exp(-0.5 * _log_snr_ends(process, high, low))
@@ -55,11 +54,10 @@ def log_snr() -> Grid:
 
 def time(power: float = 1.0) -> Grid:
     """The time of the process (before its shift, if it has one) is u^power with u uniform."""
-    if not power > 0:
-        raise UsageError(f"time: need power > 0, got {power}", "grids.time(power=2.0)")
+    power = number("time: power", power, 1e-3, 1e3)
 
     def place(process: Process, high: float, low: float, n: int) -> Tensor:
-        first = min(process.t_data, process.t_min) if math.isfinite(process.t_data) else process.t_min
+        first = process.t_data if math.isfinite(process.t_data) else process.t_min
         ends = process.uniform_clock(torch.tensor([high, low], dtype=torch.float64)) - first
         return process.from_uniform_clock(first + _line(ends ** (1 / power), n) ** power)
 
@@ -106,20 +104,23 @@ def times(
     if isinstance(rule, str | Grid):
         nodes = _placed(process, grid(rule) if isinstance(rule, str) else rule, steps, final, start, stop)
     else:
-        nodes = torch.as_tensor(rule, dtype=torch.float64).detach().cpu()
+        try:
+            nodes = torch.as_tensor(rule, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            what = "a name, a grid or times"
+            raise UsageError(f"grid: need {what}, got {rule!r:.60}", 'grid="karras" or grid=grids.karras()') from error
         if nodes.ndim != 1 or len(nodes) < 2:
             raise UsageError(f"grid: need a list of at least two times, got shape {tuple(nodes.shape)}")
     return _checked(process, nodes.tolist())
 
 
 def _placed(process: Process, rule: Grid, steps: int, final: str, start: float | None, stop: float | None) -> Tensor:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise UsageError(f"steps: need an integer of at least 1, got {steps!r}", "steps=20")
+    steps = integer("steps", steps, 1, MAX_STEPS)
     if final not in ("denoise", "stop"):
         raise unknown("final", final, ("denoise", "stop"))
-    high = process.t_max if start is None else float(start)
+    high = process.t_max if start is None else number("start", start)
     if stop is not None and stop != process.t_data:
-        return _line_of(rule, process, high, float(stop), steps)
+        return _line_of(rule, process, high, number("stop", stop), steps)
     if stop is None and final == "stop":
         return _line_of(rule, process, high, process.t_min, steps)
     if rule.to_data and math.isfinite(process.t_data):
@@ -146,11 +147,10 @@ def _checked(process: Process, nodes: list[float]) -> list[float]:
     for i, (a, b) in enumerate(itertools.pairwise(nodes)):
         if not a > b:
             raise UsageError(f"grid: times must fall strictly, got {a:g} then {b:g} at position {i}", "sort them")
-    slack = 1e-6 * process.t_max
-    low, high = process.t_min - slack, process.t_max + slack
     inner = nodes[:-1] if nodes[-1] == process.t_data else nodes
-    for value in inner:
-        if not low <= value <= high:
+    for i, value in enumerate(inner):
+        nodes[i] = min(max(value, process.t_min), process.t_max)
+        if abs(nodes[i] - value) > ROUNDING * abs(value):
             raise UsageError(
                 f"grid: time {value:g} lies outside [{process.t_min:g}, {process.t_max:g}] of {process}",
                 f"only the last time may be that of clean data, {process.t_data:g}",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfode.errors import UsageError
+from pfode.errors import integer
 
 INITIAL = 0  # draw number of the initial noise; row k of a plan draws number k + 1
 
@@ -37,8 +37,4 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     Raises:
         UsageError: a seed that is no integer in [0, 2^64).
     """
-    checked = [int(seed) for seed in seeds]
-    for seed, given in zip(checked, seeds, strict=True):
-        if seed != given or not 0 <= seed < 2**64:
-            raise UsageError(f"seed {given!r}: need an integer from 0 to 2^64 - 1", "seed=0")
-    return checked
+    return [integer("seed", seed, 0, 2**64 - 1) for seed in seeds]

@@ -25,6 +25,7 @@ from pfode import noise
 from pfode.denoiser import Denoiser, Preconditioned, preconditioned
 from pfode.errors import FileError, UsageError
 from pfode.files import content_digest, read_header, write_atomic
+from pfode.grids import ROUNDING
 from pfode.prediction import prediction
 from pfode.process import Process, from_config
 
@@ -35,6 +36,8 @@ _WHOLE = {"step": torch.int64, "node": torch.bool}
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A table of n rows; row k makes one denoiser call and moves the register y from state k to state k + 1.
+
+    Its tensors are copies and are not meant to be changed: `dataclasses.replace` makes another plan.
 
     Args:
         process: the noise process the numbers were made for; `run` refuses another.
@@ -81,14 +84,16 @@ class Plan:
             length = 2 if key == "init" else n if key in rows else n + 1
             if value.ndim != rows.get(key, 1) or len(value) != length or n == 0:
                 raise UsageError(f"plan {self.name!r}: {key} has shape {tuple(value.shape)} with {n} rows")
-            if key != "time" and not torch.isfinite(value).all():
+            if not torch.isfinite(value).all() and (key != "time" or torch.isnan(value).any()):
                 raise UsageError(f"plan {self.name!r}: {key} is not finite")
-        slack = 1e-6 * self.process.t_max
-        if not ((self.t >= self.process.t_min - slack) & (self.t <= self.process.t_max + slack)).all():
-            low, high = self.process.t_min, self.process.t_max
-            raise UsageError(f"plan {self.name!r}: evaluates outside [{low:g}, {high:g}], the times of {self.process}")
-        if not (self.sigma[:-1] > 0).all():
-            raise UsageError(f"plan {self.name!r}: evaluates at sigma = 0", "clean data can only be the last state")
+        if not isinstance(self.name, str) or not self.name.isprintable() or not isinstance(self.meta, dict):
+            raise UsageError(f"plan: need a printable name and a dict of meta, got {self.name!r} and {self.meta!r:.60}")
+        if not (self.sigma[:-1] > 0).all() or self.sigma[-1] < 0 or (self.alpha < 0).any():
+            raise UsageError(f"plan {self.name!r}: needs alpha >= 0 and sigma > 0, sigma = 0 only in the last state")
+        begins = torch.diff(self.step, prepend=torch.tensor([-1]))  # 1 in the first row of a step, else 0
+        if not (self.node[0] and self.node[-1] and torch.equal(begins, self.node[:-1].long())):
+            raise UsageError(f"plan {self.name!r}: a step must begin at every node but the last, and nowhere else")
+        self.check_times(self.process)
 
     @property
     def nfe(self) -> int:
@@ -108,7 +113,17 @@ class Plan:
     @property
     def stochastic(self) -> bool:
         """Whether the plan draws noise beyond the initial one."""
-        return bool((self.c != 0).any() or self.init[1] != 0)
+        return bool(_alive(self.c).any() or _alive(self.init[1]))
+
+    def check_times(self, process: Process) -> None:
+        """Raise UsageError if the plan evaluates outside the times of the process."""
+        low, high = process.t_min, process.t_max
+        if (self.t < low - ROUNDING * abs(low)).any() or (self.t > high + ROUNDING * abs(high)).any():
+            first, last = self.t.max().item(), self.t.min().item()
+            problem = (
+                f"plan {self.name!r}: evaluates from {first:g} to {last:g}, outside [{low:g}, {high:g}] of {process}"
+            )
+            raise UsageError(problem, "make a plan for this process: make_plan(..., process=denoiser.process)")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -260,8 +275,9 @@ def _walk(
             f"plan {plan.name!r} was made for {plan.process}, the denoiser has {denoiser.process}",
             "make_plan(..., process=denoiser.process)",
         )
-    if not x.is_floating_point():
-        raise UsageError(f"x: need a floating-point tensor, got {x.dtype}")
+    plan.check_times(denoiser.process)
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
+        raise UsageError(f"x: need a floating-point tensor of shape (batch, ...), got {x!r:.60}")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     draw = _noise_source(plan, x, seeds)
     net = preconditioned(denoiser)
@@ -270,15 +286,16 @@ def _walk(
     past: list[Tensor] = []
     noises: list[Tensor] = []
     previous = x
-    r_init, c_init = plan.init.tolist()
-    if r_init != 1:
+    r_init, c_init = plan.init.to(x).unbind()
+    if _alive(plan.init[0] - 1):
         x = r_init * x
-    if c_init != 0:
+    if _alive(plan.init[1]):
         x = x + c_init * draw(plan.nfe)
     for k, row in enumerate(rows):
         out = net.network(x if row.c_in is None else torch.mul(x, row.c_in), row.c_noise, **cond)
-        if out.shape != x.shape:
-            raise UsageError(f"the denoiser returned shape {tuple(out.shape)} for x of shape {tuple(x.shape)}")
+        if k == 0 and (not isinstance(out, Tensor) or out.shape != x.shape):
+            got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise UsageError(f"the denoiser returned {got} for x of shape {tuple(x.shape)}", "it must return x0")
         if out.dtype != x.dtype:
             out = out.to(x.dtype)
         past = [out if row.g is None else torch.addcmul(out, x, row.g), *past[:ages]]
@@ -291,8 +308,20 @@ def _walk(
         terms += [(noises[j], factor) for j, factor in row.c]
         previous, x = x, _combine(x, row, terms)
         sent = yield k, x, x0
-        if sent is not None:
-            x = sent.to(x)
+        x = replaced(x, sent)
+
+
+def replaced(x: Tensor, sent: Tensor | None) -> Tensor:
+    """The state, or the one sent back in its place.
+
+    Raises:
+        UsageError: of another shape.
+    """
+    if sent is None:
+        return x
+    if not isinstance(sent, Tensor) or sent.shape != x.shape:
+        raise UsageError(f"a state sent back must have the shape of x, {tuple(x.shape)}, got {sent!r:.60}")
+    return sent.to(x)
 
 
 def _combine(x: Tensor, row: _Row, terms: list[tuple[Tensor, Tensor]]) -> Tensor:

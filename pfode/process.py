@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pfode.errors import UsageError, unknown
+from pfode.errors import UsageError, number, unknown
 
 T = TypeVar("T", float, Tensor)
 
@@ -44,12 +44,6 @@ class Process(ABC):
     def time(self, log_snr: T) -> T:
         """The time at which the log-SNR has this value: the inverse of `log_snr`."""
         return _apply(self._time, log_snr)
-
-    def log_snr_rate(self, t: Tensor) -> Tensor:
-        """Derivative of the log-SNR with respect to t, shape of t."""
-        with torch.enable_grad():
-            t = t.detach().requires_grad_()
-            return torch.autograd.grad(self._log_snr(t).sum(), t)[0]
 
     @property
     def t_data(self) -> float:
@@ -83,13 +77,19 @@ class Process(ABC):
 
 def _apply(function: Callable[[Tensor], Tensor], t: T) -> T:
     if isinstance(t, Tensor):
-        return function(t)
+        return function(t if t.is_floating_point() else t.double())
     return function(torch.tensor(t, dtype=torch.float64)).item()
 
 
 def _check(condition: bool, message: str, hint: str) -> None:
     if not condition:
         raise UsageError(message, hint)
+
+
+def _numbers(process: Process) -> None:
+    """Every parameter of the process as a float."""
+    for key, value in asdict(process).items():  # type: ignore[call-overload]
+        object.__setattr__(process, key, number(f"{type(process).__name__}: {key}", value))
 
 
 def _check_times(process: Process) -> None:
@@ -107,6 +107,7 @@ class _BetaProcess(Process):
     t_max: float = field(default=1.0, compare=False)
 
     def __post_init__(self) -> None:
+        _numbers(self)
         low, high = self.beta_min, self.beta_max
         name = type(self).__name__
         _check(
@@ -166,6 +167,7 @@ class VPCosine(Process):
     t_max: float = field(default=0.9946, compare=False)
 
     def __post_init__(self) -> None:
+        _numbers(self)
         _check(0 <= self.s < 1, f"VPCosine: need 0 <= s < 1, got {self.s}", "VPCosine(s=0.008)")
         _check_times(self)
 
@@ -193,8 +195,9 @@ class VPCosine(Process):
         c2 = math.cos(self._theta0) ** 2
         p = c2 * torch.sigmoid(log_snr)  # cos^2 theta
         q = c2 * torch.sigmoid(-log_snr)  # sin^2 theta - sin^2 theta0
-        # tan(d) solves (cos 2theta0 - q) T^2 + sin(2theta0) T - q = 0, whose discriminant is 4 p (1 - p)
-        d = torch.atan2(2 * q, math.sin(2 * self._theta0) + 2 * torch.sqrt(p * (1 - p)))
+        # tan(d) solves (cos 2theta0 - q) T^2 + sin(2theta0) T - q = 0, of discriminant 4 p (1 - p), 1 - p = sin^2 theta
+        root = torch.sqrt(p * (q + math.sin(self._theta0) ** 2))
+        d = torch.atan2(2 * q, math.sin(2 * self._theta0) + 2 * root)
         return d * (1 + self.s) / (math.pi / 2)
 
 
@@ -209,7 +212,10 @@ class VPDiscrete(Process):
     alphas_cumprod: tuple[float, ...]
 
     def __init__(self, alphas_cumprod: Tensor | list[float] | tuple[float, ...]):
-        values = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().tolist()
+        try:
+            values = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().tolist()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"VPDiscrete: alphas_cumprod: need numbers, got {alphas_cumprod!r:.60}") from error
         falling = all(a > b for a, b in itertools.pairwise(values))
         _check(
             len(values) >= 2 and falling and values[-1] >= 0 and values[0] < 1,
@@ -272,6 +278,7 @@ class VE(Process):
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
+        _numbers(self)
         low, high = self.sigma_min, self.sigma_max
         _check(0 < low < high < math.inf, f"VE: need 0 < sigma_min < sigma_max, got {low}, {high}", "VE(0.01, 50.0)")
 
@@ -312,6 +319,7 @@ class EDM(Process):
     sigma_max: float = field(default=80.0, compare=False)
 
     def __post_init__(self) -> None:
+        _numbers(self)
         low, high = self.sigma_min, self.sigma_max
         _check(0 < low < high < math.inf, f"EDM: need 0 < sigma_min < sigma_max, got {low}, {high}", "EDM(0.002, 80.0)")
 
@@ -349,6 +357,7 @@ class Flow(Process):
     t_max: float = field(default=1.0, compare=False)
 
     def __post_init__(self) -> None:
+        _numbers(self)
         _check(0 < self.shift < math.inf, f"Flow: need shift > 0, got {self.shift}", "Flow(shift=3.0)")
         _check_times(self)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pfode.chart import Chart, Node
-from pfode.errors import UsageError
+from pfode.errors import number
 from pfode.prediction import PREDICTIONS
 from pfode.process import Process
 
@@ -148,8 +148,7 @@ class Ancestral(Method):
     stochastic = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta < math.inf:
-            raise UsageError(f"eta: need a number of at least 0, got {self.eta}", "eta=1.0")
+        number("eta", self.eta, 0)
 
     @property
     def order(self) -> int:  # type: ignore[override]

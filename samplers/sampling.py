@@ -10,12 +10,15 @@ from torch import Tensor
 
 from pfode import noise
 from pfode.denoiser import Denoiser
-from pfode.errors import MemoryLimitError, NumericalError, PfodeError, UsageError
-from pfode.plan import Bad, Plan, Point, find_bad, iterate, not_finite, run
+from pfode.errors import MemoryLimitError, MissingError, NumericalError, PfodeError, UsageError, integer, number
+from pfode.grids import Grid
+from pfode.plan import Bad, Plan, Point, find_bad, iterate, not_finite, replaced, run
+from pfode.process import Process
 from pfode.samplers.catalogue import make_plan
 
 DEFAULT_STEPS = 20
 DEFAULT_BATCH = 64
+MAX_GUIDANCE = 1e4
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # in the RuntimeErrors of torch
 
 
@@ -99,17 +102,17 @@ def sample(
     if nan not in ("raise", "flag"):
         raise UsageError(f"nan: got {nan!r}", 'nan="raise" or nan="flag"')
     seeds = _seeds(n, seed, seeds, x)
-    batch = DEFAULT_BATCH if batch is None else batch
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise UsageError(f"batch: need an integer of at least 1, got {batch!r}", "batch=64")
+    batch = DEFAULT_BATCH if batch is None else integer("batch", batch, 1)
     denoiser = prepared(denoiser, guidance, device, compile)
     options = {"nfe": nfe, "grid": grid, "eta": eta, "start": start, "stop": stop}
     if plan is None:
-        if steps is None and nfe is None and not isinstance(grid, Tensor | list | tuple):
+        if steps is None and nfe is None and (grid is None or isinstance(grid, str | Grid)):
             steps = DEFAULT_STEPS
         plan = make_plan(sampler, denoiser.process, steps, final=final, **options)
-    elif any(value is not None for value in (steps, *options.values())):
-        raise UsageError("plan given together with steps, nfe, grid, eta, start or stop", "leave these out")
+    elif not isinstance(plan, Plan):
+        raise UsageError(f"plan: need a Plan, got {plan!r:.60}", "make_plan(...) or Plan.load(path)")
+    elif (sampler, final) != ("auto", "denoise") or any(v is not None for v in (steps, *options.values())):
+        raise UsageError("plan given together with what it settles", "leave out sampler, steps, nfe, grid, eta, ...")
     began = time.perf_counter()
     parts = list(
         batches(
@@ -169,11 +172,10 @@ def batches(
         as `sample`; the batches before have been handed out.
     """
     dtype = _state_dtype(dtype, x)
-    shape = tuple(x.shape[1:]) if x is not None else tuple(shape or getattr(denoiser, "shape", None) or ())
-    if x is None and not shape:
-        raise UsageError("the denoiser does not say the shape of a sample", "shape=(3, 32, 32)")
-    labels = _labels(label, len(seeds))
-    where = torch.device(device or getattr(denoiser, "device", None) or "cpu")
+    shape = _shape(denoiser, x, shape)
+    labels = _labels(denoiser, label, len(seeds))
+    where = device or getattr(denoiser, "device", None) or (x.device if x is not None else "cpu")
+    where = find_device(where)
     done = 0
     while done < len(seeds):
         began = time.perf_counter()
@@ -232,7 +234,7 @@ def _draw(
         for _ in range(plan.steps):
             point = points.send(sent)
             sent = callback(point) if callback else None
-            end = point.x if sent is None else sent.to(point.x)
+            end = replaced(point.x, sent)
             states = [*states, end] if trajectory else [end]
             previews += [point.x0] if trajectory else []
             spoilt.append(~(torch.isfinite(end) & torch.isfinite(point.x0)).flatten(1).all(1))
@@ -265,7 +267,7 @@ def _out_of_memory(error: BaseException) -> bool:
 def _first(plan: Plan, seeds: list[int], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Pure noise at the plan's first time."""
     sigma, alpha = plan.sigma[0].item(), plan.alpha[0].item()
-    if alpha > 0.5 * sigma:
+    if alpha > 0.15 * sigma and plan.time[0] < plan.process.t_max:
         level = f"t = {plan.time[0]:g}, where data is not drowned in noise (alpha/sigma = {alpha / sigma:.3g})"
         raise UsageError(f"the plan starts at {level}", "give x=, the noised data at that time")
     return sigma * noise.normal(seeds, noise.INITIAL, shape, dtype, device)
@@ -280,41 +282,87 @@ def _state_dtype(dtype: torch.dtype | None, x: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def _shape(denoiser: Denoiser, x: Tensor | None, shape: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of one sample."""
+    own = getattr(denoiser, "shape", None)
+    wanted = tuple(x.shape[1:]) if x is not None else own if shape is None else shape
+    if not isinstance(wanted, tuple | list) or not wanted:
+        raise UsageError(f"shape: need that of one sample, got {wanted!r}", "shape=(3, 32, 32)")
+    sides = tuple(integer("shape", side, 1) for side in wanted)
+    if own is not None and sides != tuple(own):
+        raise UsageError(f"shape: the denoiser makes samples of shape {tuple(own)}, got {sides}", "leave shape= out")
+    return sides
+
+
 def _seeds(n: int | None, seed: int, seeds: Sequence[int] | None, x: Tensor | None) -> list[int]:
-    given = len(x) if x is not None else len(seeds) if seeds is not None else 16
-    count = given if n is None else n
-    if (
-        isinstance(count, bool)
-        or not isinstance(count, int)
-        or count < 1
-        or (count != given and (x is not None or seeds is not None))
-    ):
-        raise UsageError(f"n: got {n!r}" + (f" with {given} seeds or states" if count != given else ""), "n=16")
-    if seeds is not None and len(seeds) != count:
-        raise UsageError(f"seeds: got {len(seeds)} for {count} samples", "one seed per sample")
-    return noise.check_seeds(seeds if seeds is not None else range(seed, seed + count))
+    if x is not None and (not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2):
+        raise UsageError(f"x: need a floating-point tensor of shape (n, ...), got {x!r:.60}")
+    if seeds is not None:
+        try:
+            chosen = noise.check_seeds(seeds)
+        except TypeError as error:
+            raise UsageError(f"seeds: need integers, got {seeds!r:.60}", "seeds=[0, 1, 2]") from error
+    else:
+        count = len(x) if x is not None else 16 if n is None else n
+        first = integer("seed", seed, 0, 2**64 - 1)
+        chosen = noise.check_seeds(range(first, first + integer("n", count, 1)))
+    counts = {"n": n, "seeds": None if seeds is None else len(chosen), "x": None if x is None else len(x)}
+    given = {name: count for name, count in counts.items() if count is not None}
+    if not chosen or len(set(given.values())) > 1:
+        raise UsageError(f"n, seeds and x disagree, or are empty: {given}", "give one of them")
+    return chosen
 
 
-def _labels(label: Any, n: int) -> Tensor | None:
+def _labels(denoiser: Denoiser, label: Any, n: int) -> Tensor | None:
+    """One class for all or one each, by number or name."""
     if label is None:
         return None
-    labels = torch.as_tensor(label)
-    if labels.is_floating_point() or labels.ndim > 1 or (labels.ndim == 1 and len(labels) != n):
-        raise UsageError(f"label: need an integer or {n} of them, got {label!r}", "label=3")
-    return labels.long().expand(n)
+    given = label.tolist() if isinstance(label, Tensor) else label
+    several = list(given) if isinstance(given, list | tuple | range) else [given]
+    names = getattr(denoiser, "label_index", None)
+    indices = [
+        names(one) if names is not None and isinstance(one, str) else integer("label", one, 0) for one in several
+    ]
+    if len(indices) not in (1, n):
+        raise UsageError(f"label: need one or {n} of them, got {len(indices)}", "label=3")
+    return torch.tensor(indices).expand(n)
+
+
+def find_device(name: torch.device | str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        UsageError: no such kind of device. MissingError: it is not on this machine.
+    """
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device: got {name!r}", 'device="cpu" or "cuda"') from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MissingError(f"device {name!r}: this torch sees {torch.cuda.device_count()} CUDA devices", 'device="cpu"')
+    return device
 
 
 def prepared(denoiser: Denoiser, guidance: float | None, device: Any = None, compile: bool = False) -> Denoiser:
     """The denoiser on its device, guided and compiled as asked."""
-    steps: list[tuple[bool, str, tuple[Any, ...], str]] = [
-        (device is not None, "to", (device,), "move it to the device yourself"),
-        (compile, "compiled", (), "wrap its network in torch.compile yourself"),
-        (guidance not in (None, 1), "guided", (guidance,), "wrap it yourself: pfode.scores.guide"),
-    ]
-    for wanted, name, arguments, hint in steps:
-        if wanted:
-            method = getattr(denoiser, name, None)
-            if method is None:
-                raise UsageError(f"{type(denoiser).__name__} has no .{name}(...)", hint)
-            denoiser = method(*arguments)
+    if not isinstance(denoiser, Denoiser) or not isinstance(denoiser.process, Process):
+        raise UsageError(
+            f"denoiser: need a callable (x, t) -> x0 with a process, got {type(denoiser).__name__}",
+            "pfode.load(...), or wrap a network: pfode.scores.Denoiser(network, process, prediction)",
+        )
+    if device is not None and hasattr(denoiser, "to"):  # one without parameters follows x
+        denoiser = denoiser.to(find_device(device))  # type: ignore[attr-defined]
+    if compile:
+        denoiser = _method(denoiser, "compiled", "wrap its network in torch.compile yourself")()
+    if guidance is not None:
+        scale = number("guidance", guidance, -MAX_GUIDANCE, MAX_GUIDANCE)
+        if scale != 1 or hasattr(denoiser, "guided"):
+            denoiser = _method(denoiser, "guided", "wrap it yourself: pfode.scores.guide")(scale)
     return denoiser
+
+
+def _method(denoiser: Denoiser, name: str, hint: str) -> Callable[..., Denoiser]:
+    found = getattr(denoiser, name, None)
+    if found is None:
+        raise UsageError(f"{type(denoiser).__name__} has no .{name}(...)", hint)
+    return found

@@ -47,11 +47,13 @@ class Guided(Preconditioned):
             return self.inner.network(x, c_noise, label=label, **cond)
         if isinstance(label, int):
             label = torch.full((x.shape[0],), label, device=x.device)
+        if label.shape not in ((), (x.shape[0],)):
+            raise UsageError(f"label: got {len(label)} for {x.shape[0]} samples", "give them to sample(label=...)")
         label = label.expand(x.shape[0])
         null = torch.full_like(label, len(self.labels))
         cond = {key: _twice(value, x.shape[0]) for key, value in cond.items()}
         out = self.inner.network(torch.cat([x, x]), _twice(c_noise, x.shape[0]), label=torch.cat([null, label]), **cond)
-        without, given = out.chunk(2)
+        without, given = out.to(x.dtype).chunk(2)  # before the scale magnifies the rounding of a half-precision network
         return torch.lerp(without, given, self.scale)
 
     def label_index(self, name: str | int) -> int:
@@ -127,14 +129,14 @@ def guide(
         if label is not None:
             raise UsageError("autoguidance takes no label of its own", "give label= to sample")
         return denoiser if scale == 1 else Autoguided(denoiser, weak, float(scale))
+    if scale == 1 and label is None:
+        return denoiser
     if not getattr(denoiser, "labels", None):
         raise UsageError(
             "guidance needs a class-conditional denoiser; this one has no labels", "leave the guidance out"
         )
     if isinstance(label, str):
         label = denoiser.label_index(label)  # type: ignore[attr-defined]
-    if scale == 1 and label is None:
-        return denoiser
     return Guided(denoiser, float(scale), label)
 
 

@@ -171,6 +171,14 @@ def test_a_damaged_file_is_refused(tmp_path):
         {"b": torch.zeros(5, 3)},
         {"r": torch.zeros(6, 1)},
         {"prediction": "noise"},
+        {"alpha": -torch.ones(7)},
+        {"time": torch.full((7,), torch.nan)},
+        {"node": torch.zeros(7)},
+        {"node": torch.tensor([1, 1, 1, 1, 1, 1, 0])},
+        {"step": torch.zeros(6)},
+        {"step": torch.arange(6) + 1},
+        {"meta": [1]},
+        {"name": "a\x1b[31m"},
     ],
 )
 def test_plans_that_cannot_be_are_refused(change):

@@ -1,5 +1,6 @@
 """`sample`: seeds, batches, results, bad input."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,11 +132,79 @@ def test_nan_is_never_silent():
         {"label": [1, 2, 3], "n": 2},
         {"label": 1.5},
         {"start": 0.5},
+        {"start": 5.0},
+        {"start": "a"},
+        {"label": True},
+        {"label": "cat"},
+        {"label": [0, "b"]},
+        {"seed": 1.5},
+        {"seed": "a"},
+        {"seed": 2**64 - 1},
+        {"seeds": ["a", "b"]},
+        {"seeds": [float("nan"), 1]},
+        {"seeds": []},
+        {"seeds": 5},
+        {"grid": pfode.grids.karras},
+        {"grid": 5},
+        {"grid": ["a", "b"]},
+        {"grid": [80.0, 1.0], "stop": 1.0},
+        {"device": "gpu"},
+        {"shape": 8},
+        {"shape": (3,)},
+        {"shape": (0,)},
+        {"x": torch.zeros(3)},
+        {"x": torch.zeros(2, 2, dtype=torch.long)},
+        {"x": [[0.0, 1.0]]},
+        {"eta": "1"},
+        {"guidance": "a"},
+        {"guidance": 1e39},
+        {"plan": "heun"},
+        {"plan": pfode.make_plan("ddim", pfode.EDM(), 3), "sampler": "heun"},
+        {"plan": pfode.make_plan("ddim", pfode.EDM(), 3), "final": "stop"},
+        {"plan": pfode.make_plan("ddim", pfode.EDM(0.1, 500.0), 3)},
+        {"steps": 10**8},
+        {"callback": lambda p: p.x[:1]},
+        {"callback": lambda p: 3},
     ],
 )
 def test_bad_calls_are_one_typed_error(options):
     with pytest.raises(UsageError):
         pfode.sample(MIX, **{"n": 2, **options} if "x" not in options else options)
+
+
+@pytest.mark.parametrize("denoiser", [None, torch.nn.Linear(2, 2), lambda x, t: x])
+def test_what_is_no_denoiser_is_refused(denoiser):
+    with pytest.raises(UsageError, match="denoiser"):
+        pfode.sample(denoiser, 2)
+
+
+def test_a_device_that_is_not_there():
+    if not torch.cuda.is_available():
+        with pytest.raises(pfode.errors.MissingError, match="CUDA"):
+            pfode.sample(MIX, 2, device="cuda")
+    assert torch.equal(pfode.sample(MIX, 2, device="cpu").x, pfode.sample(MIX, 2).x)
+
+
+def test_numpy_numbers_and_arrays_are_welcome():
+    a = pfode.sample(MIX, np.int64(2), steps=np.int64(5), seed=np.int64(3), guidance=np.float32(1))
+    assert torch.equal(a.x, pfode.sample(MIX, 2, steps=5, seed=3).x)
+    assert pfode.sample(MIX, 2, grid=np.array([80.0, 3.0, 0.5, 0.0])).nfe == 3
+
+
+def test_classes_by_name():
+    net = pfode.load("digits")
+    a, b = pfode.sample(net, 2, steps=3, label="7"), pfode.sample(net, 2, steps=3, label=[7, "7"])
+    assert torch.equal(a.x, b.x)
+    with pytest.raises(UsageError, match="unknown label"):
+        pfode.sample(net, 2, label="seven")
+
+
+def test_guidance_given_twice_replaces():
+    net = pfode.load("digits")
+    once = pfode.scores.guide(net, 2.0)
+    assert pfode.sample(once, 2, steps=2, label=3, guidance=1.0).evals == 2
+    assert pfode.sample(once, 2, steps=2, label=3).evals == 4
+    assert pfode.sample(net, 2, steps=2, guidance=0.0).evals == 2
 
 
 def test_names_are_suggested():

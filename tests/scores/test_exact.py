@@ -10,6 +10,7 @@ from pfode.scores import Empirical, Gaussian, GaussianMixture
 from tests import problems
 
 D = 3
+EYE = torch.eye(D, dtype=torch.float64)
 
 
 def spd(seed: int) -> torch.Tensor:
@@ -19,8 +20,8 @@ def spd(seed: int) -> torch.Tensor:
 
 MEANS = torch.tensor([[1.0, 0.0, -1.0], [-1.0, 0.5, 0.3]], dtype=torch.float64)
 COVS = {
-    "isotropic": torch.stack([0.25 * torch.eye(D), 0.25 * torch.eye(D)]).double(),
-    "one std each": torch.stack([0.25 * torch.eye(D), 0.49 * torch.eye(D)]).double(),
+    "isotropic": torch.stack([0.25 * EYE, 0.25 * EYE]),
+    "one std each": torch.stack([0.25 * EYE, 0.49 * EYE]),
     "diagonal": torch.diag_embed(torch.tensor([[0.1, 0.5, 1.0], [0.3, 0.2, 0.9]], dtype=torch.float64)),
     "full": torch.stack([spd(0), spd(1)]),
     "shared full": torch.stack([spd(2), spd(2)]),
@@ -31,8 +32,8 @@ def build(kind: str, process: pfode.Process) -> GaussianMixture:
     cov = COVS[kind]
     given = {
         "isotropic": {"std": 0.5},
-        "one std each": {"std": torch.tensor([0.5, 0.7])},
-        "diagonal": {"cov": torch.diagonal(cov, dim1=1, dim2=2)},
+        "one std each": {"std": torch.tensor([0.5, 0.7], dtype=torch.float64)},
+        "diagonal": {"std": torch.diagonal(cov, dim1=1, dim2=2).sqrt()},
         "full": {"cov": cov},
         "shared full": {"cov": cov[0]},
     }[kind]
@@ -48,10 +49,10 @@ def test_density_score_and_denoiser(kind, process):
     for i in range(3):
         alpha, sigma = process.alpha(t[i]).item(), process.sigma(t[i]).item()
         parts = [
-            w * scipy.stats.multivariate_normal(alpha * m, alpha**2 * c + sigma**2 * torch.eye(D)).pdf(x[i].detach())
+            w * scipy.stats.multivariate_normal(alpha * m, alpha**2 * c + sigma**2 * EYE).pdf(x[i].detach())
             for w, m, c in zip((0.3, 0.7), MEANS, COVS[kind], strict=True)
         ]
-        assert gmm.log_prob(x, t)[i].exp().item() == pytest.approx(sum(parts), rel=1e-5)
+        assert gmm.log_prob(x, t)[i].exp().item() == pytest.approx(sum(parts), rel=1e-9)
     (gradient,) = torch.autograd.grad(gmm.log_prob(x, t).sum(), x)
     assert torch.allclose(gmm.score(x, t), gradient, rtol=1e-9, atol=1e-10)
     alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
@@ -83,6 +84,21 @@ def test_gaussian_flow_solves_its_ode(process):
         tolerance = 1e-6 if isinstance(process, pfode.VPDiscrete) else 1e-9  # its log-SNR has kinks
         assert problems.rms(g.flow(x, high, t), state) < tolerance
     assert torch.allclose(g.flow(g.flow(x, high, low), low, high), x, rtol=1e-11)
+
+
+def test_a_covariance_is_never_taken_for_variances():
+    """As many components as dimensions: shapes alone would not tell."""
+    cov = [[1.0, 0.5], [0.5, 1.0]]
+    gmm = GaussianMixture([[0.0, 0.0], [0.0, 0.0]], cov=cov)
+    assert torch.allclose(torch.cov(gmm.sample(40_000).T), torch.tensor(cov, dtype=torch.float64), atol=0.03)
+    with pytest.raises(UsageError, match="symmetric"):
+        GaussianMixture([[0.0, 0.0]], cov=[[1.0, 0.5], [0.1, 1.0]])
+
+
+def test_score_is_finite_at_the_data():
+    gmm = build("full", pfode.Flow())
+    x = torch.randn(4, D, dtype=torch.float64)
+    assert torch.allclose(gmm.score(x, 0.0), gmm.score(x, 1e-9), rtol=1e-6)
 
 
 def test_gaussian_flow_reaches_the_data():
@@ -121,6 +137,7 @@ def test_float32_in_float32_out():
         lambda: GaussianMixture([[0.0, 1.0]], std=torch.ones(3)),
         lambda: GaussianMixture([[0.0, 1.0]], std=1.0, weights=[0.5, 0.5]),
         lambda: GaussianMixture([[0.0, 1.0]], std=1.0, weights=[-1.0]),
+        lambda: GaussianMixture([[0.0, 1.0], [1.0, 0.0]], std=1.0, weights=[float("inf"), 1.0]),
         lambda: GaussianMixture([[0.0, 1.0, 2.0]], cov=torch.eye(2)),
         lambda: Gaussian([0.0, 1.0], -torch.eye(2)),
         lambda: Gaussian([0.0, 1.0], 1.0)(torch.zeros(1, 3), torch.tensor(1.0)),
