@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pfode import noise
-from pfode.denoiser import Denoiser, Preconditioned, preconditioned
+from pfode.denoiser import Bare, Denoiser, Preconditioned, preconditioned
 from pfode.errors import FileError, UsageError
 from pfode.files import content_digest, read_header, write_atomic
 from pfode.grids import ROUNDING
@@ -386,9 +386,11 @@ def _fold(plan: Plan, net: Preconditioned, x: Tensor) -> list[_Row]:
     }
     scales = (_alive(pre.c_in - 1) & ~((pre.c_in - 1).abs() < 1e-12)).tolist()
     units = (~_alive(r - 1)).tolist()
+    # a network is told the time of every sample, a bare denoiser the time
+    noise_levels = table[:, 1] if isinstance(net, Bare) else table[:, 1:2].expand(-1, len(x))
     rows, window = [], b.shape[1]
-    for k, line in enumerate(table.unbind()):
-        c_in, c_noise, g_k, r_k, r_prev, c_skip, c_out, *factors = line.unbind()
+    for k, (line, c_noise) in enumerate(zip(table.unbind(), noise_levels.unbind(), strict=True)):
+        c_in, _, g_k, r_k, r_prev, c_skip, c_out, *factors = line.unbind()
         rows.append(
             _Row(
                 c_in=c_in if scales[k] else None,

@@ -64,7 +64,7 @@ def sample(
     x: Tensor | None = None,
     shape: Sequence[int] | None = None,
     plan: Plan | None = None,
-    label: int | Sequence[int] | Tensor | None = None,
+    label: int | str | Sequence[int | str] | Tensor | None = None,
     guidance: float | None = None,
     eta: float | None = None,
     start: float | None = None,
@@ -87,7 +87,8 @@ def sample(
             or plan: a ready one.
         x: states at the first time, shape (n, *shape), instead of noise.
         shape: of one sample, where the denoiser does not say.
-        label: a class, or one per sample, passed on to the denoiser. guidance: scale of classifier-free guidance.
+        label: a class (number or name), or one per sample, passed on to the denoiser.
+        guidance: scale of classifier-free guidance.
         batch: samples per denoiser call (64); halved, and the batch begun again, where memory runs out.
         dtype: of the state, float32 or float64. device: where to run.
         compile: run the network through torch.compile.
@@ -155,7 +156,7 @@ def batches(
     *,
     x: Tensor | None = None,
     shape: Sequence[int] | None = None,
-    label: int | Sequence[int] | Tensor | None = None,
+    label: int | str | Sequence[int | str] | Tensor | None = None,
     batch: int = DEFAULT_BATCH,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,

@@ -39,7 +39,7 @@ class GaussianMixture:
         weights: Tensor | list[float] | None = None,
         process: Process | None = None,
         *,
-        cov: Tensor | None = None,
+        cov: Tensor | list[Any] | None = None,
     ):
         mu = torch.as_tensor(means, dtype=torch.float64)
         if mu.ndim < 2:
@@ -67,7 +67,7 @@ class GaussianMixture:
         p = self._responsibility(centred, total)
         return (p[..., None] * means).sum(1).reshape(x.shape)
 
-    def score(self, x: Tensor, t: Tensor) -> Tensor:
+    def score(self, x: Tensor, t: float | Tensor) -> Tensor:
         """grad log p_t(x) = -sum_k p(k | x) (alpha^2 C_k + sigma^2)^-1 (x - alpha mu_k)."""
         centred, total = self._components(*self._flatten(x, t))
         p = self._responsibility(centred, total)

@@ -1,6 +1,7 @@
 """Processes: the definition, the inverse, the ends."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pfode.errors import UsageError
 from pfode.process import from_config
 from tests import problems
 
+WRONG: Any = "a"
 PROCESSES = {
     **problems.ALL_PROCESSES,
     "VPCosine to 1": pfode.VPCosine(t_max=1.0),
@@ -87,10 +89,10 @@ def test_equality_is_of_alpha_and_sigma():
     "make",
     [
         lambda: pfode.VP(beta_min=-1),
-        lambda: pfode.VP(beta_max="a"),
-        lambda: pfode.EDM(sigma_max=None),
+        lambda: pfode.VP(beta_max=WRONG),
+        lambda: pfode.EDM(sigma_max=WRONG),
         lambda: pfode.VE(0.1, float("inf")),
-        lambda: pfode.VPDiscrete("a"),
+        lambda: pfode.VPDiscrete(WRONG),
         lambda: pfode.VP(t_min=0.0),
         lambda: pfode.EDM(0, 80),
         lambda: pfode.EDM(2, 1),

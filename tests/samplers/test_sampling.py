@@ -1,5 +1,7 @@
 """`sample`: seeds, batches, results, bad input."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -186,7 +188,8 @@ def test_a_device_that_is_not_there():
 
 
 def test_numpy_numbers_and_arrays_are_welcome():
-    a = pfode.sample(MIX, np.int64(2), steps=np.int64(5), seed=np.int64(3), guidance=np.float32(1))
+    given: dict[str, Any] = {"n": np.int64(2), "steps": np.int64(5), "seed": np.int64(3), "guidance": np.float32(1)}
+    a = pfode.sample(MIX, **given)
     assert torch.equal(a.x, pfode.sample(MIX, 2, steps=5, seed=3).x)
     assert pfode.sample(MIX, 2, grid=np.array([80.0, 3.0, 0.5, 0.0])).nfe == 3
 
