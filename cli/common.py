@@ -7,14 +7,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
-from pfode.errors import FileError, PfodeError, UsageError, did_you_mean
+from pfode.errors import FileError, PfodeError, did_you_mean
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -307,27 +306,3 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows))
     return "\n".join(line.rstrip() for line in lines)
-
-
-def shipped() -> dict[str, Path]:
-    """The models that come with the package, found without importing torch."""
-    spec = find_spec("pfode.scores")
-    folders = (spec.submodule_search_locations if spec else None) or []
-    files = (file for folder in folders for file in sorted(Path(folder, "weights").glob("*.safetensors")))
-    return {file.stem: file for file in files}
-
-
-def model_path(model: str) -> Path:
-    """The file behind a model argument: the name of a shipped model or a path.
-
-    Raises:
-        UsageError: an unknown name. FileError: no such file.
-    """
-    known, path = shipped(), Path(model)
-    if model in known:
-        return known[model]
-    if not path.suffix and not os.path.exists(path):
-        raise UsageError(f"unknown model {model!r}", did_you_mean(model, known) + " Or give a .safetensors file.")
-    if not os.path.isfile(path):
-        raise FileError(f"{model}: no such file", did_you_mean(model, known))
-    return path

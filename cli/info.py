@@ -10,9 +10,10 @@ from typing import Any
 import click
 
 import pfode
-from pfode.cli.common import Command, find_command, model_path, output, shipped, source, table
+from pfode.cli.common import Command, find_command, output, source, table
 from pfode.errors import FileError, MissingError, UsageError
 from pfode.files import Header, read_header
+from pfode.scores.shipped import model_path, shipped
 
 PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "pillow", "click", "huggingface_hub")
 PNG = b"\x89PNG\r\n\x1a\n"

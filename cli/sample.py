@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pfode
-from pfode.cli.common import Command, Finite, Output, bar, model_path, output
+from pfode.cli.common import Command, Finite, Output, bar, output
 from pfode.cli.recipe import check_digest, format_seeds, parse_seeds, seed_range, settle
 from pfode.errors import MissingError, NumericalError, UsageError, WriteError, unknown
 from pfode.files import read_header, write_atomic
+from pfode.scores.shipped import model_path
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,15 +17,14 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 import pfode
-from pfode.errors import FileError, PfodeError, UsageError, did_you_mean
+from pfode.errors import FileError, PfodeError, UsageError
 from pfode.files import Header, content_digest, read_header, write_atomic
 from pfode.prediction import PREDICTIONS
 from pfode.process import from_config
 from pfode.scores.denoiser import Denoiser
+from pfode.scores.shipped import model_path
 from pfode.scores.unet import UNet, UNetConfig
 
-WEIGHTS = Path(__file__).parent / "weights"
-SHIPPED = ("digits", "digits-vp", "digits-flow", "emoji", "emoji-small")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
 FIELDS = {"architecture", "process", "prediction", "sigma_data", "time_scale", "shape", "labels"}
@@ -115,24 +114,6 @@ def load(
     den.net.load_state_dict(tensors, assign=True)
     network = den.net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     return den.with_network(network.eval().requires_grad_(False))
-
-
-def model_path(source: str | os.PathLike[str]) -> Path:
-    """The file of a shipped model, or the path itself.
-
-    Raises:
-        UsageError: neither a name nor a file.
-    """
-    if str(source) in SHIPPED:
-        return WEIGHTS / f"{source}.safetensors"
-    path = Path(source)
-    if path.suffix == ".safetensors" or path.is_file():
-        return path
-    if path.is_dir():
-        raise UsageError(f"model {str(source)!r} is a folder", "give the .safetensors file in it")
-    raise UsageError(
-        f"unknown model {str(source)!r}", f"{did_you_mean(source, SHIPPED)} or a path to a .safetensors file"
-    )
 
 
 def _build(config: dict[str, Any]) -> Denoiser:

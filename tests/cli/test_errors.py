@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import pfode
-from pfode.cli.common import shipped
+from pfode.scores.shipped import shipped
 
 LONG = "x" * 5000
 CALLS = [
@@ -81,7 +81,7 @@ CALLS = [
     ("info", 2, "Missing argument"),
     ("info nothing", 2, "unknown model"),
     ("info text.txt", 3, "not a safetensors file"),
-    ("info folder", 3, "no such file"),
+    ("info folder", 3, "is a folder"),
     ("info bare.png", 3, "no pfode settings"),
     ("info bare.png --verify", 2, "--verify"),
     (f"sample --out {LONG}.png", 7, "name too long"),

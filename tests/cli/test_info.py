@@ -1,8 +1,8 @@
 import pytest
 
 import pfode
-from pfode.cli.common import shipped
 from pfode.files import read_header
+from pfode.scores.shipped import shipped
 
 
 def test_shipped_models(cli):
