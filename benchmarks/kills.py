@@ -291,7 +291,8 @@ def main() -> None:
                 began = time.perf_counter()
                 totals[title] = part()
                 counted = [key for key in COUNTED if key in totals[title]]
-                told = ", ".join(f"{key} {totals[title][key]}" for key in (*counted, *WRONG[title]))
+                totals[title] = Counter({key: totals[title][key] for key in (*counted, *WRONG[title])})
+                told = ", ".join(f"{key} {value}" for key, value in totals[title].items())
                 print(f"{title}: {told} ({time.perf_counter() - began:.0f} s)", flush=True)
     if options.json:
         options.json.write_text(json.dumps(totals, indent=1) + "\n")

@@ -1,0 +1,85 @@
+"""The pictures of the documentation, drawn by the shipped networks.
+
+    python benchmarks/pictures.py [--model emoji] [--out docs]
+
+`nfe.png`: the same seeds at 5, 10, 20 and 40 denoiser calls for several samplers. `guidance.png`: the same seeds at
+several scales of classifier-free guidance and, where the model has a sibling NAME-small, of autoguidance.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+import pfode
+from pfode.cli.images import to_pixels
+from pfode.scores.shipped import shipped
+
+SAMPLERS = ["euler", "dpm++2m", "ipndm3", "heun"]
+BUDGETS = [5, 10, 20, 40]
+SCALES = [1.0, 1.5, 2.0, 3.0]
+GAP, MARGIN, LINE = 2, 84, 18
+
+
+def strip(x: Tensor, scale: int) -> Image.Image:
+    """Pictures (n, c, h, w) in [-1, 1] side by side."""
+    side = x.shape[-1] * scale
+    out = Image.new("RGB", (len(x) * (side + GAP) - GAP, side), "white")
+    for i, pixels in enumerate(to_pixels(x)):
+        picture = Image.fromarray(pixels).convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+        out.paste(picture, (i * (side + GAP), 0))
+    return out
+
+
+def table(cells: list[list[Image.Image]], rows: list[str], columns: list[str]) -> Image.Image:
+    """Strips in rows and columns, with their names."""
+    width, height = cells[0][0].size
+    size = (MARGIN + len(columns) * (width + 4 * GAP), LINE + len(rows) * (height + 2 * GAP))
+    out = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(out), ImageFont.load_default(13)
+    for j, name in enumerate(columns):
+        draw.text((MARGIN + j * (width + 4 * GAP), 1), name, fill="black", font=font)
+    for i, name in enumerate(rows):
+        top = LINE + i * (height + 2 * GAP)
+        draw.text((4, top + height // 2 - 8), name, fill="black", font=font)
+        for j, cell in enumerate(cells[i]):
+            out.paste(cell, (MARGIN + j * (width + 4 * GAP), top))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.out.mkdir(exist_ok=True)
+    net = pfode.load(options.model)
+    classes = len(net.labels or ())
+    scale = max(1, 64 // (net.shape or (1, 32, 32))[1])
+
+    few = torch.tensor([0, 3, 4, 8]) % classes
+    cells = [
+        [strip(pfode.sample(net, 4, nfe=k, sampler=name, label=few, seed=options.seed).x, scale) for k in BUDGETS]
+        for name in SAMPLERS
+    ]
+    table(cells, SAMPLERS, [f"{k} NFE" for k in BUDGETS]).save(options.out / "nfe.png")
+
+    every = torch.arange(classes)
+    kinds = {"guidance": None}
+    if f"{options.model}-small" in shipped():
+        kinds["autoguidance"] = pfode.load(f"{options.model}-small")
+    rows, cells = [], []
+    for kind, weak in kinds.items():
+        for w in SCALES:
+            guided = pfode.scores.guide(net, w, weak=weak)
+            rows.append(f"{'auto ' if weak else ''}{w:g}")
+            cells.append([strip(pfode.sample(guided, classes, nfe=20, label=every, seed=options.seed).x, scale)])
+        print(kind, "done")
+    table(cells, rows, ["20 NFE, one picture of every class, by scale"]).save(options.out / "guidance.png")
+
+
+if __name__ == "__main__":
+    main()
