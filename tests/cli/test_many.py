@@ -99,6 +99,17 @@ def test_torn_results_are_repaired(cli, tmp_path, whole):
         assert_whole(folder, 20, whole)
 
 
+def test_parts_of_stopped_processes_are_taken_over(cli, tmp_path, whole, evaluated):
+    folder = tmp_path / "whole"
+    raw = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "results.jsonl").write_bytes(b"".join(raw[:9]))
+    (folder / "results.1.jsonl").write_bytes(b"".join(raw[8:15]) + raw[15][:40])
+    (folder / "results.2.jsonl").write_bytes(b"".join(raw[15:]))
+    assert cli(*WORDS, "--n", 20, "--separate", "whole").code == 0
+    assert evaluated == []
+    assert_whole(folder, 20, whole)
+
+
 def test_more_pictures_may_follow(cli, tmp_path, whole):
     assert cli(*WORDS, "--n", 11, "--separate", "part").code == 0
     done = cli(*WORDS, "--n", 20, "--batch", 5, "--separate", "part", "--json")
