@@ -35,7 +35,20 @@ from pfode.errors import FileError
 from pfode.scores.data import load_data
 from pfode.scores.training import checkpoints, read_checkpoint
 
-SAMPLE = ["sample", "--steps", "4", "--batch", "16", "--separate", "run", "--quiet", "--device", "cpu"]
+SAMPLE = [
+    "sample",
+    "--model",
+    "digits",
+    "--steps",
+    "4",
+    "--batch",
+    "16",
+    "--separate",
+    "run",
+    "--quiet",
+    "--device",
+    "cpu",
+]
 TRAIN = ["train", "--data", "digits", "--widths", "8,16", "--batch", "8", "--warmup", "2", "--no-amp", "--resume"]
 TRAIN += ["--out", "run", "--quiet", "--device", "cpu"]
 LONGEST = 1.0  # seconds to the kill

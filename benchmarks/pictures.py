@@ -10,11 +10,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 import pfode
 from pfode.cli.images import to_pixels
+from pfode.files import read_header
 from pfode.scores.shipped import shipped
 
 SAMPLERS = ["euler", "dpm++2m", "ipndm3", "heun"]
@@ -49,6 +50,13 @@ def table(cells: list[list[Image.Image]], rows: list[str], columns: list[str]) -
     return out
 
 
+def save(picture: Image.Image, path: Path, model: str) -> None:
+    """With the model's digest in the text, so that a test can tell a picture of an older network."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("made", f"benchmarks/pictures.py, {model} {read_header(shipped()[model]).metadata['pfode.digest']}")
+    picture.save(path, pnginfo=text, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji")
@@ -65,7 +73,7 @@ def main() -> None:
         [strip(pfode.sample(net, 4, nfe=k, sampler=name, label=few, seed=options.seed).x, scale) for k in BUDGETS]
         for name in SAMPLERS
     ]
-    table(cells, SAMPLERS, [f"{k} NFE" for k in BUDGETS]).save(options.out / "nfe.png")
+    save(table(cells, SAMPLERS, [f"{k} NFE" for k in BUDGETS]), options.out / "nfe.png", options.model)
 
     every = torch.arange(classes)
     kinds = {"guidance": None}
@@ -78,7 +86,8 @@ def main() -> None:
             rows.append(f"{'auto ' if weak else ''}{w:g}")
             cells.append([strip(pfode.sample(guided, classes, nfe=20, label=every, seed=options.seed).x, scale)])
         print(kind, "done")
-    table(cells, rows, ["20 NFE, one picture of every class, by scale"]).save(options.out / "guidance.png")
+    head = ["20 NFE, one picture of every class, by scale"]
+    save(table(cells, rows, head), options.out / "guidance.png", options.model)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
         UsageError: both with the same source.
     """
     ranks = {name: _rank(ctx, name) for name in options}
-    if options["like"]:
+    if options["like"] is not None:
         _merge_recipe(ctx, options, ranks)
     plan = options["sampler"].endswith(".safetensors")
     for name in ("steps", "nfe", "grid", "chart", "eta"):

@@ -180,7 +180,7 @@ def prepare(options: dict[str, Any]) -> Job:
     labels: list[str] = list(net.labels or ())
     n = options["n"] or (len(labels) if options["label"] == "all" and labels else 16)
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
-    if options["guidance"] not in (None, 1) and options["label"] is None:
+    if options["guidance"] not in (None, 0, 1) and options["label"] is None:
         raise UsageError(f"--guidance {options['guidance']:g} needs a class to guide to", "--label all")
     indices = find_labels(options["label"], net, len(seeds))
     shown = len(seeds) if options["separate"] is None else min(len(seeds), SHEET)

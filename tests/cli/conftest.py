@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pfode.cli.__main__ import main
+from pfode.cli.sample import command as sample
 
 
 class Run(NamedTuple):
@@ -24,7 +25,9 @@ class Run(NamedTuple):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """A function from the words of a command line to its Run."""
+    """A function from the words of a command line to its Run; `sample` draws with the small network."""
+    model = next(option for option in sample.params if option.name == "model")
+    monkeypatch.setattr(model, "default", "digits")
     for name in [name for name in os.environ if name.startswith("PFODE_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)

@@ -214,7 +214,7 @@ def test_interrupt(cli, monkeypatch):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(tmp_path, number, code):
     """A run of 10,000 steps, stopped after its settings line."""
-    words = ["sample", "--steps", "10000", "--n", "1", "--sampler", "euler"]
+    words = ["sample", "--model", "digits", "--steps", "10000", "--n", "1", "--sampler", "euler"]
     start = [sys.executable, "-m", "pfode.cli", *words]
     with subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
