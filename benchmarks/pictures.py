@@ -76,16 +76,13 @@ def main() -> None:
     save(table(cells, SAMPLERS, [f"{k} NFE" for k in BUDGETS]), options.out / "nfe.png", options.model)
 
     every = torch.arange(classes)
-    kinds = {"guidance": None}
-    if f"{options.model}-small" in shipped():
-        kinds["autoguidance"] = pfode.load(f"{options.model}-small")
+    small = f"{options.model}-small"
     rows, cells = [], []
-    for kind, weak in kinds.items():
+    for weak in [None, pfode.load(small)] if small in shipped() else [None]:
         for w in SCALES:
             guided = pfode.scores.guide(net, w, weak=weak)
             rows.append(f"{'auto ' if weak else ''}{w:g}")
             cells.append([strip(pfode.sample(guided, classes, nfe=20, label=every, seed=options.seed).x, scale)])
-        print(kind, "done")
     head = ["20 NFE, one picture of every class, by scale"]
     save(table(cells, rows, head), options.out / "guidance.png", options.model)
 
