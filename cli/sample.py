@@ -32,7 +32,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "flo
 
 @click.command(cls=Command, name="sample")
 @click.option(
-    "--model", default="digits", show_default=True, metavar="NAME|FILE", help="`pfode info models`, or a file."
+    "--model", default="emoji", show_default=True, metavar="NAME|FILE", help="`pfode info models`, or a file."
 )
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, metavar="N", help="Number of steps.")
 @click.option("--nfe", type=click.IntRange(1), metavar="N", help="As many steps as fit in N denoiser calls.")
