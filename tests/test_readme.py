@@ -53,7 +53,8 @@ def test_exit_codes_are_all_there():
 @pytest.mark.parametrize("name", re.findall(r"!\[[^]]*\]\(([^):]+)\)", README))
 def test_pictures_are_what_the_shipped_network_draws(name, tmp_path, capsys):
     picture = ROOT / name
-    made = Image.open(picture).info.get("made")
+    with Image.open(picture) as image:
+        made = image.info.get("made")
     if made is not None:  # by a script too slow for a test: by this network at least
         script, model, digest = re.fullmatch(r"(\S+), (\S+) (\S+)", made).groups()  # type: ignore[union-attr]
         assert (ROOT / script).is_file()
