@@ -10,12 +10,13 @@ class, and how near the samples come to the training pictures.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import pfode
 from pfode.cli.images import contact_sheet, to_pixels
@@ -51,6 +52,28 @@ def memorisation(samples: torch.Tensor, data: Data) -> tuple[str, str, float, in
     return lines[0], lines[1], limit, int((near < limit).sum())
 
 
+def loss_curve(losses: list[float]) -> Image.Image:
+    """The mean of every 20 steps, loss on a logarithmic axis."""
+    width, height, left, below = 520, 240, 48, 24
+    means = [sum(losses[i : i + 20]) / len(losses[i : i + 20]) for i in range(0, len(losses), 20)]
+    high, low = math.log(max(means)), math.log(min(means) * 0.9)
+    out = Image.new("RGB", (left + width + 12, height + below + 8), "white")
+    draw, font = ImageDraw.Draw(out), ImageFont.load_default(11)
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        return left + width * step / len(losses), 4 + height * (high - math.log(loss)) / (high - low)
+
+    for loss in (1.0, 0.5, 0.3, 0.2, 0.15, 0.1):
+        if low < math.log(loss) < high:
+            y = place(0, loss)[1]
+            draw.line([(left, y), (left + width, y)], fill="#dddddd")
+            draw.text((8, y - 6), f"{loss:g}", fill="black", font=font)
+    for step in range(0, len(losses) + 1, max(200, len(losses) // 500 * 100)):
+        draw.text((place(step, 1)[0] - 8, height + 10), str(step), fill="black", font=font)
+    draw.line([place(20 * i + 10, mean) for i, mean in enumerate(means)], fill="#1f4fbf", width=2)
+    return out
+
+
 def ship(run: Path, name: str, note: str) -> None:
     """The newest checkpoint as package data, with its card."""
     manifest, parts = read_checkpoint(checkpoints(run)[0])
@@ -82,6 +105,7 @@ def ship(run: Path, name: str, note: str) -> None:
     out = pfode.sample(pfode.load(name), len(labels), steps=20, label=labels)
     sheet = contact_sheet(to_pixels(out.x), 2, len(data.names))
     Image.fromarray(sheet).save(WEIGHTS / f"{name}.png", optimize=True)
+    loss_curve(losses).save(WEIGHTS / f"{name}-loss.png", optimize=True)
     of_samples, of_data, limit, close = memorisation(out.x, data)
     points = [s for s in (100, 200, 500, 1000, 1500, 2000, 3000, 4000, 5000) if s < step] + [step]
     curve = ", ".join(f"{s}: {sum(losses[max(0, s - 100) : s]) / min(100, s):.3f}" for s in points if s <= len(losses))
@@ -106,6 +130,8 @@ which runs
     pfode {RECIPES[name]}
 
 {note}
+![loss by step]({name}-loss.png)
+
 ![ten samples of every class]({name}.png)
 
 Every column is a class; 20 steps of the default sampler, seeds 0 to {len(labels) - 1}, no guidance.
