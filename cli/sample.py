@@ -47,7 +47,11 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "flo
     "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Of picture 0; i has seed + i."
 )
 @click.option("--seeds", metavar="LIST", help="The seeds themselves: 0-63,80.")
-@click.option("--label", metavar="NAME|all", help="Class of the pictures; all: every class in turn.")
+@click.option(
+    "--label",
+    metavar="NAME|all|none",
+    help="Class of the pictures; all: every class in turn, where the model has classes the default; none: no class.",
+)
 @click.option("--guidance", type=Finite(), metavar="W", help="Classifier-free guidance scale (doubles the evals).")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the network; the state stays float32 or better.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
@@ -178,9 +182,11 @@ def prepare(options: dict[str, Any]) -> Job:
         )
     plan, plan_digest = find_plan(options, net)
     labels: list[str] = list(net.labels or ())
+    if options["label"] is None and labels:
+        options = {**options, "label": "all"}
     n = options["n"] or (len(labels) if options["label"] == "all" and labels else 16)
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
-    if options["guidance"] not in (None, 0, 1) and options["label"] is None:
+    if options["guidance"] not in (None, 0, 1) and options["label"] in (None, "none"):
         raise UsageError(f"--guidance {options['guidance']:g} needs a class to guide to", "--label all")
     indices = find_labels(options["label"], net, len(seeds))
     shown = len(seeds) if options["separate"] is None else min(len(seeds), SHEET)
@@ -217,14 +223,14 @@ def recipe(job: Job, evals: int, index: int | None = None) -> dict[str, Any]:
         options |= {key: plan.meta[key] for key in ("grid", "chart", "eta") if key in plan.meta}
     if index is None:
         options["scale"] = job.scale
-        options |= {"label": job.options["label"]} if job.classes else {}
+        options |= {"label": job.options["label"]} if job.options["label"] else {}
         if job.seeds == list(range(job.seeds[0], job.seeds[0] + len(job.seeds))):
             options |= {"seed": job.seeds[0], "n": len(job.seeds)}
         else:
             options["seeds"] = format_seeds(job.seeds)
     else:
         options |= {"seed": job.seeds[index], "n": 1}
-        options |= {"label": job.classes[index]} if job.classes else {}
+        options |= {"label": job.classes[index]} if job.classes else {"label": "none"} if job.options["label"] else {}
     return {
         "version": pfode.__version__,
         "options": options,
@@ -256,12 +262,12 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan, str | None]":
 
 
 def find_labels(wanted: str | None, net: Any, n: int) -> list[int]:
-    """The class of each picture by number; empty without --label.
+    """The class of each picture by number; empty for none.
 
     Raises:
         UsageError: no such class, or a model without classes.
     """
-    if wanted is None:
+    if wanted in (None, "none"):
         return []
     if wanted == "all" and net.labels:
         return [i % len(net.labels) for i in range(n)]

@@ -25,9 +25,10 @@ class Run(NamedTuple):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """A function from the words of a command line to its Run; `sample` draws with the small network."""
-    model = next(option for option in sample.params if option.name == "model")
-    monkeypatch.setattr(model, "default", "digits")
+    """A function from the words of a command line to its Run; `sample` draws with the small network, no class."""
+    for option in sample.params:
+        if option.name in ("model", "label"):
+            monkeypatch.setattr(option, "default", {"model": "digits", "label": "none"}[option.name])
     for name in [name for name in os.environ if name.startswith("PFODE_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)

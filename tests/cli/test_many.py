@@ -123,7 +123,7 @@ def test_more_pictures_may_follow(cli, tmp_path, whole):
         (("--steps", 3), "--steps is 2 there, 3 here"),
         (("--sampler", "heun"), "--sampler is"),
         (("--model", "digits-vp"), "--model is digits there, digits-vp here"),
-        (("--label", "3"), "--label is not given there, 3 here"),
+        (("--label", "3"), "--label is none there, 3 here"),
         (("--dtype", "fp64"), "--dtype is not given there, fp64 here"),
         (("--n", 4), "--n is 6 there, 4 here"),
         (("--seed", 1), "--seed is 0 there, 1 here"),
@@ -325,7 +325,7 @@ def test_kills(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_and_continued(cli, tmp_path, whole, number, code):
     """How soon it ends is measured by benchmarks/kills.py; here it ends well before its 20,000 pictures."""
-    words = "sample --model digits --steps 2 --batch 8 --quiet --n 20000 --separate a"
+    words = "sample --model digits --label none --steps 2 --batch 8 --quiet --n 20000 --separate a"
     with start(f"pfode.cli {words}", tmp_path) as process:
         while not (tmp_path / "a" / "000030.png").exists():
             time.sleep(0.01)
@@ -367,7 +367,9 @@ def test_two_processes_draw_as_one(tmp_path, whole):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launch = "accelerate.commands.launch --cpu --num_processes=1 --num_machines=1 --mixed_precision=no "
-    launch += "--dynamo_backend=no -m pfode.cli sample --model digits --steps 2 --batch 8 --n 20 --separate a"
+    launch += (
+        "--dynamo_backend=no -m pfode.cli sample --model digits --label none --steps 2 --batch 8 --n 20 --separate a"
+    )
     shared = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     started = [start(launch, tmp_path, **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
     said = [process.communicate(timeout=120) for process in started]

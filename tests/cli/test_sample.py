@@ -9,6 +9,7 @@ from PIL import Image
 import pfode
 from pfode.cli import images
 from pfode.cli.recipe import format_seeds, parse_seeds
+from pfode.cli.sample import command as sample
 
 
 def pixels(path):
@@ -144,3 +145,17 @@ def test_scale_and_columns():
 @pytest.mark.parametrize("text", ["0-63,80", "5", "3,1", f"{2**64 - 1}"])
 def test_seeds_round_trip(text):
     assert format_seeds(parse_seeds(text)) == text
+
+
+def test_classes_in_turn_unless_none(cli, monkeypatch):
+    """Without --label a model that has classes shows all of them, and the sheet says so."""
+    label = next(option for option in sample.params if option.name == "label")
+    monkeypatch.setattr(label, "default", None)
+    words = ("sample", "--steps", 2, "--n", 10, "--out")
+    assert cli(*words, "usual.png").code == cli(*words, "all.png", "--label", "all").code == 0
+    assert cli(*words, "none.png", "--label", "none").code == 0
+    usual, every, none = (pixels(f"{name}.png") for name in ("usual", "all", "none"))
+    assert np.array_equal(usual, every)
+    assert not np.array_equal(usual, none)
+    assert cli("sample", "--like", "none.png", "--out", "again.png").code == 0
+    assert np.array_equal(pixels("again.png"), none)
