@@ -182,9 +182,9 @@ def prepare(options: dict[str, Any]) -> Job:
         )
     plan, plan_digest = find_plan(options, net)
     labels: list[str] = list(net.labels or ())
+    n = options["n"] or (len(labels) if options["label"] == "all" and labels else 16)
     if options["label"] is None and labels:
         options = {**options, "label": "all"}
-    n = options["n"] or (len(labels) if options["label"] == "all" and labels else 16)
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
     if options["guidance"] not in (None, 0, 1) and options["label"] in (None, "none"):
         raise UsageError(f"--guidance {options['guidance']:g} needs a class to guide to", "--label all")
