@@ -51,7 +51,7 @@ def draw(job: Job, out: Output) -> dict[str, Any] | None:
         job = replace(job, device=share.device)
     out = out if share.first else replace(out, quiet=True)
     net = prepared(job.net, job.options["guidance"], job.device)
-    with contextlib.closing(Folder(job, job.plan.nfe * getattr(net, "evals", 1))) as folder:
+    with contextlib.closing(share), contextlib.closing(Folder(job, job.plan.nfe * getattr(net, "evals", 1))) as folder:
         return _draw(job, net, folder, share, out)
 
 
@@ -404,6 +404,13 @@ class Share:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def close(self) -> None:
+        """Leave the group of processes: its threads must not outlive the interpreter."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().destroy_process_group()
 
     def agree(self, act: Callable[[], None]) -> None:
         """Do something in every process, and wait for all; the first one raises the error of any, the others end."""
