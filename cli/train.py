@@ -113,6 +113,7 @@ def command(ctx: click.Context, **options: Any) -> None:
             f"{config.prediction} on {options['process']}, {folder}{begin}"
         )
     loss = train(trainer, options["sheet_every"], out)
+    trainer.close()
     if trainer.main:
         path = trainer.export(model, card(data, loss))
         summary = {

@@ -297,6 +297,10 @@ class Trainer:
         if self.folder is not None:
             self._open(resume)
 
+    def close(self) -> None:
+        """End the trackers and leave the group of processes: its threads must not outlive the interpreter."""
+        self.accelerator.end_training()
+
     @property
     def main(self) -> bool:
         """Whether this process writes the files."""

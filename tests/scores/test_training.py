@@ -308,6 +308,7 @@ from tests.scores.test_training import CONFIG, Trainer, load_data, replace
 trainer = Trainer(replace(CONFIG, steps=6), load_data("digits"), sys.argv[1], save_every=3, device="cpu")
 assert trainer.accelerator.num_processes == int(sys.argv[2])
 list(trainer.run())
+trainer.close()
 """
 
 
