@@ -4,8 +4,9 @@ import io
 import shlex
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pfode.scores.data import Data
     from pfode.scores.training import TrainConfig, Trainer
 
+T = TypeVar("T")
 PROCESSES = {
     "edm": "EDM", "vp": "VP", "flow": "Flow", "ve": "VE", "sub-vp": "SubVP", "vp-cosine": "VPCosine",
 }  # fmt: skip
@@ -205,31 +207,26 @@ def recipe(options: dict[str, Any], data: "Data", device: str) -> "TrainConfig":
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas.
-
-    Raises:
-        UsageError: something else.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(
-            f"{name}: expected whole numbers separated by commas, got {text!r:.60}", f"{name} 4,8"
-        ) from error
+    """Whole numbers separated by commas."""
+    return _listed(name, text, int, "whole numbers", "4,8")
 
 
 def fractions(name: str, text: str) -> tuple[float, ...]:
-    """Numbers separated by commas.
+    """Numbers separated by commas."""
+    return _listed(name, text, float, "numbers", "0.05,0.1")
+
+
+def _listed(name: str, text: str, kind: Callable[[str], T], what: str, example: str) -> tuple[T, ...]:
+    """The parts between commas.
 
     Raises:
-        UsageError: something else.
+        UsageError: one that is not of the kind.
     """
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(
-            f"{name}: expected numbers separated by commas, got {text!r:.60}", f"{name} 0.05,0.1"
-        ) from error
+        problem = f"{name}: expected {what} separated by commas, got {text!r:.60}"
+        raise UsageError(problem, f"{name} {example}") from error
 
 
 def fast_bfloat16(device: str) -> bool:
