@@ -224,6 +224,10 @@ class VPDiscrete(Process):
         )
         object.__setattr__(self, "alphas_cumprod", tuple(values))
 
+    def __repr__(self) -> str:
+        values = self.alphas_cumprod
+        return f"VPDiscrete({len(values)} alphas_cumprod, {values[0]:.6g} ... {values[-1]:.6g})"
+
     @property
     def t_min(self) -> float:  # type: ignore[override]
         return 0.0
@@ -255,7 +259,7 @@ class VPDiscrete(Process):
         inner = torch.lerp(knots[i], knots[i + 1], t - i)
         inner = torch.where(t < 0, knots[0] - torch.log1p(t), inner)
         if self.alphas_cumprod[-1] == 0:
-            inner = torch.where(t > last - 1, knots[-2] + torch.log(last - t), inner)
+            inner = torch.where(t >= last - 1, knots[-2] + torch.log(last - t), inner)
         return 2 * inner
 
     def _time(self, log_snr: Tensor) -> Tensor:
