@@ -5,7 +5,7 @@ is used through that network, so that its preconditioning folds into the solver'
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ class Denoiser(Protocol):
     It must not change x, and returns a tensor of its own at every call: solvers keep both.
 
     Optional, used where present: `shape` (of one sample, without the batch), `labels` (names of the classes), `evals`
-    (network forwards per call; 1 when absent), `guided(scale)` (classifier-free guidance), `compiled()`.
+    (network forwards per call; 1 when absent), `data_std` (of data whose mean is 0), `guided(scale)` (classifier-free
+    guidance), `compiled()`, and `at(t)`: what stands in for it at time t, a float, under the same preconditioning and
+    with its own `evals`.
     """
 
     @property
@@ -70,6 +72,28 @@ class Bare(Preconditioned):
 
     def network(self, x: Tensor, c_noise: Tensor, **cond: Any) -> Tensor:
         return self.denoiser(x, c_noise, **cond)
+
+    def at(self, t: float) -> "Bare":
+        """See `at`."""
+        return Bare(at(self.denoiser, t))
+
+
+AnyDenoiser = TypeVar("AnyDenoiser", bound=Denoiser)
+
+
+def at(denoiser: AnyDenoiser, t: Any) -> AnyDenoiser:
+    """What stands in for a denoiser at time t: `denoiser.at(t)` where it has that, else the denoiser itself.
+
+    Guidance in an interval, or by a schedule, is another denoiser at every time. The times of a plan are known
+    beforehand on the host, so that no call has to look at a time on the device.
+    """
+    found = getattr(denoiser, "at", None)
+    return denoiser if found is None else found(t)
+
+
+def forwards(denoiser: Denoiser, times: Tensor) -> int:
+    """Network forwards per sample of one call at each of these times."""
+    return sum(getattr(at(denoiser, t), "evals", 1) for t in times.tolist())
 
 
 def preconditioned(denoiser: Denoiser) -> Preconditioned:

@@ -11,7 +11,8 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "denoiser": ["Denoiser"],
-        "guidance": ["guide"],
+        "guidance": ["cfg_plus_plus", "guide"],
+        "wrapping": ["clip", "threshold"],
         "checkpoint": ["load", "save"],
         "exact": ["Empirical", "Gaussian", "GaussianMixture"],
     },
@@ -24,4 +25,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from pfode.scores.exact import Empirical as Empirical
     from pfode.scores.exact import Gaussian as Gaussian
     from pfode.scores.exact import GaussianMixture as GaussianMixture
+    from pfode.scores.guidance import cfg_plus_plus as cfg_plus_plus
     from pfode.scores.guidance import guide as guide
+    from pfode.scores.wrapping import clip as clip
+    from pfode.scores.wrapping import threshold as threshold

@@ -31,7 +31,7 @@ class Denoiser(Preconditioned):
         network: called with x in the dtype of its parameters and c_noise of shape (batch,).
         process: the noise process it was trained for.
         prediction: "edm", "x0", "eps", "score", "v" or "flow".
-        sigma_data: standard deviation of the data ("edm" only).
+        sigma_data: standard deviation of the data ("edm" only), which the denoiser then declares as its `data_std`.
         shape: of one sample, without the batch.
         labels: names of the classes; the network then takes label= of shape (batch,), where len(labels) means none.
         time_scale: factor from t to what the network is given (1000 for networks trained on a thousand steps).
@@ -64,6 +64,7 @@ class Denoiser(Preconditioned):
         self.shape = None if shape is None else tuple(shape)
         self.labels = None if labels is None else tuple(labels)
         self.time_scale = float(time_scale)
+        self.data_std = self.sigma_data if prediction == "edm" else None
         weight = (
             next((p for p in network.parameters() if p.is_floating_point()), None)
             if isinstance(network, nn.Module)

@@ -1,33 +1,63 @@
-"""Guidance, a denoiser made from denoisers: away from no class (Ho & Salimans 2022) or from a weaker network."""
+"""Guidance, a denoiser made from denoisers: away from no class (Ho & Salimans 2022) or from a weaker network.
 
-import math
-from collections.abc import Sequence
+What changes with the time does so by `at(t)`, the denoiser that stands in at one time: whoever knows the times
+beforehand, as a plan does, asks for it on the host, so that no call looks at a time on the device.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pfode.denoiser import Denoiser, Preconditioned, Preconditioning, preconditioned
-from pfode.errors import UsageError
+from pfode.denoiser import Denoiser, Preconditioned, Preconditioning, at, preconditioned
+from pfode.errors import UsageError, integer, number
+from pfode.plan import Plan, row_affine
+from pfode.scores.mixing import Rule, Schedule, column
+from pfode.scores.wrapping import Wrapper, known, method
+
+Class = int | str | Sequence[int | str] | Tensor
 
 
-class Guided(Preconditioned):
-    """F_u + scale (F_c - F_u): the network with its label and without, in one forward of twice the batch.
+class Guided(Wrapper, Preconditioned):
+    """F_0 + scale (F - F_0): the network under two conditions, in one forward of twice the batch.
 
-    As D is affine in F, guiding F is guiding D.
+    As D is affine in F, guiding F is guiding D. `negative` holds the conditions that differ in F_0.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, label: Tensor | int | None):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        rule: Rule,
+        label: Tensor | int | None,
+        negative: Mapping[str, Any],
+        level: tuple[Any, Any] | None = None,
+    ):
+        super().__init__(denoiser)
         self.inner = preconditioned(denoiser)
-        self.denoiser = denoiser
-        self.process = denoiser.process
-        self.scale = scale
-        self.label = label
-        self.labels: Sequence[str] = getattr(denoiser, "labels", None) or ()
-        self.shape = getattr(denoiser, "shape", None)
-        self.dtype = getattr(denoiser, "dtype", None)
-        self.device = getattr(denoiser, "device", None)
-        self.evals = getattr(denoiser, "evals", 1) * (1 if scale in (0, 1) else 2)
+        self.rule, self.label, self.negative = rule, label, negative
+        self.level = level  # (c_skip / c_in, c_out) at the time, once it is known
+        self.timed |= rule.varies or (rule.projects and level is None)
+        self.evals *= sum(rule.needs)
+
+    @property
+    def scale(self) -> float | Tensor | Schedule:
+        """Of the guidance."""
+        return self.rule.scale
+
+    def around(self, change: Callable[[Any], Any]) -> "Guided":
+        return Guided(change(self.denoiser), self.rule, self.label, self.negative, self.level)
+
+    def at(self, t: float | Tensor) -> "Guided":
+        """See `Wrapper.at`."""
+        rule, level = self.rule.at(t, self.process), self.level
+        if rule.projects:
+            c = self.inner.precondition(torch.as_tensor(t, dtype=torch.float64))
+            skip, size = c.c_skip / c.c_in, c.c_out
+            level = (skip, size) if isinstance(t, Tensor) else (skip.item(), size.item())
+        inner = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim and all(rule.needs) else t  # as its batch
+        return Guided(at(self.denoiser, inner), rule, self.label, self.negative, level)
 
     def precondition(self, t: Tensor) -> Preconditioning:
         return self.inner.precondition(t)
@@ -36,112 +66,209 @@ class Guided(Preconditioned):
         """The guided F; `label` as for the denoiser, else the one given to `guide`.
 
         Raises:
-            UsageError: no label.
+            UsageError: a condition to guide towards is missing, or the two do not fit together; or guidance that
+                depends on the time, which only `at` knows.
         """
-        if self.scale == 0:
-            return self.inner.network(x, c_noise, **cond)
+        if self.rule.varies or (self.rule.projects and self.level is None):
+            raise UsageError("this guidance depends on the time, which its network is not told", "guided.at(t).network")
         label = self.label if label is None else label
-        if label is None:
-            raise UsageError("guidance needs a class to guide towards", "give label= (or --label NAME, --label all)")
-        if self.scale == 1:
-            return self.inner.network(x, c_noise, label=label, **cond)
-        if isinstance(label, int):
-            label = torch.full((x.shape[0],), label, device=x.device)
-        if label.shape not in ((), (x.shape[0],)):
-            raise UsageError(f"label: got {len(label)} for {x.shape[0]} samples", "give them to sample(label=...)")
-        label = label.expand(x.shape[0])
-        null = torch.full_like(label, len(self.labels))
-        cond = {key: _twice(value, x.shape[0]) for key, value in cond.items()}
-        out = self.inner.network(torch.cat([x, x]), _twice(c_noise, x.shape[0]), label=torch.cat([null, label]), **cond)
-        without, given = out.to(x.dtype).chunk(2)  # before the scale magnifies the rounding of a half-precision network
-        return torch.lerp(without, given, self.scale)
+        given = cond if label is None else {"label": label, **cond}
+        other = {**given, **self.negative}
+        away, towards = self.rule.needs
+        if not towards:
+            return self.inner.network(x, c_noise, **other)
+        for key in self.negative:
+            if given.get(key) is None:
+                hint = "give label= (or --label NAME, --label all)" if key == "label" else f"give {key}="
+                raise UsageError(f"guidance needs a {'class' if key == 'label' else key} to guide towards", hint)
+        if not away:
+            return self.inner.network(x, c_noise, **given)
+        both = {key: _joined(key, other[key], value, x) for key, value in given.items()}
+        noise = torch.cat([c_noise, c_noise]) if c_noise.ndim else c_noise
+        out = self.inner.network(torch.cat([x, x]), noise, **both)
+        first, second = out.to(x.dtype).chunk(2)  # before the scale magnifies the rounding of a half-precision network
+        if self.level is None:
+            return self.rule.mix(first, second)
+        skip, size = (column(value, x) for value in self.level)
+        return self.rule.mix(first, second, x0=skip * x + size * second, unit=abs(size))
 
-    def label_index(self, name: str | int) -> int:
-        """See `Denoiser.label_index`."""
-        return self.denoiser.label_index(name)  # type: ignore[attr-defined]
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Guided":
-        """See `Denoiser.to`."""
-        return Guided(self.denoiser.to(device, dtype), self.scale, self.label)  # type: ignore[attr-defined]
-
-    def compiled(self) -> "Guided":
-        """See `Denoiser.compiled`."""
-        return Guided(self.denoiser.compiled(), self.scale, self.label)  # type: ignore[attr-defined]
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """The guided D, see `network`."""
+        return Preconditioned.__call__(self.at(known(t)) if self.timed else self, x, t, **cond)
 
     def guided(self, scale: float) -> Denoiser:
-        """The denoiser underneath, guided by another scale."""
-        return guide(self.denoiser, scale, self.label)
+        """The denoiser underneath, guided by another scale and otherwise alike."""
+        rule = self.rule
+        options: dict[str, Any] = {key: getattr(rule, key) for key in ("interval", "rescale", "eta", "norm")}
+        return guide(self.denoiser, scale, self.label, negative=self.negative, **options)
 
 
-class Autoguided:
+class Autoguided(Wrapper):
     """D_weak + scale (D - D_weak): away from a weaker network's mistakes (Karras et al. 2024), classes or not."""
 
-    def __init__(self, denoiser: Denoiser, weak: Denoiser, scale: float):
+    def __init__(self, denoiser: Denoiser, weak: Denoiser, rule: Rule):
+        super().__init__(denoiser)
         if denoiser.process != weak.process:
             raise UsageError(f"the weak denoiser has {weak.process}, the other {denoiser.process}", "take its sibling")
         shapes = [getattr(d, "shape", None) for d in (denoiser, weak)]
         classes = [len(getattr(d, "labels", None) or ()) for d in (denoiser, weak)]
         if shapes[0] != shapes[1] or classes[0] != classes[1]:
             raise UsageError(f"the weak denoiser differs in shape or classes: {shapes}, {classes}", "take its sibling")
-        self.denoiser, self.weak, self.scale = denoiser, weak, scale
-        self.process = denoiser.process
-        self.labels: Sequence[str] = getattr(denoiser, "labels", None) or ()
-        self.shape = shapes[0]
-        self.dtype = getattr(denoiser, "dtype", None)
-        self.device = getattr(denoiser, "device", None)
-        self.evals = getattr(denoiser, "evals", 1) + getattr(weak, "evals", 1)
+        self.weak, self.rule = weak, rule
+        self.timed |= rule.varies or getattr(weak, "timed", False)
+        away, towards = rule.needs
+        self.evals = away * getattr(weak, "evals", 1) + towards * self.evals
+
+    def around(self, change: Callable[[Any], Any]) -> "Autoguided":
+        return Autoguided(change(self.denoiser), change(self.weak), self.rule)
+
+    def at(self, t: float | Tensor) -> "Autoguided":
+        """See `Wrapper.at`."""
+        return Autoguided(at(self.denoiser, t), at(self.weak, t), self.rule.at(t, self.process))
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """The guided D; both denoisers see the same x, t and conditions."""
-        return torch.lerp(self.weak(x, t, **cond), self.denoiser(x, t, **cond), self.scale)
-
-    def label_index(self, name: str | int) -> int:
-        """See `Denoiser.label_index`."""
-        return self.denoiser.label_index(name)  # type: ignore[attr-defined]
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Autoguided":
-        """See `Denoiser.to`."""
-        both = (d.to(device, dtype) for d in (self.denoiser, self.weak))  # type: ignore[attr-defined]
-        return Autoguided(*both, self.scale)
-
-    def compiled(self) -> "Autoguided":
-        """See `Denoiser.compiled`."""
-        return Autoguided(self.denoiser.compiled(), self.weak.compiled(), self.scale)  # type: ignore[attr-defined]
+        rule = self.rule.at(known(t), self.process)
+        away, towards = rule.needs
+        if not towards:
+            return self.weak(x, t, **cond)
+        x0 = self.denoiser(x, t, **cond).to(x.dtype)
+        if not away:
+            return x0
+        return rule.mix(self.weak(x, t, **cond).to(x.dtype), x0, x0=x0 if rule.projects else None)
 
 
 def guide(
-    denoiser: Denoiser, scale: float, label: Tensor | int | str | None = None, weak: Denoiser | None = None
+    denoiser: Denoiser,
+    scale: float | Schedule,
+    label: Class | None = None,
+    weak: Denoiser | None = None,
+    *,
+    negative: Class | Mapping[str, Any] | None = None,
+    interval: tuple[float, float] | None = None,
+    rescale: float = 0.0,
+    eta: float = 1.0,
+    norm: float | None = None,
 ) -> Denoiser:
-    """Guidance: D_0 + scale (D - D_0), where D_0 is the denoiser at the null class, or a weaker denoiser.
+    """Guidance: D_0 + scale (D - D_0), where D_0 is the denoiser at another condition, or a weaker denoiser.
+
+    What it costs is in `evals`: at a scale of 1 one of the two is not called, nor, without refinements, at 0.
 
     Args:
-        denoiser: class-conditional, its label len(labels) meaning none; with `weak`, any.
-        scale: 0 is D_0, 1 the denoiser itself, above 1 exaggerates the difference.
-        label: the class, where calls do not give one: an index, a name, or (batch,) indices.
-        weak: a smaller or less trained sibling, for autoguidance.
+        denoiser: class-conditional, its label len(labels) meaning none; with `weak` or conditions in `negative`, any.
+        scale: 0 is D_0, 1 the denoiser itself, above 1 exaggerates the difference; or a function of the time, from a
+            float64 tensor, 0-d or (batch,), to the same shape, such as `cfg_plus_plus` makes.
+        label: the class, where calls do not give one: an index, a name, or (batch,) of either.
+        weak: a smaller or less trained sibling, for autoguidance (Karras et al. 2024).
+        negative: the condition of D_0: a class, as for label, instead of none; or a dict of the conditions that differ
+            from those of the call, each a number or a tensor with a batch dimension.
+        interval: guide only where low < sigma/alpha <= high, and call the denoiser alone elsewhere
+            (Kynkaanniemi et al. 2024). There the PF-ODE has a kink: multistep histories see it.
+        rescale: phi, from 0 to 1: brings the standard deviation of what the network returns (of D with `weak`) that
+            far back to the unguided one (Lin et al. 2024, who use 0.7).
+        eta: factor of the part of D - D_0 that is parallel to D; norm: largest length of D - D_0. Adaptive projected
+            guidance (Sadat et al. 2025, who use eta = 0 and norm 2.5 to 15), without its momentum: `mixing.projected`.
 
     Raises:
-        UsageError: an unconditional denoiser, a scale that is not finite, an unknown class, or no sibling.
+        UsageError: an unconditional denoiser, a value out of range, an unknown class, or no sibling.
     """
-    if not math.isfinite(scale):
-        raise UsageError(f"guidance scale must be finite, got {scale}", "1 means no guidance; try 1.5 to 4")
+    rule = Rule(scale, interval, rescale, eta, norm)
     if weak is not None:
-        if label is not None:
-            raise UsageError("autoguidance takes no label of its own", "give label= to sample")
-        return denoiser if scale == 1 else Autoguided(denoiser, weak, float(scale))
-    if scale == 1 and label is None:
+        if label is not None or negative is not None:
+            given = "label" if label is not None else "negative"
+            raise UsageError(f"autoguidance takes no {given} of its own", "give label= to sample")
+        return denoiser if rule.scale == 1 else Autoguided(denoiser, weak, rule)
+    if rule.scale == 1 and label is None:
         return denoiser
-    if not getattr(denoiser, "labels", None):
+    away: Mapping[str, Any]
+    if isinstance(negative, Mapping):
+        away = {key: _class(denoiser, value) if key == "label" else value for key, value in negative.items()}
+        if not away:
+            raise UsageError("negative: got no condition", 'negative={"label": 3}')
+    else:
+        away = {"label": len(_names(denoiser)) if negative is None else _class(denoiser, negative)}
+    return Guided(denoiser, rule, None if label is None else _class(denoiser, label), away)
+
+
+def cfg_plus_plus(lam: float, plan: Plan) -> Schedule:
+    """The scale of CFG++ (Chung et al. 2025, algorithm 2) in every row of a first-order plan such as ddim or euler-a.
+
+    CFG++ goes to D_0 + lam (D - D_0) and adds noise along D_0: x' = alpha' (D_0 + lam (D - D_0)) + sigma' eps_0. That
+    is the row's own update with the scale lam alpha'/f, where f is its factor of D: lam / (1 - s'/s) for ddim, with
+    s = sigma/alpha. It grows with the number of steps: CFG++ belongs to its plan, no ODE is behind it.
+
+    Args:
+        lam: 0 is unconditional, 1 the most the authors use. plan: the one to be run with the guided denoiser.
+
+    Returns:
+        a scale for `guide`.
+
+    Raises:
+        UsageError: a plan with stages or a history, or one that leads away from the data.
+    """
+    lam = number("lam", lam, 0)
+    factor = plan.b[:, 0] * row_affine(plan.prediction, plan.alpha[:-1], plan.sigma[:-1])[1]
+    plain = plan.steps == plan.nfe and not plan.b[:, 1:].any() and not plan.r_prev.any()
+    if not plain or not (factor > 0).all():
+        raise UsageError(
+            f"CFG++ needs a first-order plan towards the data; {plan.name!r} is none", 'make_plan("ddim", ...)'
+        )
+    return functools.partial(_looked_up, plan.t.detach(), (lam * plan.alpha[1:] / factor).detach())
+
+
+def _looked_up(times: Tensor, values: Tensor, t: Tensor) -> Tensor:
+    """The value at the time nearest to t."""
+    times, values = times.to(t), values.to(t)
+    distance, index = (times - t[..., None]).abs().min(-1)
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and (distance > 1e-5 * t.abs()).any():
+        raise UsageError(
+            f"this scale belongs to a plan without the time {t.flatten()[distance.argmax()]:g}",
+            "run the plan it was made for: sample(guided, plan=plan)",
+        )
+    return values[index]
+
+
+def _names(denoiser: Denoiser) -> Sequence[str]:
+    names = getattr(denoiser, "labels", None)
+    if not names:
         raise UsageError(
             "guidance needs a class-conditional denoiser; this one has no labels", "leave the guidance out"
         )
+    return names
+
+
+def _class(denoiser: Denoiser, label: Any) -> Tensor | int:
+    """Classes by number; len(labels) means none."""
+    names = _names(denoiser)
+    if isinstance(label, Tensor):
+        return label
     if isinstance(label, str):
-        label = denoiser.label_index(label)  # type: ignore[attr-defined]
-    return Guided(denoiser, float(scale), label)
+        return method(denoiser, "label_index", "give the number of the class")(label)
+    if isinstance(label, list | tuple | range):
+        return torch.tensor([_class(denoiser, one) for one in label])
+    return integer("label", label, 0, len(names))
 
 
-def _twice(value: Any, batch: int) -> Any:
-    """A batched tensor repeated for both halves; anything else as it is."""
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
-        return torch.cat([value, value])
-    return value
+def _joined(key: str, away: Any, towards: Any, x: Tensor) -> Any:
+    """One condition of both halves of the batch; one that is the same for every sample stays as it is."""
+    if away is towards and not (isinstance(away, Tensor) and away.ndim and len(away) == len(x)):
+        return away
+    halves = [_batched(key, value, x) for value in (away, towards)]
+    if halves[0].shape != halves[1].shape:
+        got = " and ".join(str(tuple(half.shape)) for half in halves)
+        raise UsageError(f"{key}: guidance away from and towards it needs one shape, got {got}", "pad the shorter one")
+    return torch.cat(halves)
+
+
+def _batched(key: str, value: Any, x: Tensor) -> Tensor:
+    if isinstance(value, int | float):
+        return torch.full((len(x),), value, device=x.device)
+    if not isinstance(value, Tensor):
+        raise UsageError(f"{key}: guidance joins numbers and tensors, got {value!r:.60}", "give a tensor")
+    if value.ndim == 0 or len(value) == 1:
+        value = value.expand(len(x), *value.shape[1:])
+    if len(value) != len(x):
+        raise UsageError(
+            f"{key}: got {len(value)} for {len(x)} samples", "one for all, or in sample(label=...) one each"
+        )
+    return value.to(x.device)
