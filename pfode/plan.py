@@ -8,7 +8,9 @@ Rows are made on the host in float64. The executor folds the network's precondit
 host read-back and without state: coefficients are 0-d tensors on the device.
 """
 
+import functools
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -20,16 +22,17 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils import checkpoint as rematerialise
 
 from pfode import noise
-from pfode.denoiser import Bare, Denoiser, Preconditioned, preconditioned
+from pfode.denoiser import Bare, Denoiser, Preconditioned, at, preconditioned
 from pfode.errors import FileError, UsageError
 from pfode.files import content_digest, read_header, write_atomic
 from pfode.grids import ROUNDING
 from pfode.prediction import prediction
 from pfode.process import Process, from_config
 
-_TENSORS = ("t", "time", "alpha", "sigma", "r", "r_prev", "b", "c", "init", "step", "node")
+_TENSORS = ("t", "time", "alpha", "sigma", "r", "r_prev", "b", "c", "init", "step", "node", "first", "span")
 _WHOLE = {"step": torch.int64, "node": torch.bool}
 
 
@@ -51,6 +54,9 @@ class Plan:
         step: the step (from 0) a row belongs to, shape (n,), integer.
         node: whether state k is a point of the trajectory, not an inner stage, shape (n + 1,), boolean.
         name, meta: how the plan was made; not compared.
+        first: (time, alpha, sigma) of x_T, shape (3,): state 0's unless `init` moves x_T (churn, a free first step).
+        span: start and stop of the interval that xi_k covers of the Brownian clock u = 1 / (1 + (alpha/sigma)^(1/4)),
+            shape (n + 1, 2), the last for xi_init. NaN where nothing is drawn, or the noise has no interval.
 
     Raises:
         UsageError: shapes, values or times that no plan can have.
@@ -71,29 +77,51 @@ class Plan:
     node: Tensor
     name: str = "plan"
     meta: dict[str, Any] = field(default_factory=dict)
+    first: Tensor = None  # type: ignore[assignment]
+    span: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         prediction(self.prediction)
         for key in _TENSORS:
-            value = torch.as_tensor(getattr(self, key)).to("cpu", _WHOLE.get(key, torch.float64))
-            object.__setattr__(self, key, value.clone())
-        n = len(self.t)
-        rows = {"t": 1, "r": 1, "r_prev": 1, "step": 1, "b": 2, "c": 2}
-        for key in _TENSORS:
             value = getattr(self, key)
-            length = 2 if key == "init" else n if key in rows else n + 1
-            if value.ndim != rows.get(key, 1) or len(value) != length or n == 0:
-                raise UsageError(f"plan {self.name!r}: {key} has shape {tuple(value.shape)} with {n} rows")
-            if not torch.isfinite(value).all() and (key != "time" or torch.isnan(value).any()):
-                raise UsageError(f"plan {self.name!r}: {key} is not finite")
+            if value is None and key in ("first", "span"):
+                value = self._default(key)
+            value = torch.as_tensor(value).to("cpu", _WHOLE.get(key, torch.float64))
+            object.__setattr__(self, key, value.clone())
+            self._check(key, len(self.t))
         if not isinstance(self.name, str) or not self.name.isprintable() or not isinstance(self.meta, dict):
             raise UsageError(f"plan: need a printable name and a dict of meta, got {self.name!r} and {self.meta!r:.60}")
-        if not (self.sigma[:-1] > 0).all() or self.sigma[-1] < 0 or (self.alpha < 0).any():
+        alpha, sigma = torch.cat([self.first[1:2], self.alpha]), torch.cat([self.first[2:], self.sigma])
+        if not (sigma[:-1] > 0).all() or sigma[-1] < 0 or (alpha < 0).any():
             raise UsageError(f"plan {self.name!r}: needs alpha >= 0 and sigma > 0, sigma = 0 only in the last state")
+        moved = _alive(self.init[0] - 1) or _alive(self.init[1])
+        if not moved and not torch.equal(self.first, self._default("first")):
+            problem = f"plan {self.name!r}: x_T is state 0, but first = {self.first.tolist()} is not"
+            raise UsageError(problem, "first=None")
         begins = torch.diff(self.step, prepend=torch.tensor([-1]))  # 1 in the first row of a step, else 0
         if not (self.node[0] and self.node[-1] and torch.equal(begins, self.node[:-1].long())):
             raise UsageError(f"plan {self.name!r}: a step must begin at every node but the last, and nowhere else")
         self.check_times(self.process)
+
+    def _default(self, key: str) -> Tensor:
+        """What `first` and `span` are where they are not given."""
+        if key == "first":
+            return torch.stack([self.time[0], self.alpha[0], self.sigma[0]])
+        return torch.full((len(self.t) + 1, 2), torch.nan)
+
+    def _check(self, key: str, n: int) -> None:
+        """Raise UsageError if a tensor is none that a plan of n rows can have."""
+        value: Tensor = getattr(self, key)
+        length = {"init": 2, "first": 3}.get(key, n if key in ("t", "r", "r_prev", "b", "c", "step") else n + 1)
+        if value.ndim != (2 if key in ("b", "c", "span") else 1) or len(value) != length or n == 0:
+            raise UsageError(f"plan {self.name!r}: {key} has shape {tuple(value.shape)} with {n} rows")
+        if key == "span":
+            none = torch.isnan(value).all(-1)
+            inside = ((value >= 0) & (value <= 1)).all(-1)
+            if value.shape[1] != 2 or not (none | inside & (value[:, 0] != value[:, -1])).all():
+                raise UsageError(f"plan {self.name!r}: span needs two different ends within [0, 1], or NaN twice")
+        elif not torch.isfinite(value).all() and (key != "time" or torch.isnan(value).any()):
+            raise UsageError(f"plan {self.name!r}: {key} is not finite")
 
     @property
     def nfe(self) -> int:
@@ -118,7 +146,8 @@ class Plan:
     def check_times(self, process: Process) -> None:
         """Raise UsageError if the plan evaluates outside the times of the process."""
         low, high = process.t_min, process.t_max
-        if (self.t < low - ROUNDING * abs(low)).any() or (self.t > high + ROUNDING * abs(high)).any():
+        below = max(ROUNDING * abs(low), 1e-12 * abs(high))  # low may be 0
+        if (self.t < low - below).any() or (self.t > high + ROUNDING * abs(high)).any():
             first, last = self.t.max().item(), self.t.min().item()
             problem = (
                 f"plan {self.name!r}: evaluates from {first:g} to {last:g}, outside [{low:g}, {high:g}] of {process}"
@@ -129,7 +158,7 @@ class Plan:
         if not isinstance(other, Plan):
             return NotImplemented
         same = self.process == other.process and self.prediction == other.prediction
-        return same and all(torch.equal(getattr(self, key), getattr(other, key)) for key in _TENSORS)
+        return same and all(_equal(getattr(self, key), getattr(other, key)) for key in _TENSORS)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -171,17 +200,33 @@ class Plan:
         config = header.config("pfode.config")
         try:
             tensors = safetensors.torch.load_file(path)
-            parts = {key: tensors[key] for key in _TENSORS}
+            parts = {key: tensors[key] for key in _TENSORS if key in tensors}
             process = from_config(config["process"])
             return cls(process, config["prediction"], **parts, name=config["name"], meta=config["meta"])
         except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise FileError(f"{path}: broken plan: {error}") from error
 
 
-class Point(NamedTuple):
+class Landing(NamedTuple):
+    """Where a row with fresh noise landed: x ~ N(mean, std^2)."""
+
+    x: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log N(x; mean, std^2) of every sample, in nats, shape (batch,); x is data, gradients flow into the mean."""
+        flat = ((x.detach() - self.mean) / self.std).reshape(len(x), -1)
+        constant = torch.log(self.std.abs()) + 0.5 * math.log(2 * math.pi)
+        return -0.5 * flat.square().sum(1) - flat.shape[1] * constant
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
     """A node reached by a plan.
 
-    Fields: step (1 ... steps) of `steps`; t and x there; x0, the denoiser's latest output; nfe so far.
+    Fields: step (1 ... steps) of `steps`; t and x there; x0, the denoiser's latest output; nfe so far; landings: where
+    each row of the step landed, None if it drew no noise.
     """
 
     step: int
@@ -190,6 +235,33 @@ class Point(NamedTuple):
     x: Tensor
     x0: Tensor
     nfe: int
+    landings: tuple[Landing | None, ...] = field(default=(), repr=False)
+
+    @property
+    def log_prob(self) -> Tensor | None:
+        """Log-density, in nats, of the noise this step drew: shape (batch,), None where it drew none.
+
+        It is the sum of log N(y_{k+1}; mean_k, c_k0^2) over its rows with c_k0 != 0, given all that earlier rows drew.
+        Where a row landed counts as data; gradients flow through the means, as policy gradients want (DDPO, Black et
+        al. 2024), and through the state the step began at unless `point.x.detach()` was sent back at the node before.
+        """
+        parts = [landing.log_prob(landing.x) for landing in self.landings if landing]
+        return torch.stack(parts).sum(0) if parts else None
+
+    def log_prob_of(self, x: Tensor) -> Tensor | None:
+        """The same, had this step landed at x: for replays, where x was recorded and is then sent back.
+
+        Args:
+            x: shape of the state.
+
+        Raises:
+            UsageError: another shape, or a step that drew noise before its last row: x does not say what.
+        """
+        *inner, landing = self.landings
+        if any(inner):
+            problem = f"step {self.step} draws noise in an inner stage: where it ends does not tell how it got there"
+            raise UsageError(problem, "a sampler that draws noise in the last row of a step alone, as euler-a does")
+        return landing and landing.log_prob(replaced(self.x, x))
 
 
 class _Row(NamedTuple):
@@ -202,41 +274,68 @@ class _Row(NamedTuple):
     from_x: bool  # False: r = 0
     r_prev: Tensor | None  # None: 0
     b: list[tuple[int, Tensor]]  # (age j, factor) of the predictions that enter
-    c: list[tuple[int, Tensor]]  # the same for the noises
+    c: list[tuple[int, Tensor]]  # the same for the noises of earlier rows
+    fresh: Tensor | None  # factor of this row's noise; None: 0
     draws: bool  # whether this row's noise is used, here or later
     c_skip: Tensor
     c_out: Tensor
 
 
-def run(plan: Plan, denoiser: Denoiser, x: Tensor, seeds: Sequence[int] | None = None, **cond: Any) -> Tensor:
+def run(
+    plan: Plan,
+    denoiser: Denoiser,
+    x: Tensor,
+    seeds: Sequence[int] | None = None,
+    *,
+    previous: Tensor | None = None,
+    brownian: bool = False,
+    checkpoint: bool = False,
+    **cond: Any,
+) -> Tensor:
     """Run a plan from x, the state at its first time, to its last state.
 
     Args:
         x: shape (batch, ...). Half precision is raised to float32.
         seeds: one per sample; needed by stochastic plans, whose row k draws noise (seed, k + 1).
+        previous: y_{-1}, for a plan whose first row has an r'; x itself if not given.
+        brownian: take the noise from one Brownian path per seed, by the rows' `span`: the same path for any steps.
+        checkpoint: keep nothing of the denoiser's calls for the gradients but their input, and call again going back:
+            the memory of one call at the price of a second one.
         cond: passed on to the denoiser. Gradients flow if the caller has them enabled.
 
     Raises:
-        UsageError: another process than the plan's, missing seeds, a denoiser whose output has another shape.
+        UsageError: another process than the plan's, missing seeds, a denoiser whose output has another shape; noise
+            that belongs to no interval of a Brownian path.
     """
-    states = (y for _, y, _ in _walk(plan, denoiser, x, seeds, cond, preview=False))
+    how = _Manner(previous, brownian, checkpoint)
+    states = (y for _, y, _, _ in _walk(plan, denoiser, x, seeds, cond, how, preview=False))
     return deque(states, maxlen=1).pop()
 
 
 def iterate(
-    plan: Plan, denoiser: Denoiser, x: Tensor, seeds: Sequence[int] | None = None, **cond: Any
+    plan: Plan,
+    denoiser: Denoiser,
+    x: Tensor,
+    seeds: Sequence[int] | None = None,
+    *,
+    previous: Tensor | None = None,
+    brownian: bool = False,
+    checkpoint: bool = False,
+    **cond: Any,
 ) -> Generator[Point, Tensor | None, None]:
     """As `run`, but yield every node reached. A tensor sent back replaces the state there (inpainting, projections)."""
-    rows = _walk(plan, denoiser, x, seeds, cond, preview=True)
+    rows = _walk(plan, denoiser, x, seeds, cond, _Manner(previous, brownian, checkpoint), preview=True)
     node, times, steps = plan.node.tolist(), plan.time.tolist(), plan.steps
-    step, sent = 0, None
+    step, sent, landings = 0, None, []
     try:
         while True:
-            k, x, x0 = rows.send(sent)
+            k, x, x0, landing = rows.send(sent)
             sent = None
+            landings.append(landing)
             if node[k + 1]:
                 step += 1
-                sent = yield Point(step, steps, times[k + 1], x, x0, k + 1)
+                sent = yield Point(step, steps, times[k + 1], x, x0, k + 1, tuple(landings))
+                landings = []
     except StopIteration:
         return
 
@@ -251,11 +350,18 @@ class Bad:
 
 
 def find_bad(
-    plan: Plan, denoiser: Denoiser, x: Tensor, seeds: Sequence[int] | None = None, **cond: Any
+    plan: Plan,
+    denoiser: Denoiser,
+    x: Tensor,
+    seeds: Sequence[int] | None = None,
+    *,
+    previous: Tensor | None = None,
+    brownian: bool = False,
+    **cond: Any,
 ) -> dict[int, Bad]:
     """Replay a plan row by row: the samples of which a state or a denoiser output is not finite, by their index."""
     found: dict[int, Bad] = {}
-    for k, y, x0 in _walk(plan, denoiser, x, seeds, cond, preview=True):
+    for k, y, x0, _ in _walk(plan, denoiser, x, seeds, cond, _Manner(previous, brownian), preview=True):
         for i in not_finite(y) + not_finite(x0):
             found.setdefault(i, Bad(i, int(plan.step[k]) + 1, float(plan.t[k])))
     return found
@@ -266,10 +372,27 @@ def not_finite(x: Tensor) -> list[int]:
     return (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
 
 
+class _Manner(NamedTuple):
+    """How a plan is run: see `run`."""
+
+    previous: Tensor | None = None
+    brownian: bool = False
+    checkpoint: bool = False
+
+
 def _walk(
-    plan: Plan, denoiser: Denoiser, x: Tensor, seeds: Sequence[int] | None, cond: dict[str, Any], preview: bool
-) -> Generator[tuple[int, Tensor, Any], Tensor | None, None]:
-    """The executor: yields (row, state after it, x0 or None); a tensor sent back replaces the state."""
+    plan: Plan,
+    denoiser: Denoiser,
+    x: Tensor,
+    seeds: Sequence[int] | None,
+    cond: dict[str, Any],
+    how: _Manner,
+    preview: bool,
+) -> Generator[tuple[int, Tensor, Any, Landing | None], Tensor | None, None]:
+    """The executor: yields (row, state after it, x0, how it landed); a tensor sent back replaces the state.
+
+    x0 and landing are None without `preview`.
+    """
     if plan.process != denoiser.process:
         raise UsageError(
             f"plan {plan.name!r} was made for {plan.process}, the denoiser has {denoiser.process}",
@@ -279,20 +402,23 @@ def _walk(
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
         raise UsageError(f"x: need a floating-point tensor of shape (batch, ...), got {x!r:.60}")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    draw = _noise_source(plan, x, seeds)
+    draw = _noise_source(plan, x, seeds, how.brownian)
     net = preconditioned(denoiser)
+    networks = [functools.partial(at(net, t).network, **cond) for t in plan.t.tolist()]
+    if how.checkpoint:
+        networks = [functools.partial(rematerialise.checkpoint, each, use_reentrant=False) for each in networks]
     rows = _fold(plan, net, x)
     ages, noise_ages = plan.b.shape[1] - 1, plan.c.shape[1] - 1
     past: list[Tensor] = []
     noises: list[Tensor] = []
-    previous = x
+    previous = replaced(x, how.previous, "previous")
     r_init, c_init = plan.init.to(x).unbind()
     if _alive(plan.init[0] - 1):
         x = r_init * x
     if _alive(plan.init[1]):
         x = x + c_init * draw(plan.nfe)
-    for k, row in enumerate(rows):
-        out = net.network(x if row.c_in is None else torch.mul(x, row.c_in), row.c_noise, **cond)
+    for k, (row, network) in enumerate(zip(rows, networks, strict=True)):
+        out = network(x if row.c_in is None else torch.mul(x, row.c_in), row.c_noise)
         if k == 0 and (not isinstance(out, Tensor) or out.shape != x.shape):
             got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise UsageError(f"the denoiser returned {got} for x of shape {tuple(x.shape)}", "it must return x0")
@@ -306,12 +432,12 @@ def _walk(
         if row.r_prev is not None:
             terms.append((previous, row.r_prev))
         terms += [(noises[j], factor) for j, factor in row.c]
-        previous, x = x, _combine(x, row, terms)
-        sent = yield k, x, x0
+        previous, (x, landing) = x, _land(_combine(x, row, terms), row, noises, preview)
+        sent = yield k, x, x0, landing
         x = replaced(x, sent)
 
 
-def replaced(x: Tensor, sent: Tensor | None) -> Tensor:
+def replaced(x: Tensor, sent: Tensor | None, name: str = "a state sent back") -> Tensor:
     """The state, or the one sent back in its place.
 
     Raises:
@@ -320,7 +446,7 @@ def replaced(x: Tensor, sent: Tensor | None) -> Tensor:
     if sent is None:
         return x
     if not isinstance(sent, Tensor) or sent.shape != x.shape:
-        raise UsageError(f"a state sent back must have the shape of x, {tuple(x.shape)}, got {sent!r:.60}")
+        raise UsageError(f"{name}: need a tensor of the shape of x, {tuple(x.shape)}, got {sent!r:.60}")
     return sent.to(x)
 
 
@@ -340,7 +466,15 @@ def _combine(x: Tensor, row: _Row, terms: list[tuple[Tensor, Tensor]]) -> Tensor
     return torch.zeros_like(x) if y is None else y
 
 
-def _noise_source(plan: Plan, x: Tensor, seeds: Sequence[int] | None) -> Callable[[int], Tensor]:
+def _land(mean: Tensor, row: _Row, noises: list[Tensor], preview: bool) -> tuple[Tensor, Landing | None]:
+    """The state with the row's fresh noise, and on request how it came about."""
+    if row.fresh is None:
+        return mean, None
+    x = torch.addcmul(mean, noises[0], row.fresh)
+    return x, Landing(x, mean, row.fresh) if preview else None
+
+
+def _noise_source(plan: Plan, x: Tensor, seeds: Sequence[int] | None, brownian: bool) -> Callable[[int], Tensor]:
     """A function from the row to its noise."""
     if not plan.stochastic:
         return lambda k: x
@@ -349,8 +483,21 @@ def _noise_source(plan: Plan, x: Tensor, seeds: Sequence[int] | None) -> Callabl
         raise UsageError(
             f"plan {plan.name!r} is stochastic: needs one seed per sample, got {got} for {len(x)}", "seeds=[0, 1, ...]"
         )
-    checked = noise.check_seeds(seeds)
-    return lambda k: noise.normal(checked, k + 1, x.shape[1:], x.dtype, x.device)
+    checked, kind = noise.check_seeds(seeds), (x.shape[1:], x.dtype, x.device)
+    if not brownian:
+        return lambda k: noise.normal(checked, k + 1, *kind)
+    drawn = [*_used(plan.c, _made(plan.c)).tolist(), bool(_alive(plan.init[1]))]
+    for k, (span, draws) in enumerate(zip(plan.span, drawn, strict=True)):
+        if draws and torch.isnan(span).any():
+            problem = f"plan {plan.name!r}: the noise of row {k} belongs to no interval of a Brownian path"
+            raise UsageError(problem, "leave brownian out, or give the plan its span")
+    spans, ends = plan.span.tolist(), {}
+
+    def increment(k: int) -> Tensor:
+        start, stop = spans[k]
+        return noise.brownian(checked, start, stop, *kind, ends)
+
+    return increment
 
 
 def row_affine(name: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -400,13 +547,19 @@ def _fold(plan: Plan, net: Preconditioned, x: Tensor) -> list[_Row]:
                 from_x=alive["r"][k],
                 r_prev=r_prev if alive["r_prev"][k] else None,
                 b=[(j, factors[j]) for j in range(window) if alive["b"][k][j] and j <= k],
-                c=[(j, w) for j, w in enumerate(factors[window:]) if alive["c"][k][j] and j <= k],
+                c=[(j, w) for j, w in enumerate(factors[window:]) if alive["c"][k][j] and 0 < j <= k],
+                fresh=factors[window] if alive["c"][k][:1] == [True] else None,
                 draws=draws[k],
                 c_skip=c_skip,
                 c_out=c_out,
             )
         )
     return rows
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values, NaN being one."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _alive(factor: Tensor) -> Tensor:

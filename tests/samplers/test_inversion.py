@@ -1,0 +1,324 @@
+"""Encoding and decoding: exactly invertible recipes against their papers' loops, the others against the exact flow."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import pfode
+from pfode import Plan, iterate, run
+from pfode.errors import NumericalError, UsageError
+from pfode.samplers import make_plan
+from pfode.samplers.inversion import Pair, decode, encode, inverse
+from tests import problems
+
+INVERTIBLE = ["o-belm", "bdia", "edict"]
+MIX = problems.mixture(pfode.EDM())
+DATA = MIX.sample(6, seed=1)
+
+
+def pair(denoiser, x, *args: Any, **options: Any) -> Pair:
+    z = encode(denoiser, x, *args, **options)
+    assert isinstance(z, Pair)
+    return z
+
+
+def chart(process: pfode.Process) -> str | None:
+    """One that holds at both ends."""
+    return "flow" if process.alpha(process.t_max) == 0 else None
+
+
+@pytest.mark.parametrize("name", INVERTIBLE)
+@pytest.mark.parametrize("process", problems.ALL_PROCESSES)
+def test_invertible_recipes_return_the_data(name, process):
+    mix = problems.mixture(problems.ALL_PROCESSES[process])
+    x = mix.sample(16, seed=1)
+    z = pair(mix, x, 20, name, chart=chart(mix.process))
+    assert z.x.shape == z.previous.shape == x.shape
+    assert z.x.dtype == z.previous.dtype == torch.float64
+    assert (decode(mix, z, 20, name, chart=chart(mix.process)) - x).abs().max() < 1e-11
+    scale = mix.process.sigma(mix.process.t_max)
+    assert (z.previous / scale).abs().max() < 30  # finite, though leapfrog magnifies its start
+
+
+@pytest.mark.parametrize("name", INVERTIBLE)
+def test_invertible_recipes_return_a_picture(name):
+    """1e-5 in float32, 1e-10 in float64, 20 steps of a real network (whose own precision is float32)."""
+    net = pfode.load("emoji")
+    x = pfode.sample(net, 1, steps=8, seed=3).x
+    assert x.dtype == torch.float32
+    z = pair(net, x, 20, name)
+    again = decode(net, z, 20, name)
+    assert again.dtype == torch.float64
+    assert (again - x).abs().max() < 1e-10
+    assert (again.float() - x).abs().max() < 1e-5
+
+
+def eps(denoiser, x, t):
+    alpha, sigma = denoiser.process.alpha(t), denoiser.process.sigma(t)
+    return (x - alpha * denoiser(x, torch.tensor(t))) / sigma
+
+
+def ddim(denoiser, x, n, t, s):
+    """x moved from t to s along the noise n."""
+    p = denoiser.process
+    return p.alpha(s) / p.alpha(t) * x + (p.sigma(s) - p.alpha(s) / p.alpha(t) * p.sigma(t)) * n
+
+
+def belm(denoiser, x, times):
+    """O-BELM's inversion (Wang et al. 2024): x_i from x_{i-2}, x_{i-1}; its first step is DDIM's."""
+    p, (*_, before, last) = denoiser.process, times
+    ratio = [p.sigma(t) / p.alpha(t) for t in times]
+    xs = [x, ddim(denoiser, x, eps(denoiser, x, last), last, before)]
+    for i in range(len(times) - 3, -1, -1):
+        h, h_before = ratio[i] - ratio[i + 1], ratio[i + 1] - ratio[i + 2]
+        y, y_before = xs[-1] / p.alpha(times[i + 1]), xs[-2] / p.alpha(times[i + 2])
+        q = (h / h_before) ** 2
+        n = eps(denoiser, xs[-1], times[i + 1])
+        xs.append(p.alpha(times[i]) * (q * y_before + (1 - q) * y + h * (h + h_before) / h_before * n))
+    return Pair(xs[-2], xs[-1])
+
+
+def bdia(denoiser, x, times, gamma=0.9):
+    """BDIA's inversion (Zhang et al. 2024): z_{i+1} = DDIM(z_i, i + 1) + (z_{i-1} - DDIM(z_i, i - 1)) / gamma."""
+    xs = [x, ddim(denoiser, x, eps(denoiser, x, times[-1]), times[-1], times[-2])]
+    for i in range(len(times) - 2, 0, -1):
+        n = eps(denoiser, xs[-1], times[i])
+        back, on = (ddim(denoiser, xs[-1], n, times[i], s) for s in (times[i + 1], times[i - 1]))
+        xs.append(on + (xs[-2] - back) / gamma)
+    return Pair(xs[-2], xs[-1])
+
+
+def edict(denoiser, x, times, p=0.8):
+    """EDICT's inversion (Wallace et al. 2023): two copies; state 0 is y_T, state 1 the inner x of the first step."""
+    y = inner = x
+    for i in range(len(times) - 1, 0, -1):
+        t, s = times[i - 1], times[i]
+        y_inner = (y - (1 - p) * x) / p
+        inner = (x - (1 - p) * y_inner) / p
+        y = undone(denoiser, y_inner, eps(denoiser, inner, t), t, s)
+        x = undone(denoiser, inner, eps(denoiser, y, t), t, s)
+    return Pair(inner, y)
+
+
+def undone(denoiser, x, n, t, s):
+    """What DDIM moves from t to s, to x."""
+    zero = torch.zeros_like(x)
+    return (x - ddim(denoiser, zero, n, t, s)) * denoiser.process.alpha(t) / denoiser.process.alpha(s)
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand", "options"), [("o-belm", belm, {}), ("bdia", bdia, {"gamma": 0.9}), ("edict", edict, {"p": 0.8})]
+)
+@pytest.mark.parametrize("process", ["EDM", "VP", "VPCosine"])
+def test_the_pair_is_that_of_the_papers(name, by_hand, options, process):
+    mix = problems.mixture(problems.ALL_PROCESSES[process])
+    times = make_plan(name, mix.process, 12, final="stop").times.tolist()
+    z, expected = pair(mix, DATA, 12, name, **options), by_hand(mix, DATA, times)
+    for state, by_the_loop in zip(z, expected, strict=True):
+        assert torch.allclose(state, by_the_loop, rtol=1e-9, atol=1e-9 * by_the_loop.abs().max().item())
+
+
+def test_any_recursion_with_r_prev_is_walked_back():
+    """From its last two states to its first, whatever its numbers, and however it groups its rows."""
+    g = torch.Generator().manual_seed(0)
+    n, t = 7, torch.linspace(5, 0.5, 8, dtype=torch.float64)
+    factors = [0.5 + torch.rand(n, dtype=torch.float64, generator=g) for _ in range(3)]
+    for step, node in (
+        (torch.arange(n), torch.ones(n + 1)),
+        (torch.tensor([0, 1, 1, 2, 3, 4, 4]), torch.tensor([1, 1, 0, 1, 1, 1, 0, 1])),
+    ):
+        plan = Plan(
+            process=MIX.process, prediction="v", t=t[:-1], time=t, alpha=torch.ones(n + 1), sigma=t,
+            r=factors[0], r_prev=factors[1], b=factors[2][:, None], c=torch.zeros(n, 0),
+            init=torch.tensor([1.0, 0.0]), step=step, node=node,
+        )  # fmt: skip
+        ones = dataclasses.replace(plan, step=torch.arange(n), node=torch.ones(n + 1))
+        states = [DATA, *(point.x for point in iterate(ones, MIX, DATA))]
+        back = inverse(plan)
+        if node[n - 1]:  # its first row is DDIM's, here left out
+            assert back.nfe == n
+            points = iterate(back, MIX, states[-1])
+            there = ddim(MIX, states[-1], eps(MIX, states[-1], 0.5), 0.5, t[n - 1].item())
+            assert torch.allclose(next(points).x, there)
+            found = [points.send(states[-2]).x, *(point.x for point in points)]
+        else:
+            assert back.nfe == n - 1
+            found = [point.x for point in iterate(back, MIX, states[-2], previous=states[-1])]
+        assert len(found) == n - 1
+        for state, expected in zip(found, reversed(states[:-2]), strict=True):
+            assert torch.allclose(state, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "calls"), [("o-belm", (8, 7)), ("bdia", (8, 7)), ("edict", (15, 15)), ("heun", (16, 16))])
+def test_calls(name, calls):
+    class Counting:
+        process, shape, calls = MIX.process, (2,), 0
+
+        def __call__(self, x, t, **cond):
+            self.calls += 1
+            return MIX(x, t)
+
+    net = Counting()
+    z = encode(net, DATA, 8, name)
+    there = net.calls
+    decode(net, z, 8, name)
+    assert (there, net.calls - there) == calls
+
+
+@pytest.mark.parametrize("process", problems.PROCESSES)
+@pytest.mark.parametrize("name", ["heun", "exp-ab2", "dpm++2m", "ipndm2"])
+def test_ordinary_recipes_encode_with_their_order(name, process):
+    """To the exact flow of a Gaussian, between two times of the process."""
+    bed = problems.gaussian(problems.PROCESSES[process])
+    high, low = (bed.process.time(-2 * torch.tensor(s, dtype=torch.float64).log()).item() for s in (2.0, 0.25))
+    x = problems.start(problems.gaussian(bed.process), low)
+    errors = []
+    for n in (40, 80):
+        z = encode(bed, x, n, name, start=high, stop=low)
+        assert isinstance(z, torch.Tensor)
+        back = decode(bed, z, n, name, start=high, stop=low)
+        errors.append((problems.rms(z, bed.flow(x, low, high)), problems.rms(back, x)))
+    (there, around), (finer, finer_around) = errors
+    assert 3.2 < there / finer < 5
+    assert there < 2e-2
+    assert finer_around < 0.4 * around < 2e-2
+
+
+def test_a_process_with_its_usual_ends():
+    for name, process in problems.PROCESSES.items():
+        bed = problems.gaussian(process)
+        x = bed.sample(8, seed=1)
+        z = encode(bed, x, 100, "heun", chart=chart(process))
+        exact = bed.flow(x, process.t_min, process.t_max)
+        assert problems.rms(z, exact) < 2e-2 * exact.square().mean().sqrt(), name
+        assert problems.rms(decode(bed, z, 100, "heun", chart=chart(process)), x) < 2e-2, name
+
+
+def test_plans_and_grids_of_ones_own():
+    plan = make_plan("heun", MIX.process, 10, final="stop")
+    rising = make_plan("heun", MIX.process, grid=plan.times.flip(0))
+    z = encode(MIX, DATA, 10, "heun")
+    assert isinstance(z, torch.Tensor)
+    for other in (
+        encode(MIX, DATA, plan=rising),
+        encode(MIX, DATA, sampler="heun", grid=plan.times),
+        encode(MIX, DATA, sampler="heun", grid=plan.times.flip(0)),
+        encode(MIX, DATA, nfe=20, sampler="heun"),
+        run(rising, MIX, DATA),
+    ):
+        assert torch.equal(other, z)
+    assert torch.equal(decode(MIX, z, plan=plan), decode(MIX, z, 10, "heun"))
+    denoised = make_plan("heun", MIX.process, 10)
+    assert torch.allclose(decode(MIX, z, plan=denoised), run(denoised, MIX, z))
+    belm = make_plan("o-belm", MIX.process, 10, final="stop")
+    assert torch.equal(encode(MIX, DATA, plan=belm)[0], pair(MIX, DATA, 10, "o-belm").x)
+    assert torch.allclose(decode(MIX, encode(MIX, DATA, plan=belm), plan=belm), DATA)
+    assert torch.equal(encode(MIX, DATA), encode(MIX, DATA, 20))
+
+
+def test_dtypes_and_batches():
+    x = DATA.float()
+    z = encode(MIX, x, 5, "heun")
+    assert isinstance(z, torch.Tensor)
+    assert z.dtype == torch.float32
+    assert encode(MIX, x, 5, "heun", dtype=torch.float64)[0].dtype == torch.float64
+    exact = pair(MIX, x, 5, "o-belm", dtype=torch.float32)
+    assert exact.x.dtype == torch.float64
+    assert decode(MIX, exact, 5, "o-belm", dtype=torch.float32).dtype == torch.float32
+    assert decode(MIX, tuple(state.float() for state in exact), 5, "o-belm").dtype == torch.float32
+    for batch in (1, 4):
+        some = pair(MIX, x, 5, "o-belm", batch=batch)
+        assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(some, exact, strict=True))
+        assert torch.allclose(decode(MIX, some, 5, "o-belm", batch=batch), x.double(), rtol=1e-12)
+
+
+def test_classes_and_guidance():
+    net = pfode.load("digits")
+    x = pfode.sample(net, 3, steps=3, label=[1, 2, 3]).x
+    how: dict[str, Any] = {"label": [1, 2, 3], "guidance": 2.0, "batch": 2}
+    for name, bound in (("o-belm", 1e-9), ("heun", 1.0)):
+        z = encode(net, x, 6, name, **how)
+        assert (decode(net, z, 6, name, **how) - x).abs().max() < bound
+        other = decode(net, z, 6, name, label=[4, 5, 6], guidance=2.0)
+        assert (other - x).abs().max() > 0.3
+
+
+def test_nan_is_never_silent():
+    class Sick:
+        process, shape = MIX.process, (2,)
+
+        def __call__(self, x, t, **cond):
+            d = MIX(x, t)
+            d[-1] = torch.nan if t > 5 else d[-1]
+            return d
+
+    for name in ("o-belm", "heun"):
+        with pytest.raises(NumericalError, match=r"sample 5 is not finite after step \d+ of"):
+            encode(Sick(), DATA, 8, name, batch=6)
+    with pytest.raises(NumericalError, match="sample 2 is not finite"):
+        encode(Sick(), DATA, 8, "bdia", batch=3)
+
+
+PLAN = make_plan("heun", MIX.process, 4, final="stop")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "euler-a"}, "draws noise"),
+        ({"sampler": "dpm++2m-sde"}, "draws noise"),
+        ({"plan": make_plan("ddpm", MIX.process, 4)}, "draws noise"),
+        ({"plan": PLAN}, "needs? one whose times rise"),
+        ({"plan": PLAN, "steps": 4}, "settles"),
+        ({"plan": PLAN, "chart": "flow"}, "settles"),
+        ({"plan": PLAN, "p": 0.5}, "settles"),
+        ({"plan": "heun"}, "need a Plan"),
+        ({"final": "denoise", "sampler": "heun"}, "ends at clean data"),
+        ({"final": "denoise", "sampler": "o-belm"}, "ends at clean data"),
+        ({"grid": [80.0, 1.0, 0.0]}, "ends at clean data"),
+        ({"sampler": "o-belm", "steps": 1}, "needs two"),
+        ({"sampler": "o-belm", "grid": [80.0, 1.0, 0.1], "steps": 5}, "make 2 steps"),
+        ({"grid": [80.0, 1.0, 0.1], "start": 5.0}, "its own ends"),
+        ({"sampler": "o-bellm"}, "did you mean 'o-belm'"),
+        ({"x": torch.zeros(3, 2).long(), "sampler": "edict"}, "floating-point"),
+        ({"x": torch.zeros(3), "sampler": "edict"}, "floating-point"),
+        ({"x": torch.zeros(0, 2), "sampler": "edict"}, "floating-point"),
+        ({"x": [[0.0, 1.0]], "sampler": "edict"}, "floating-point"),
+        ({"x": torch.zeros(3, 2).long()}, "floating-point"),
+        ({"batch": 0, "sampler": "edict"}, "batch"),
+        ({"denoiser": None}, "denoiser"),
+    ],
+)
+def test_bad_calls_of_encode(options, message):
+    with pytest.raises(UsageError, match=message):
+        encode(**{"denoiser": MIX, "x": DATA, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "o-belm"}, "decodes the pair of its first two states"),
+        ({"z": (DATA, DATA), "sampler": "heun"}, "decodes one state"),
+        ({"z": (DATA,), "sampler": "o-belm"}, "decodes the pair"),
+        ({"z": (DATA, DATA[:2]), "sampler": "o-belm"}, "previous: need a tensor of the shape"),
+        ({"plan": make_plan("heun", MIX.process, grid=[0.1, 1.0, 80.0])}, "needs one whose times fall"),
+        ({"sampler": "euler-a"}, "draws noise"),
+        ({"z": (DATA, DATA), "sampler": "bdia", "gamma": 0.0}, "decodes one state"),
+    ],
+)
+def test_bad_calls_of_decode(options, message):
+    with pytest.raises(UsageError, match=message):
+        decode(**{"denoiser": MIX, "z": DATA, **options})
+
+
+def test_plans_that_cannot_be_walked_back():
+    with pytest.raises(UsageError, match=r"row 1 has r' = 0.*\n.*chart=\"flow\""):
+        encode(problems.mixture(pfode.Flow()), DATA, 8, "o-belm")
+    with pytest.raises(UsageError, match="row 1 has r' = 0"):
+        inverse(PLAN)
+    plan = make_plan("o-belm", MIX.process, 4, final="stop")
+    wide = dataclasses.replace(plan, b=torch.cat([plan.b, torch.ones(4, 1)], 1))
+    with pytest.raises(UsageError, match="row 1 uses an earlier prediction"):
+        inverse(wide)
