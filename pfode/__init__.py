@@ -13,7 +13,7 @@ __getattr__, __dir__ = lazy(
         "errors": ["PfodeError"],
         "process": ["EDM", "VE", "VP", "Flow", "Process", "SubVP", "VPCosine", "VPDiscrete"],
         "plan": ["Plan", "iterate", "run"],
-        "samplers": ["make_plan", "sample"],
+        "samplers": ["decode", "encode", "make_plan", "sample"],
         "scores": ["load"],
     },
 )
@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode.process import SubVP as SubVP
     from pfode.process import VPCosine as VPCosine
     from pfode.process import VPDiscrete as VPDiscrete
+    from pfode.samplers import decode as decode
+    from pfode.samplers import encode as encode
     from pfode.samplers import make_plan as make_plan
     from pfode.samplers import sample as sample
     from pfode.scores import load as load

@@ -11,7 +11,9 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "catalogue": ["CATALOGUE", "Recipe", "make_plan", "usual"],
+        "inversion": ["Pair", "decode", "encode"],
         "sampling": ["Samples", "sample"],
+        "search": ["Jumps", "gits", "measure_jumps"],
     },
 )
 
@@ -20,5 +22,11 @@ if TYPE_CHECKING:  # the same names for type checkers
     from pfode.samplers.catalogue import Recipe as Recipe
     from pfode.samplers.catalogue import make_plan as make_plan
     from pfode.samplers.catalogue import usual as usual
+    from pfode.samplers.inversion import Pair as Pair
+    from pfode.samplers.inversion import decode as decode
+    from pfode.samplers.inversion import encode as encode
     from pfode.samplers.sampling import Samples as Samples
     from pfode.samplers.sampling import sample as sample
+    from pfode.samplers.search import Jumps as Jumps
+    from pfode.samplers.search import gits as gits
+    from pfode.samplers.search import measure_jumps as measure_jumps

@@ -1,11 +1,9 @@
 """The catalogue: a recipe is a method in a chart on a grid (idea B); `make_plan` turns it into a Plan (idea C)."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pfode import grids
@@ -13,10 +11,37 @@ from pfode.chart import CHARTS, Node
 from pfode.chart import chart as find_chart
 from pfode.errors import UsageError, integer, number, unknown
 from pfode.plan import Plan
+from pfode.prediction import PREDICTIONS
 from pfode.process import Flow, Process
-from pfode.samplers.methods import Ancestral, Heun, Method, Multistep, Row, Space, constant, exact, midpoint
+from pfode.samplers.methods import (
+    HEUN,
+    HEUN_3,
+    MIDPOINT,
+    MIDPOINT_SLOPE,
+    RK4,
+    Bdia,
+    Belm,
+    Edict,
+    Method,
+    Multistep,
+    Pndm,
+    PredictorCorrector,
+    Res3,
+    RungeKutta,
+    Space,
+    Trail,
+    constant,
+    exact,
+    halved,
+    official,
+    taylor,
+    variable,
+)
+from pfode.samplers.stochastic import Ancestral, AncestralMidpoint, Churn, ErSde, Reverse, SaSolver
+from pfode.samplers.tape import Linear, Tape
 
 EVERY = tuple(CHARTS)
+FLAT = tuple(name for name, chart in CHARTS.items() if chart.density is None)
 
 
 @dataclass(frozen=True)
@@ -25,7 +50,7 @@ class Recipe:
 
     Args:
         method: what is done per step. charts: where it makes sense, the default first.
-        order: of convergence between interior times when started from exact values.
+        order: of convergence between interior times when started from exact values; weak where stochastic.
         order_as_shipped: the same with its own start-up, which for multistep methods begins at order 1.
         source: the paper; summary: one line for the table.
     """
@@ -49,39 +74,108 @@ class Recipe:
         return self.method.calls
 
 
+EULER_STEP = Multistep(1, exact)
+KARRAS = "Karras et al. 2022"
+DPM, DPM_PP = "Lu et al. 2022 (DPM-Solver)", "Lu et al. 2022 (DPM-Solver++)"
+DEIS, UNIPC = "Zhang & Chen 2022 (DEIS)", "Zhao et al. 2023 (UniPC)"
+RES, K_DIFFUSION = "Zhang et al. 2023 (RES)", "k-diffusion"
+
+
+def _first(name: str) -> tuple[str, ...]:
+    """Every chart, this one the first."""
+    return (name, *(c for c in EVERY if c != name))
+
+
 def _recipes() -> list[Recipe]:
-    euler = Multistep(1, exact)
-    rows = [
-        Recipe("ddim", euler, ("ddim",), 1, 1, "Song et al. 2021 (DDIM), eq. 13", "Euler in sigma/alpha"),
-        Recipe(
-            "euler", euler, ("ddim",), 1, 1, "Karras et al. 2022, alg. 1 without its correction", "the same as ddim"
-        ),
-        Recipe(
-            "heun", Heun(), EVERY, 2, 2, "Karras et al. 2022, alg. 1", "trapezoid; two calls per step, one in the last"
-        ),
-        Recipe(
-            "dpm++2m",
-            Multistep(2, midpoint),
-            ("dpm++",),
-            2,
-            2,
-            "Lu et al. 2022 (DPM-Solver++), alg. 2",
-            "official form",
-        ),
-        Recipe("ddpm", Ancestral(euler), ("ddim",), 1, 1, "Ho et al. 2020, eq. 7", "posterior sampling"),
-        Recipe(
-            "euler-a", Ancestral(euler), ("ddim",), 1, 1, "k-diffusion, sample_euler_ancestral", "the same as ddpm; eta"
-        ),
-    ]
-    charts = ("dpm++", *(c for c in EVERY if c != "dpm++"))
+    heun, midpoint = RungeKutta(HEUN), RungeKutta(MIDPOINT)
+    ddim, dpm, plus = ("ddim",), ("dpm",), ("dpm++",)
+    rows: list[Recipe] = []
+
+    def add(name: str, method: Method, charts: tuple[str, ...], order: int, shipped: int, source: str, text: str):
+        rows.append(Recipe(name, method, charts, order, shipped, source, text))
+
+    add("ddim", Ancestral(EULER_STEP, 0.0), ddim, 1, 1, "Song et al. 2021 (DDIM), eq. 13, 16", "Euler in s; eta")
+    add("euler", Churn(EULER_STEP, 0.0), ddim, 1, 1, f"{KARRAS}, alg. 2 without its correction", "Euler in s; churn")
+    add("heun", Churn(heun, 0.0), EVERY, 2, 2, f"{KARRAS}, alg. 1 and 2", "trapezoid; churn")
+    add("dpm2", Churn(midpoint, 0.0), _first("dpm"), 2, 2, f"{K_DIFFUSION}, sample_dpm_2", "as dpm-2s; churn")
+    add("rk4", RungeKutta(RK4, True), EVERY, 4, 4, "Kutta 1901", "Runge-Kutta 4 on w n")
+    weighted = ("dpm++", *(name for name in EVERY if name not in (*FLAT, "dpm++")))
+    add("exp-rk4", RungeKutta(RK4), weighted, 3, 3, "Kutta 1901", "the same, its interpolants integrated against w")
+    add("dpm-1", EULER_STEP, dpm, 1, 1, f"{DPM}, eq. 3.7", "the same as ddim")
+    add("dpm-2s", midpoint, dpm, 2, 2, f"{DPM}, alg. 1", "singlestep, r1 = 1/2")
+    add("dpm-3s", RungeKutta(HEUN_3), dpm, 3, 3, f"{DPM}, alg. 2", "singlestep, r1 = 1/3, r2 = 2/3")
+    add("dpm-2m", Multistep(2, variable), dpm, 2, 2, f"{DPM_PP}, on eps", "multistep")
+    add("dpm-3m", Multistep(3, official), dpm, 2, 2, f"{DPM_PP}, on eps", "multistep, half the curvature as in code")
+    add("dpm++2s", midpoint, plus, 2, 2, f"{DPM_PP}, alg. 1", "singlestep, r1 = 1/2")
+    add("dpm++3s", RungeKutta(HEUN_3), plus, 3, 3, f"{DPM_PP}, code", "singlestep, r1 = 1/3, r2 = 2/3")
+    add("dpm++2m", Multistep(2, variable), plus, 2, 2, f"{DPM_PP}, alg. 2", "official (midpoint) form")
+    add("dpm++2m-heun", Multistep(2, exact), plus, 2, 2, f"{DPM_PP}, code", "exact slope: as exp-ab2, res-2m")
+    add("dpm++3m", Multistep(3, official), plus, 2, 2, f"{DPM_PP}, code", "official form: half the curvature")
+    add("dpm++3m-exact", Multistep(3, exact), plus, 3, 2, f"{DPM_PP}, eq. 4.2", "as exp-ab3, res-3m")
     for k in range(1, 5):
         line = f"Adams-Bashforth {k}, integrated exactly against the chart's weight"
-        source = "Zhang & Chen 2022 (DEIS), eq. 15; Lu et al. 2022 (DPM-Solver++)"
-        rows.append(Recipe(f"exp-ab{k}", Multistep(k, exact), charts, k, min(k, 2), source, line))
+        add(f"exp-ab{k}", Multistep(k, exact), _first("dpm++"), k, min(k, 2), f"{DEIS}, eq. 15; {DPM_PP}", line)
+    for k in range(1, 4):
+        source, line = f"{DEIS}, eq. 15", f"polynomials of degree {k} in"
+        add(f"deis-tab{k}", Multistep(k + 1, exact), ("deis",), k + 1, 2, source, f"{line} t (on EDM of a fitted VP)")
+        add(f"deis-rhoab{k}", Multistep(k + 1, exact), ddim, k + 1, 2, source, f"{line} s")
     for k in range(1, 5):
         line = f"Adams-Bashforth {k} with equal-step weights" + (": order 2 on uneven grids" if k > 2 else "")
-        source = "Zhang & Chen 2022 (DEIS), appendix B"
-        rows.append(Recipe(f"ipndm{k}", Multistep(k, constant), EVERY, min(k, 2), min(k, 2), source, line))
+        add(f"ipndm{k}", Multistep(k, constant), EVERY, min(k, 2), min(k, 2), f"{DEIS}, appendix B", line)
+    for k in range(1, 5):
+        line = f"Adams-Bashforth {k} with the weights of the uneven steps, times the mean of w"
+        add(f"ipndm-v{k}", Multistep(k, variable), EVERY, k, min(k, 2), f"{DEIS}, appendix B; diff-sampler", line)
+    add("lms", Multistep(4, exact), ddim, 4, 2, f"{K_DIFFUSION}, sample_lms", "Adams-Bashforth 4 in s")
+    add("pndm", Pndm(), ddim, 2, 2, "Liu et al. 2022 (PNDM), eq. 12-13", "pseudo Runge-Kutta, 12 calls, then ipndm4")
+    for bh, suffix in ((2, ""), (1, "-bh1")):
+        for k in range(1, 6):
+            source = f"{UNIPC}, alg. 3-4"
+            add(
+                f"unip{k}{suffix}",
+                PredictorCorrector(k, 0, bh),
+                _first("dpm++"),
+                k,
+                min(k, 2),
+                source,
+                "predictor only",
+            )
+        for k in range(1, 6):
+            source = f"{UNIPC}, alg. 1-2"
+            add(
+                f"unipc{k}{suffix}",
+                PredictorCorrector(k, k, bh),
+                _first("dpm++"),
+                k + 1,
+                min(k + 1, 3),
+                source,
+                "with UniC",
+            )
+    add("res-2s", RungeKutta(MIDPOINT_SLOPE), _first("dpm++"), 2, 2, f"{RES}, alg. 1", "singlestep, c2 = 1/2")
+    add("res-3s", Res3(), _first("dpm++"), 3, 3, f"{RES}; Hochbruck & Ostermann 2005, eq. 5.9", "stiff order 3")
+    add("res-2m", Multistep(2, exact), plus, 2, 2, f"{RES}, alg. 2", "as exp-ab2")
+    add("res-3m", Multistep(3, exact), plus, 3, 2, f"{RES}, section 4", "as exp-ab3")
+    add("o-belm", Belm(), FLAT, 2, 2, "Wang et al. 2024 (BELM), eq. 18", "exactly invertible")
+    add("bdia", Bdia(), FLAT, 2, 2, "Zhang et al. 2024 (BDIA), eq. 18", "exactly invertible; gamma")
+    add("edict", Edict(), FLAT, 1, 1, "Wallace et al. 2023 (EDICT), eq. 13-16", "exactly invertible; p")
+
+    add("ddpm", Ancestral(EULER_STEP), ddim, 1, 1, "Ho et al. 2020, eq. 7", "posterior sampling; eta")
+    add("euler-a", Ancestral(EULER_STEP), ddim, 1, 1, f"{K_DIFFUSION}, sample_euler_ancestral", "the same as ddpm; eta")
+    add("dpm2-a", Ancestral(midpoint), dpm, 2, 2, f"{K_DIFFUSION}, sample_dpm_2_ancestral", "eta")
+    add("dpm++2s-a", Ancestral(midpoint), plus, 2, 2, f"{K_DIFFUSION}, sample_dpmpp_2s_ancestral", "eta")
+    add("edm", Churn(heun, 40.0, 0.05, 50.0), EVERY, 2, 2, f"{KARRAS}, alg. 2, table 5", "heun with churn")
+    add("dpm++sde", AncestralMidpoint(), plus, 1, 1, f"{K_DIFFUSION}, sample_dpmpp_sde", "eta")
+    for name, weights, text in (("", variable, "midpoint"), ("-heun", exact, "exact slope")):
+        source = f"{DPM_PP}, {K_DIFFUSION}"
+        add(f"dpm++2m-sde{name}", Reverse(Multistep(2, weights)), plus, 2, 2, source, f"{text}; eta")
+    add("dpm++3m-sde", Reverse(Multistep(3, halved)), plus, 2, 2, f"{K_DIFFUSION}, sample_dpmpp_3m_sde", "eta")
+    sa = SaSolver(PredictorCorrector(3, 3, bh=1))
+    sa_source = "Xue et al. 2023 (SA-Solver), alg. 1"
+    add("sa-solver", sa, plus, 2, 2, sa_source, "predictor 3, corrector 4; tau")
+    add("sa-solver2", SaSolver(PredictorCorrector(2, 1, bh=1)), plus, 2, 2, sa_source, "predictor 2, corrector 2; tau")
+    for k in range(1, 4):
+        text = f"Taylor order {k} in s"
+        source = "Cui et al. 2023 (ER-SDE-Solver)"
+        add(f"er-sde-{k}", ErSde(Multistep(k, taylor)), plus, min(k, 2), min(k, 2), source, text)
     return rows
 
 
@@ -110,18 +204,24 @@ def make_plan(
     final: str = "denoise",
     start: float | None = None,
     stop: float | None = None,
-    eta: float | None = None,
+    lower_order_final: bool = False,
+    afs: float | None = None,
+    **options: Any,
 ) -> Plan:
     """A plan: the sampler's rows on a grid of the process.
 
     Args:
         sampler: a name of the catalogue, "auto", or a recipe of your own.
         steps: moves from node to node; or nfe: a budget of denoiser calls, from which as many steps are made as fit.
-        grid: a name, a `grids.Grid`, or the times themselves (used exactly); None is the process's usual one.
+        grid: a name, a `grids.Grid`, or the times themselves (used exactly; rising ones lead from data to noise);
+            None is the process's usual one.
         chart: another of the recipe's charts than its first.
         final: "denoise" ends at clean data, "stop" at the process's t_min.
         start, stop: times of the process between which to integrate instead.
-        eta: amount of fresh noise of the ancestral recipes.
+        lower_order_final: the last k steps of a multistep recipe have at most order k, k - 1, ..., 1.
+        afs: make the first step without a call, from the denoiser of Gaussian data of mean 0 and this standard
+            deviation (the analytical first step of Dockhorn et al. 2022).
+        options: of the recipe: eta, churn, tau, ...; `Recipe.method.options` names them.
 
     Raises:
         UsageError: unknown names, options that contradict each other, times outside the process.
@@ -129,32 +229,40 @@ def make_plan(
     if not isinstance(process, Process):
         raise UsageError(f"process: need a noise process, got {process!r:.60}", "process=net.process, or pfode.EDM()")
     found = sampler if isinstance(sampler, Recipe) else recipe(usual(process)[0] if sampler == "auto" else sampler)
-    method = found.method if eta is None else _with_eta(found, eta)
-    space = Space(find_chart(_chart_of(found, chart)), process)
+    options = {name: value for name, value in options.items() if value is not None}
+    method = _with(found, options)
+    if lower_order_final and method.memory == 1:
+        raise UsageError(f"lower_order_final: {found.name} has one order only", "leave it out")
+    if afs is not None and method.calls > 1:
+        raise UsageError(f"afs: the first step of {found.name} has inner calls", "choose a multistep recipe")
+    afs = None if afs is None else number("afs", afs, 0)
+    space = Space(method.chart(find_chart(_chart_of(found, chart))), process)
     rule = usual(process)[1] if grid is None else grid
 
-    def lay(n: int) -> tuple[list[Node], list[list[Row]]]:
+    def lay(n: int) -> Plan:
         nodes = space.chart.nodes(process, grids.times(process, rule, n, final, start, stop))
-        return nodes, _march(space, method, nodes)
+        if nodes[-1].v > nodes[0].v and method.stochastic:
+            raise UsageError(f"{found.name} adds noise: times must fall", "a deterministic recipe, or eta=0")
+        return _march(space, method, nodes, lower_order_final, afs, name=found.name, meta=meta)
 
+    meta: dict[str, Any] = {"sampler": found.name, "chart": space.chart.name}
+    if isinstance(rule, str | grids.Grid):
+        meta |= {"grid": getattr(rule, "name", rule), "final": final}
+    else:
+        meta |= {"grid": "given"}
+    meta |= {name: getattr(method, name) for name in method.options if method.stochastic or name in options}
+    meta |= {"lower_order_final": True} if lower_order_final else {}
+    meta |= {} if afs is None else {"afs": afs}
     if isinstance(rule, str | grids.Grid):
         if (steps is None) == (nfe is None):
             raise UsageError(f"need either steps or nfe, got steps={steps!r}, nfe={nfe!r}", "steps=20")
-        nodes, rows = _within(lay, nfe, method.calls) if steps is None else lay(steps)
-    else:
-        nodes, rows = lay(0)
-        if nfe is not None or steps not in (None, len(nodes) - 1):
-            raise UsageError(f"the grid's {len(nodes)} times make {len(nodes) - 1} steps", "leave steps and nfe out")
-        if start is not None or stop is not None or final != "denoise":
-            raise UsageError("a grid given as times has its own ends", "leave start, stop and final out")
-    meta = {"sampler": found.name, "chart": space.chart.name, "grid": getattr(rule, "name", rule)}
-    if isinstance(meta["grid"], str):
-        meta["final"] = final
-    else:
-        meta["grid"] = "given"
-    if isinstance(method, Ancestral):
-        meta["eta"] = method.eta
-    return _tabulate(space, nodes, rows, found.name, meta)
+        return _within(lay, nfe, method.calls) if steps is None else lay(steps)
+    plan = lay(0)
+    if nfe is not None or steps not in (None, plan.steps):
+        raise UsageError(f"the grid's {plan.steps + 1} times make {plan.steps} steps", "leave steps and nfe out")
+    if start is not None or stop is not None or final != "denoise":
+        raise UsageError("a grid given as times has its own ends", "leave start, stop and final out")
+    return plan
 
 
 def usual(process: Process) -> tuple[str, str]:
@@ -168,11 +276,15 @@ def usual(process: Process) -> tuple[str, str]:
     return ("ipndm3", "time") if isinstance(process, Flow) else ("dpm++2m", "time-quadratic")
 
 
-def _with_eta(found: Recipe, eta: float) -> Method:
-    if not isinstance(found.method, Ancestral):
-        takers = ", ".join(name for name, r in CATALOGUE.items() if isinstance(r.method, Ancestral))
-        raise UsageError(f"{found.name} takes no eta (got {eta})", f"leave it out, or choose one of: {takers}")
-    return replace(found.method, eta=number("eta", eta, 0))
+def _with(found: Recipe, options: dict[str, Any]) -> Method:
+    """The recipe's method with these options."""
+    for name, value in options.items():
+        if name not in found.method.options:
+            takers = [other for other, r in CATALOGUE.items() if name in r.method.options]
+            if not takers:
+                raise unknown("option", name, sorted({o for r in CATALOGUE.values() for o in r.method.options}))
+            raise UsageError(f"{found.name} takes no {name} (got {value})", f"choose one of: {', '.join(takers)}")
+    return replace(found.method, **options) if options else found.method  # type: ignore[type-var]
 
 
 def _chart_of(found: Recipe, name: str | None) -> str:
@@ -181,54 +293,30 @@ def _chart_of(found: Recipe, name: str | None) -> str:
     return name or found.charts[0]
 
 
-Laid = tuple[list[Node], list[list[Row]]]
-
-
-def _within(lay: Callable[[int], Laid], nfe: Any, calls: int) -> Laid:
+def _within(lay: Callable[[int], Plan], nfe: Any, calls: int) -> Plan:
     """The most steps whose rows number at most nfe."""
     nfe = integer("nfe", nfe, 1, grids.MAX_STEPS)
     for n in range(nfe // calls + 1, 0, -1):
-        nodes, rows = lay(n)
-        if sum(map(len, rows)) <= nfe:
-            return nodes, rows
+        plan = lay(n)
+        if plan.nfe <= nfe:
+            return plan
     raise UsageError(f"nfe: {nfe} calls are too few for one step of {calls}", f"nfe={calls}")
 
 
-def _march(space: Space, method: Method, nodes: list[Node]) -> list[list[Row]]:
-    """The rows of every step."""
-    known: list[Node] = []
-    rows = []
-    for node, target in itertools.pairwise(nodes):
-        known = [node, *known[: method.order - 1]]
-        step, keep = method.step(space, known, target)
-        rows.append(step)
-        if not keep:
-            known = []
-    return rows
+def _march(space: Space, method: Method, nodes: list[Node], lower: bool, afs: float | None, **about: Any) -> Plan:
+    """Step after step from the first node to the last."""
+    tape = Tape(method.pair)
+    trail = Trail(space, tape, len(nodes) - 1, nodes[0], lower, x=tape.first)
+    if afs is not None:
+        trail.past, trail.seen, trail.predicted = [(nodes[0], _analytical(space, nodes[0], afs))], trail.x, True
+    for target in nodes[1:]:
+        tape.begin()
+        trail.arrive(method.step(trail, target), target, method.memory)
+    return tape.plan(space.process, space.chart.prediction, trail.x, nodes[0], nodes[-1], **about)
 
 
-def _tabulate(space: Space, nodes: list[Node], steps: list[list[Row]], name: str, meta: dict[str, Any]) -> Plan:
-    rows = [row for step in steps for row in step]
-    states = [row.node for row in rows] + [nodes[-1]]
-    window = max(len(row.b) for row in rows)
-    return Plan(
-        process=space.process,
-        prediction=space.chart.prediction,
-        t=_column([row.node.t for row in rows]),
-        time=_column([node.t for node in states]),
-        alpha=_column([node.alpha for node in states]),
-        sigma=_column([node.sigma for node in states]),
-        r=_column([row.r for row in rows]),
-        r_prev=torch.zeros(len(rows)),
-        b=_column([row.b + [0.0] * (window - len(row.b)) for row in rows]),
-        c=_column([[row.c] if any(row.c for row in rows) else [] for row in rows]),
-        init=_column([1.0, 0.0]),
-        step=torch.tensor([i for i, step in enumerate(steps) for _ in step]),
-        node=torch.tensor([j == 0 for step in steps for j in range(len(step))] + [True]),
-        name=name,
-        meta=meta,
-    )
-
-
-def _column(values: list[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+def _analytical(space: Space, node: Node, scale: float) -> Linear:
+    """The prediction at x_T for Gaussian data: D = alpha scale^2 / (alpha^2 scale^2 + sigma^2) x."""
+    gain = node.alpha * scale**2 / (node.alpha**2 * scale**2 + node.sigma**2)
+    p, q = (0.0, 1.0) if node.alpha == 0 else PREDICTIONS[space.chart.prediction].of_x0(node.alpha, node.sigma)
+    return Linear({("y", -1): p + q * gain})

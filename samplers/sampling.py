@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pfode import noise
-from pfode.denoiser import Denoiser
+from pfode.denoiser import Denoiser, forwards
 from pfode.errors import MemoryLimitError, MissingError, NumericalError, PfodeError, UsageError, integer, number
 from pfode.grids import Grid
 from pfode.plan import Bad, Plan, Point, find_bad, iterate, not_finite, replaced, run
@@ -66,10 +66,11 @@ def sample(
     plan: Plan | None = None,
     label: int | str | Sequence[int | str] | Tensor | None = None,
     guidance: float | None = None,
-    eta: float | None = None,
     start: float | None = None,
     stop: float | None = None,
     final: str = "denoise",
+    afs: bool | float | None = None,
+    brownian: bool = False,
     batch: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -77,18 +78,22 @@ def sample(
     callback: Callable[[Point], Tensor | None] | None = None,
     trajectory: bool = False,
     nan: str = "raise",
+    **options: Any,
 ) -> Samples:
     """Draw n samples.
 
     Args:
         denoiser: `(x, t, **cond) -> x0` with a process.
         n: how many (16 if nothing says otherwise); sample i has seed `seed + i`, or `seeds[i]`.
-        steps, nfe, sampler, grid, eta, start, stop, final: of the plan, see `make_plan` (20 steps when none is given);
-            or plan: a ready one.
+        steps, nfe, sampler, grid, start, stop, final, options (eta, chart, lower_order_final, ...): of the plan, see
+            `make_plan` (20 steps when none is given); or plan: a ready one.
         x: states at the first time, shape (n, *shape), instead of noise.
         shape: of one sample, where the denoiser does not say.
         label: a class (number or name), or one per sample, passed on to the denoiser.
         guidance: scale of classifier-free guidance.
+        afs: make the first step without a call, as if the data were Gaussian of mean 0 and this standard deviation;
+            True: the denoiser's `data_std`.
+        brownian: take the noise of stochastic samplers from one Brownian path per seed, the same for any steps.
         batch: samples per denoiser call (64); halved, and the batch begun again, where memory runs out.
         dtype: of the state, float32 or float64. device: where to run.
         compile: run the network through torch.compile.
@@ -105,7 +110,7 @@ def sample(
     seeds = _seeds(n, seed, seeds, x)
     batch = DEFAULT_BATCH if batch is None else integer("batch", batch, 1)
     denoiser = prepared(denoiser, guidance, device, compile)
-    options = {"nfe": nfe, "grid": grid, "eta": eta, "start": start, "stop": stop}
+    options |= {"nfe": nfe, "grid": grid, "start": start, "stop": stop, "afs": _data_std(denoiser, afs)}
     if plan is None:
         if steps is None and nfe is None and (grid is None or isinstance(grid, str | Grid)):
             steps = DEFAULT_STEPS
@@ -113,7 +118,7 @@ def sample(
     elif not isinstance(plan, Plan):
         raise UsageError(f"plan: need a Plan, got {plan!r:.60}", "make_plan(...) or Plan.load(path)")
     elif (sampler, final) != ("auto", "denoise") or any(v is not None for v in (steps, *options.values())):
-        raise UsageError("plan given together with what it settles", "leave out sampler, steps, nfe, grid, eta, ...")
+        raise UsageError("plan given together with what it settles", "leave out sampler, steps, nfe, grid, ...")
     began = time.perf_counter()
     parts = list(
         batches(
@@ -126,6 +131,7 @@ def sample(
             batch=batch,
             dtype=dtype,
             device=device,
+            brownian=brownian,
             callback=callback,
             trajectory=trajectory,
             nan=nan,
@@ -160,6 +166,7 @@ def batches(
     batch: int = DEFAULT_BATCH,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    brownian: bool = False,
     callback: Callable[[Point], Tensor | None] | None = None,
     trajectory: bool = False,
     nan: str = "raise",
@@ -185,7 +192,8 @@ def batches(
         drawn = None
         try:
             with torch.no_grad():
-                cond = {} if labels is None else {"label": labels[some].to(where)}
+                cond: dict[str, Any] = {} if labels is None else {"label": labels[some].to(where)}
+                cond |= {"brownian": True} if brownian else {}
                 first = _first(plan, chosen, shape, dtype, where) if x is None else x[some].to(where, dtype)
                 drawn = _draw(plan, denoiser, first, chosen, cond, callback, trajectory)
         except (MemoryError, RuntimeError) as error:
@@ -208,7 +216,7 @@ def batches(
             seeds=chosen,
             plan=plan,
             nfe=plan.nfe,
-            evals=plan.nfe * getattr(denoiser, "evals", 1),
+            evals=forwards(denoiser, plan.t),
             times=plan.times,
             bad=bad,
             trajectory=states if trajectory else [],
@@ -267,11 +275,23 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _first(plan: Plan, seeds: list[int], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Pure noise at the plan's first time."""
-    sigma, alpha = plan.sigma[0].item(), plan.alpha[0].item()
-    if alpha > 0.15 * sigma and plan.time[0] < plan.process.t_max:
-        level = f"t = {plan.time[0]:g}, where data is not drowned in noise (alpha/sigma = {alpha / sigma:.3g})"
+    t, alpha, sigma = plan.first.tolist()
+    if alpha > 0.15 * sigma and t < plan.process.t_max:
+        level = f"t = {t:g}, where data is not drowned in noise (alpha/sigma = {alpha / sigma:.3g})"
         raise UsageError(f"the plan starts at {level}", "give x=, the noised data at that time")
     return sigma * noise.normal(seeds, noise.INITIAL, shape, dtype, device)
+
+
+def _data_std(denoiser: Denoiser, afs: bool | float | None) -> float | None:
+    """The standard deviation that the analytical first step is to use."""
+    if afs is None or afs is False:
+        return None
+    if afs is not True:
+        return number("afs", afs, 0)
+    declared = getattr(denoiser, "data_std", None)
+    if declared is None:
+        raise UsageError("afs: this denoiser does not say how its data are spread", "afs=0.5, their standard deviation")
+    return declared
 
 
 def _state_dtype(dtype: torch.dtype | None, x: Tensor | None) -> torch.dtype:

@@ -33,7 +33,7 @@ def test_full_grid_converges(name, bed):
     x = process.sigma(process.t_max) * pfode.noise.normal(seeds, 0, (3,), torch.float64)
     exact = denoiser.flow(x, process.t_max, process.t_data)
     errors = []
-    for steps in (1, 2, 3, 5, 12, 24, 48, 96):
+    for steps in (1, 2, 3, 5, 12, 24, 48):
         end = run(make_plan(name, process, steps, grid=grid), denoiser, x, seeds=seeds)
         assert torch.isfinite(end).all()
         if CATALOGUE[name].stochastic:
@@ -41,12 +41,11 @@ def test_full_grid_converges(name, bed):
         else:
             errors.append(problems.rms(end, exact))
     if CATALOGUE[name].stochastic:
-        assert errors[-1] < 0.5 * errors[1]
+        assert errors[-1] < 0.7 * errors[1]
     else:
         floor = 2e-4  # of grids that put a finite log-SNR where alpha = 0: the first interval never shrinks
-        assert errors[4] > errors[5]
-        assert errors[5] > errors[6] > errors[7] or errors[-1] < floor
-        assert errors[-1] < 0.03
+        assert errors[4] > errors[5] > errors[6] or errors[-1] < floor
+        assert errors[-1] < 0.06
 
 
 @pytest.mark.parametrize("chart", CHARTS)

@@ -1,14 +1,25 @@
-"""Equality with the published algorithm and with the peers' own code, on the same denoiser, grid and noise."""
+"""Equality with the published algorithm and with the peers' own code, on the same denoiser, grid and noise.
 
+One test per peer lists its pairs. What has no pair, and why, is in test_peer_defects.py.
+"""
+
+import functools
 import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 import pfode
-from pfode import run
-from pfode.samplers import CATALOGUE, make_plan
+from pfode import iterate, run
+from pfode.plan import Plan
+from pfode.samplers import CATALOGUE, Recipe, make_plan
+from pfode.samplers.methods import PredictorCorrector
+from pfode.samplers.stochastic import SaSolver
 from tests import peers, problems
 
 SEEDS = list(range(4))
@@ -49,49 +60,328 @@ def test_heun_is_edms_algorithm(steps):
     assert relative(ours, edm_heun(denoiser, x, karras(steps))) < 1e-12
 
 
-@pytest.mark.parametrize("steps", [2, 5, 20])
+CHURN = {"s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}  # Karras et al. 2022, table 5, ImageNet
+
+K_DIFFUSION: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [  # ours, its options, theirs, its options
+    ("euler", {}, "euler", {}),
+    ("ddim", {}, "euler", {}),
+    ("dpm-1", {}, "euler", {}),
+    ("heun", {}, "heun", {}),
+    ("dpm2", {}, "dpm_2", {}),
+    ("dpm-2s", {}, "dpm_2", {}),
+    ("euler", {"churn": 30.0, **CHURN}, "euler", {"s_churn": 30.0, **CHURN}),
+    ("heun", {"churn": 5.0}, "heun", {"s_churn": 5.0, "s_tmax": 79.0}),
+    ("edm", {"churn": 40.0, **CHURN}, "heun", {"s_churn": 40.0, **CHURN}),
+    ("dpm2", {"churn": 30.0, **CHURN}, "dpm_2", {"s_churn": 30.0, **CHURN}),
+    ("ddpm", {}, "euler_ancestral", {}),
+    ("ddim", {"eta": 1.0}, "euler_ancestral", {}),
+    *[("euler-a", {"eta": eta}, "euler_ancestral", {"eta": eta}) for eta in (0.0, 0.5, 1.0, 1.5)],
+    *[("dpm2-a", {"eta": eta}, "dpm_2_ancestral", {"eta": eta}) for eta in (0.0, 0.5, 1.0)],
+    *[("dpm++2s-a", {"eta": eta}, "dpmpp_2s_ancestral", {"eta": eta}) for eta in (0.0, 0.5, 1.0)],
+    ("dpm++2s", {}, "dpmpp_2s_ancestral", {"eta": 0.0}),
+    *[("dpm++sde", {"eta": eta}, "dpmpp_sde", {"eta": eta}) for eta in (0.0, 0.5, 1.0)],
+    ("dpm++2m", {}, "dpmpp_2m", {}),
+    *[("dpm++2m-sde", {"eta": eta}, "dpmpp_2m_sde", {"eta": eta}) for eta in (0.0, 0.5, 1.0)],
+    *[
+        ("dpm++2m-sde-heun", {"eta": eta}, "dpmpp_2m_sde", {"eta": eta, "solver_type": "heun"})
+        for eta in (0.0, 0.5, 1.0)
+    ],
+    ("dpm++2m-heun", {}, "dpmpp_2m_sde", {"eta": 0.0, "solver_type": "heun"}),
+    ("res-2m", {}, "dpmpp_2m_sde", {"eta": 0.0, "solver_type": "heun"}),
+    *[("dpm++3m-sde", {"eta": eta}, "dpmpp_3m_sde", {"eta": eta}) for eta in (0.0, 0.5, 1.0)],
+    ("lms", {}, "lms", {}),
+    *[(f"exp-ab{k}", {"chart": "ddim"}, "lms", {"order": k}) for k in (1, 2, 3, 4)],
+    *[(f"deis-rhoab{k}", {}, "lms", {"order": k + 1}) for k in (1, 2, 3)],
+    *[(f"ipndm-v{k}", {"chart": "ddim"}, "lms", {"order": k}) for k in (1, 2, 3, 4)],
+]
+
+
+@pytest.mark.parametrize("steps", [3, 5, 20])
 @pytest.mark.parametrize(
-    ("name", "peer"),
+    ("ours", "options", "theirs", "their_options"),
     [
-        ("euler", "sample_euler"),
-        ("heun", "sample_heun"),
-        ("dpm++2m", "sample_dpmpp_2m"),
-        ("euler-a", "sample_euler_ancestral"),
+        pytest.param(*row, id="-".join([row[0], row[2], *(f"{k}={v}" for k, v in row[3].items())]))
+        for row in K_DIFFUSION
     ],
 )
-def test_k_diffusion(name, peer, steps):
+def test_k_diffusion(ours, options, theirs, their_options, steps):
+    """On float64 sigmas, with the same noise."""
     denoiser, x = bed()
     sigmas = karras(steps)
-    options = {}
-    if CATALOGUE[name].stochastic:
-        row = iter(range(steps))
-        options["noise_sampler"] = lambda *_: pfode.noise.normal(SEEDS, next(row) + 1, (2,), torch.float64)
-    theirs = getattr(peers.k_diffusion_sampling(), peer)(denoiser, x, sigmas, disable=True, **options)
-    ours = run(make_plan(name, denoiser.process, grid=sigmas), denoiser, x, seeds=SEEDS)
+    plan = make_plan(ours, denoiser.process, grid=sigmas, **options)
+    expected = k_diffusion(theirs, denoiser, plan, x, sigmas, **their_options)
+    assert relative(run(plan, denoiser, x, seeds=SEEDS), expected) < 1e-10
+
+
+def k_diffusion(name: str, denoiser, plan: Plan, x: torch.Tensor, *grid: Any, **options: Any) -> torch.Tensor:
+    """A sampler of k-diffusion with the noise of a plan's rows."""
+    sampler = getattr(peers.k_diffusion_sampling(), f"sample_{name}")
+    counted = peers.Counted(denoiser)
+
+    def draw(*_: Any) -> torch.Tensor:  # before the first call: churn, the plan's initial row
+        return pfode.noise.normal(SEEDS, counted.calls or plan.nfe + 1, x.shape[1:], torch.float64)
+
+    if "noise_sampler" in sampler.__wrapped__.__code__.co_varnames:
+        options["noise_sampler"] = draw
+    with mock.patch.object(torch, "randn_like", draw):
+        return sampler(counted, x, *grid, disable=True, **options)
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("float64_by_default")  # in which k-diffusion makes its grid
+@pytest.mark.parametrize("nfe", [3, 4, 5, 6, 14])
+def test_k_diffusion_dpm_fast(nfe):
+    """Steps of dpm-3s, dpm-2s and dpm-1 that make nfe calls, uniform in the logarithm of sigma, which ends above 0."""
+    denoiser, x = bed()
+    orders = [3] * (nfe // 3 - 1) + [2, 1] if nfe % 3 == 0 else [3] * (nfe // 3) + [nfe % 3]
+    logs = torch.linspace(np.log(80), np.log(0.02), len(orders) + 1, dtype=torch.float64)
+    ours = x
+    for order, ends in zip(orders, itertools.pairwise(logs.exp().tolist()), strict=True):
+        name = {1: "dpm-1", 2: "dpm-2s", 3: "dpm-3s"}[order]
+        ours = run(make_plan(name, denoiser.process, grid=ends), denoiser, ours)
+    theirs = peers.k_diffusion_sampling().sample_dpm_fast(denoiser, x, 0.02, 80.0, nfe, disable=True)
     assert relative(ours, theirs) < 1e-10
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers under numpy 2
-@pytest.mark.parametrize("steps", [4, 10, 25])
-def test_diffusers_dpm_plus_plus_2m(steps):
-    """On diffusers' own sigmas (kept in float32): an epsilon model, VP state."""
-    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+@pytest.mark.usefixtures("float64_by_default")
+@pytest.mark.parametrize("order", [2, 3])
+def test_k_diffusion_dpm_adaptive(order):
+    """dpm-2s and dpm-3s on the steps it accepts."""
+    denoiser, x = bed()
+    times = [80.0]
 
-    scheduler = DPMSolverMultistepScheduler(
-        num_train_timesteps=1000, use_karras_sigmas=True, lower_order_final=False, final_sigmas_type="zero"
+    def accepted(info: dict[str, Any]) -> None:
+        if info["n_accept"] == len(times):
+            times.append(info["t"].neg().exp().item())
+
+    sampler = peers.k_diffusion_sampling().sample_dpm_adaptive
+    theirs = sampler(denoiser, x, 0.02, 80.0, callback=accepted, disable=True, order=order)
+    plan = make_plan(f"dpm-{order}s", denoiser.process, grid=times)
+    assert plan.steps > 5
+    assert relative(run(plan, denoiser, x), theirs) < 1e-10
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A recipe and a scheduler of diffusers, with the options of each."""
+
+    ours: str | Recipe
+    theirs: str
+    config: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    step: dict[str, Any] = field(default_factory=dict)
+    every: int = 1  # which of its sigmas are nodes
+    steps: Sequence[int] = (4, 10, 25)
+
+    def __str__(self) -> str:
+        told = {k: v for k, v in (self.config | self.step).items() if not callable(v) and not isinstance(v, list)}
+        own = self.ours if isinstance(self.ours, str) else self.ours.name
+        return "-".join([own, self.theirs, *(f"{k}={v}" for k, v in told.items())])
+
+
+def lowered(ours: str, theirs: str, config: dict[str, Any], options: dict[str, Any] | None = None) -> list[Pair]:
+    """With lower orders at the end and without; diffusers ignores the wish for them from 15 steps on."""
+    options = options or {}
+    low = Pair(
+        ours, theirs, {**config, "lower_order_final": True}, {**options, "lower_order_final": True}, steps=(4, 10)
     )
-    scheduler.set_timesteps(steps)
-    process = pfode.VPDiscrete(scheduler.alphas_cumprod.double())
-    denoiser = problems.mixture(process)
-    sigmas = scheduler.sigmas.double()
-    times = process.time(-2 * torch.log(sigmas[:-1])).clamp(0, 999)
+    return [low, Pair(ours, theirs, {**config, "lower_order_final": False}, options)]
+
+
+def sa_solver(predictor: int, corrector: int) -> list[Pair]:
+    """SA-Solver with orders counted as in the paper, where the corrector's includes the new node."""
+    method = SaSolver(PredictorCorrector(predictor, corrector - 1, bh=1))
+    recipe = Recipe(f"sa-solver-p{predictor}c{corrector}", method, ("dpm++",), 1, 1, "", "")
+    made = []
+    for lower, tau in itertools.product((True, False) if predictor > 1 else (False,), (0.0, 0.6, 1.0)):
+        theirs = {
+            "predictor_order": predictor,
+            "corrector_order": corrector,
+            "lower_order_final": lower,
+            "double": True,
+        }
+        everywhere = {"tau": tau, "between": (0.0, 1e9), "lower_order_final": lower}
+        made.append(Pair(recipe, "sasolver", {**theirs, "tau_func": functools.partial(constantly, tau)}, everywhere))
+    return made
+
+
+def constantly(tau: float, t: float) -> float:
+    return tau
+
+
+def unipc(order: int, solver_type: str, lower_order_final: bool = True, **config: Any) -> Pair:
+    """UniPC, or UniP where every corrector is off, on eps where predict_x0 is."""
+    name = f"unip{'' if 'disable_corrector' in config else 'c'}{order}{'-bh1' if solver_type == 'bh1' else ''}"
+    theirs = {"solver_order": order, "solver_type": solver_type, "lower_order_final": lower_order_final, **config}
+    ours = {
+        "lower_order_final": lower_order_final and order > 1,
+        "chart": None if config.get("predict_x0", True) else "dpm",
+    }
+    return Pair(name, "unipc_multistep", theirs, ours)
+
+
+KARRAS = {"use_karras_sigmas": True}
+WITHIN = {"between": (0.721, 25.74), "lower_order_final": True}  # t = 200 ... 800 of the linear betas, both included
+TO_SIGMA_MIN = {"final_sigmas_type": "sigma_min", "double": True}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+SHIFTED = {**FLOW, "flow_shift": 3.0}
+ODD = (5, 11, 25)  # then the pairs of sigmas of a singlestep method leave the last one for the step to 0
+EXPONENTIAL = {"use_exponential_sigmas": True}  # so that a step's inner sigma is half-way, as r1 = 1/2 has it
+EPS = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+MULTI, SINGLE, EDM_MULTI = "dpmsolver_multistep", "dpmsolver_singlestep", "edm_dpmsolver_multistep"
+UNCLIPPED = {"clip_sample": False}
+
+DIFFUSERS: list[Pair] = [
+    Pair("ddim", "ddim", UNCLIPPED),
+    Pair("ddim", "ddim", {**UNCLIPPED, "timestep_spacing": "trailing"}),
+    *[Pair("ddim", "ddim", UNCLIPPED, {"eta": eta}, {"eta": eta}) for eta in (0.5, 1.0)],
+    Pair("ddpm", "ddim", UNCLIPPED, step={"eta": 1.0}),
+    Pair("ddim", "ddim_parallel", UNCLIPPED),
+    Pair("ddpm", "ddpm", UNCLIPPED),
+    Pair("ddpm", "ddpm_parallel", UNCLIPPED),
+    Pair("ddpm", "ddpm", {**UNCLIPPED, "timestep_spacing": "linspace"}),
+    Pair("euler", "euler_discrete"),
+    Pair("euler", "euler_discrete", {**KARRAS, "prediction_type": "v_prediction"}),
+    Pair("euler", "euler_discrete", {"timestep_spacing": "trailing", "prediction_type": "sample"}),
+    Pair("euler", "euler_discrete", {"use_beta_sigmas": True}, steps=(10, 25)),
+    Pair("euler-a", "euler_ancestral_discrete"),
+    Pair("euler-a", "euler_ancestral_discrete", {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+    Pair("heun", "heun_discrete"),
+    Pair("heun", "heun_discrete", KARRAS),
+    Pair("dpm2", "k_dpm_2_discrete"),
+    Pair("dpm2", "k_dpm_2_discrete", KARRAS),
+    Pair("dpm2-a", "k_dpm_2_ancestral_discrete"),
+    Pair("dpm2-a", "k_dpm_2_ancestral_discrete", KARRAS),
+    Pair("lms", "lms_discrete", steps=(4, 10)),
+    *[Pair(f"exp-ab{k}", "lms_discrete", KARRAS, {"chart": "ddim"}, {"order": k}, steps=(4, 10)) for k in (1, 2, 3, 4)],
+    Pair("pndm", "pndm", {"set_alpha_to_one": True}),
+    Pair("ipndm4", "ipndm", {"first": 1}, {"chart": "ddim"}),
+    Pair("dpm-1", "deis_multistep", {"solver_order": 1}),
+    *lowered("exp-ab2", "deis_multistep", {"solver_order": 2}, {"chart": "dpm"}),
+    *lowered("exp-ab3", "deis_multistep", {"solver_order": 3, "double": True}, {"chart": "dpm"}),
+    *[Pair("ddim", MULTI, {"solver_order": 1, **sigmas}) for sigmas in (KARRAS, SHIFTED)],
+    *[
+        pair
+        for sigmas in (KARRAS, {"use_lu_lambdas": True}, SHIFTED, {"prediction_type": "v_prediction"})
+        for pair in [
+            *lowered("dpm++2m", MULTI, sigmas),
+            *lowered("dpm++2m-heun", MULTI, {"solver_type": "heun", **sigmas}),
+            *lowered("dpm++3m", MULTI, {"solver_order": 3, **sigmas}),
+        ]
+    ],
+    Pair("dpm-1", MULTI, {"solver_order": 1, **EPS}),
+    *lowered("dpm-2m", MULTI, EPS),
+    *lowered("exp-ab2", MULTI, {"solver_type": "heun", **EPS}, {"chart": "dpm"}),
+    *lowered("dpm-3m", MULTI, {"solver_order": 3, **EPS}),
+    Pair("ddpm", MULTI, {"solver_order": 1, **SDE}),
+    *[
+        pair
+        for sigmas in (KARRAS, SHIFTED)
+        for pair in [
+            *lowered("dpm++2m-sde", MULTI, {**SDE, **sigmas}),
+            *lowered("dpm++2m-sde-heun", MULTI, {"solver_type": "heun", **SDE, **sigmas}),
+        ]
+    ],
+    Pair("dpm++2m", f"{MULTI}_inverse", {"lower_order_final": False, "double": True}),
+    Pair("dpm++3m", f"{MULTI}_inverse", {"solver_order": 3, "lower_order_final": False, "double": True}),
+    Pair("dpm-2m", f"{MULTI}_inverse", {"lower_order_final": False, "algorithm_type": "dpmsolver"}),
+    Pair("ddim", SINGLE, {"solver_order": 1, **KARRAS}),
+    Pair("dpm++2s", SINGLE, EXPONENTIAL, every=2, steps=ODD),
+    Pair("res-2s", SINGLE, {"solver_type": "heun", **EXPONENTIAL}, every=2, steps=ODD),
+    Pair("dpm-2s", SINGLE, {**EPS, **EXPONENTIAL, "double": True}, every=2, steps=ODD),
+    Pair("dpm++sde", SINGLE, {**SDE, **EXPONENTIAL}, every=2, steps=ODD),
+    Pair("dpm++sde", "dpmsolver_sde"),
+    Pair("dpm++sde", "dpmsolver_sde", KARRAS),
+    *[unipc(k, "bh2", **sigmas, double=k > 3) for k in (1, 2, 3, 4, 5) for sigmas in (KARRAS, SHIFTED)],
+    *[unipc(k, "bh1", **TO_SIGMA_MIN) for k in (1, 2, 3, 4, 5)],
+    *[unipc(k, bh, **TO_SIGMA_MIN, lower_order_final=False) for k in (2, 3, 4, 5) for bh in ("bh2", "bh1")],
+    *[unipc(k, bh, **TO_SIGMA_MIN, predict_x0=False) for k in (1, 2, 3) for bh in ("bh2", "bh1")],
+    *[unipc(k, bh, **TO_SIGMA_MIN, disable_corrector=[*range(25)]) for k in (1, 2, 3, 4, 5) for bh in ("bh2", "bh1")],
+    *[pair for p, c in ((1, 2), (2, 2), (2, 3), (3, 2), (3, 3), (3, 4)) for pair in sa_solver(p, c)],
+    *[
+        Pair(name, "sasolver", {"predictor_order": p, "corrector_order": c, "double": True}, WITHIN)
+        for name, p, c in (("sa-solver", 3, 4), ("sa-solver2", 2, 2))
+    ],
+    Pair("euler", "edm_euler"),
+    Pair("euler", "edm_euler", {"sigma_schedule": "exponential", "prediction_type": "v_prediction"}),
+    *lowered("dpm++2m", EDM_MULTI, {}),
+    *lowered("dpm++2m-heun", EDM_MULTI, {"solver_type": "heun"}),
+    *lowered("dpm++3m", EDM_MULTI, {"solver_order": 3}),
+    *lowered("dpm++2m-sde", EDM_MULTI, SDE),
+    *lowered("dpm++2m-sde-heun", EDM_MULTI, {"solver_type": "heun", **SDE}),
+    *lowered("dpm++2m-sde", "cosine_dpmsolver_multistep", {}),
+    *lowered("dpm++2m-sde-heun", "cosine_dpmsolver_multistep", {"solver_type": "heun"}),
+    Pair("euler", "flow_match_euler_discrete", {"shift": 3.0}),
+    Pair("euler-a", "flow_match_euler_discrete", {"stochastic_sampling": True}, {"eta": 1e6}),  # all noise is fresh
+    Pair("heun", "flow_match_heun_discrete", {}, {"chart": "flow"}),
+    Pair("heun", "flow_match_heun_discrete", {"shift": 3.0}, {"chart": "flow"}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers under numpy 2
+@pytest.mark.filterwarnings("ignore:`?algorithm_type:FutureWarning")  # a deprecated, but right one
+@pytest.mark.parametrize("pair", DIFFUSERS, ids=str)
+def test_diffusers(pair):
+    """On its own sigmas (kept in float32), with the same noise."""
+    for steps in pair.steps:
+        scheduler = peers.Scheduler(pair.theirs, steps, **pair.config)
+        denoiser = problems.mixture(scheduler.process)
+        plan = make_plan(pair.ours, scheduler.process, grid=scheduler.times(pair.every), **pair.options)
+        x = plan.sigma[0].item() * pfode.noise.normal(SEEDS, 0, (2,), torch.float64)
+        theirs = scheduler.sample(denoiser, x, peers.keyed(SEEDS, (2,)), **pair.step)
+        assert relative(run(plan, denoiser, x, seeds=SEEDS), theirs) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+@pytest.mark.parametrize("steps", [4, 10, 25])
+def test_diffusers_plms(steps):
+    """PNDM with skip_prk_steps, which is in no paper: iPNDM from the end of one step of Heun's method."""
+    scheduler = peers.Scheduler("pndm", steps, skip_prk_steps=True, set_alpha_to_one=True)
+    denoiser, times = problems.mixture(scheduler.process), scheduler.times()
     x = pfode.noise.normal(SEEDS, 0, (2,), torch.float64)
-    ours = run(make_plan("dpm++2m", process, grid=[*times.tolist(), process.t_data]), denoiser, x)
-    y = x
-    for t, now in zip(scheduler.timesteps, times, strict=True):
-        eps = (y - process.alpha(now) * denoiser(y, now)) / process.sigma(now)
-        (y,) = scheduler.step(eps, t, y, return_dict=False)
-    assert relative(ours, y.double()) < 1e-5
+    begun = run(make_plan("heun", scheduler.process, grid=times[:2]), denoiser, x)
+    points = iterate(make_plan("ipndm4", scheduler.process, grid=times), denoiser, x)
+    point = next(points)
+    point = points.send(begun)
+    for later in points:
+        point = later
+    assert relative(point.x, scheduler.sample(denoiser, x)) < 1e-5
+
+
+NO_COUNTERPART = {  # in k-diffusion 0.1.1 or diffusers 0.42
+    "bdia": "neither has it",
+    "edict": "neither has it",
+    "o-belm": "neither has it",
+    "deis-tab1": "diffusers' polynomials are in the logarithm of s: exp-ab2 in the chart dpm",
+    "deis-tab2": "exp-ab3 in the chart dpm",
+    "deis-tab3": "diffusers ends at order 3",
+    "dpm-3s": "in test_k_diffusion_dpm_fast; diffusers has another third order, see test_peer_defects.py",
+    "dpm++3m-exact": "both halve the curvature",
+    "dpm++3s": "diffusers has another third order, see test_peer_defects.py",
+    "exp-rk4": "neither has it",
+    "er-sde-1": "neither has it",
+    "er-sde-2": "neither has it",
+    "er-sde-3": "neither has it",
+    "ipndm1": "diffusers has order 4 alone",
+    "ipndm2": "diffusers has order 4 alone",
+    "ipndm3": "diffusers has order 4 alone",
+    "res-3m": "neither has it: dpm++3m-exact",
+    "res-3s": "neither has it",
+    "rk4": "neither has it",
+}
+
+
+def test_every_recipe_has_a_pair_or_a_reason():
+    listed = {row[0] for row in K_DIFFUSION} | {pair.ours for pair in DIFFUSERS if isinstance(pair.ours, str)}
+    assert listed | set(NO_COUNTERPART) == set(CATALOGUE)
+    assert not listed & set(NO_COUNTERPART)
 
 
 def test_ipndm_constant_weights_by_hand():
