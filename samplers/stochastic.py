@@ -215,6 +215,6 @@ class Churn(Method):
         if grown > start.v and start.regular:
             up = space.at_time(space.process.time(-2 * grown))
             added = self.s_noise * math.sqrt(math.exp(2 * up.v) - s**2)
-            trail.x = trail.x * (up.alpha / start.alpha) + trail.tape.noise(up, start) * (up.alpha * added)
+            trail.x = trail.x * (up.alpha / start.alpha) + trail.tape.noise(start, target) * (up.alpha * added)
             trail.node = up
         return self.integrator.step(trail, target)
