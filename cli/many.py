@@ -23,6 +23,7 @@ import pfode
 from pfode.cli.common import Output
 from pfode.cli.recipe import parse_seeds
 from pfode.cli.sample import Job, Progress, non_finite, recipe, write_film, write_sheet
+from pfode.denoiser import forwards
 from pfode.errors import FileError, PfodeError, UsageError, WriteError
 from pfode.files import write_atomic
 
@@ -51,7 +52,7 @@ def draw(job: Job, out: Output) -> dict[str, Any] | None:
         job = replace(job, device=share.device)
     out = out if share.first else replace(out, quiet=True)
     net = prepared(job.net, job.options["guidance"], job.device)
-    with contextlib.closing(share), contextlib.closing(Folder(job, job.plan.nfe * getattr(net, "evals", 1))) as folder:
+    with contextlib.closing(share), contextlib.closing(Folder(job, forwards(net, job.plan.t))) as folder:
         return _draw(job, net, folder, share, out)
 
 

@@ -9,9 +9,10 @@ __version__ = "0.1.0"
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "": ["errors", "grids", "noise", "samplers", "scores"],
+        "": ["errors", "grids", "noise", "ode", "samplers", "scores"],
         "errors": ["PfodeError"],
         "process": ["EDM", "VE", "VP", "Flow", "Process", "SubVP", "VPCosine", "VPDiscrete"],
+        "ode": ["solve"],
         "plan": ["Plan", "iterate", "run"],
         "samplers": ["decode", "encode", "make_plan", "sample"],
         "scores": ["load"],
@@ -22,9 +23,11 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode import errors as errors
     from pfode import grids as grids
     from pfode import noise as noise
+    from pfode import ode as ode
     from pfode import samplers as samplers
     from pfode import scores as scores
     from pfode.errors import PfodeError as PfodeError
+    from pfode.ode import solve as solve
     from pfode.plan import Plan as Plan
     from pfode.plan import iterate as iterate
     from pfode.plan import run as run

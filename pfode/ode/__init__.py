@@ -1,0 +1,40 @@
+"""Neural ODEs: solvers, step-size control, events and adjoints. Imports torch and numpy only.
+
+    solver    a value with `init` and a pure `step(field, t0, t1, y0, carry) -> Step`: the new state, an estimate of its
+              error, dense output, the next carry (solver.py). Runge-Kutta methods are tableaus (tableau.py, tables.py);
+              explicit.py steps them. A solver keeps no memory: what it wants to remember is its carry.
+    field     the user's f on flat states (state.py): any tree of tensors is flattened once, to (n,), or to (batch, d)
+              in per-sample mode. It counts its calls: nfe is not assumed. It lends out scratch memory.
+    control   how an error becomes the next step size (control.py): a value, its memory handed round by the loop.
+    loop      `advance` (loop.py), the only one: it attempts steps and yields a Move for each. Fixed grids are a list of
+              stops, reached by one step each. One step size for the state or one per sample are two arithmetics
+              ("lanes") of the same lines: floats, read once per attempted step, or tensors of shape (batch,).
+    outputs   which output times a step passes, and the states there (outputs.py).
+    adjoint   what is kept of the moves, and how gradients are made from it. Every step can be done again from
+              (t0, t1, y0, carry), so an adjoint is a way of storing these: "direct" keeps the graph.
+    solve     looks everything up, checks it and runs it (solve.py); `steps` yields accepted steps instead.
+
+Times: the loop's own are float64, on the host in joint lanes; the field sees the state's real dtype. Steps end exactly
+at stops (the last output time, step_t, jump_t, a grid's nodes) and evaluate nothing outside; output times in between
+come from dense output of the method's own order, which tableau.py derives from the order conditions. Where a time needs
+a gradient, a step's ends are tensors: an end that is an output time moves with it, any other with ts[0].
+
+No operation in place happens to a tensor that gradients or transforms could see: `field.pure` says whether steps must
+be so. A failure (error not finite, equations not solved) is a rejected step; what then ends a solve is its Status, for
+the state or for every sample by itself.
+
+A new method is a tableau, or one file with `init` and `step`, and a line in `solve.SOLVERS`.
+"""
+
+from pfode.ode.control import PI as PI
+from pfode.ode.control import PID as PID
+from pfode.ode.control import I as I
+from pfode.ode.explicit import RungeKutta as RungeKutta
+from pfode.ode.loop import Status as Status
+from pfode.ode.solve import SOLVERS as SOLVERS
+from pfode.ode.solve import Solution as Solution
+from pfode.ode.solve import solve as solve
+from pfode.ode.solve import steps as steps
+from pfode.ode.solver import Solver as Solver
+from pfode.ode.solver import Step as Step
+from pfode.ode.tableau import Tableau as Tableau

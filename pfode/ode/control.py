@@ -1,0 +1,88 @@
+"""Step-size controllers: values that turn an error into a factor of the step size.
+
+With e the error in units of the tolerance and k the order of its estimate, a PID controller multiplies the step by
+
+    safety * e_n^(-(p + i + d) / k) * e_(n-1)^((p + 2 d) / k) * e_(n-2)^(-d / k)
+
+clipped to [shrink, grow] (Söderlind 2003). After a rejected step the factor is the integral one, and the step after it
+does not grow.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pfode.errors import UsageError, number
+
+_TINY = 1e-10  # errors below count as this
+
+
+@dataclass(frozen=True)
+class PID:
+    """Coefficients and limits of a controller.
+
+    Args:
+        p, i, d: proportional, integral and derivative coefficients.
+        safety, shrink, grow: see above; shrink is also the factor after a step that is not finite or not solved.
+        first_step: size of the first step; None: chosen from the field (Hairer, Norsett & Wanner 1993, II.4).
+        min_step, max_step: limits of the step size. A step that fails at min_step ends the solve, unless `force`.
+        force: accept steps of size min_step whatever their error.
+
+    Raises:
+        UsageError: numbers that are no limits.
+    """
+
+    p: float = 0.0
+    i: float = 1.0
+    d: float = 0.0
+    safety: float = 0.9
+    shrink: float = 0.2
+    grow: float = 10.0
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = math.inf
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        number("safety", self.safety, 1e-3, 1.0)
+        number("shrink", self.shrink, 1e-3, 1.0)
+        number("grow", self.grow, 1.0)
+        number("min_step", self.min_step, 0.0)
+        if self.first_step is not None and number("first_step", self.first_step, 0.0) == 0:
+            raise UsageError("first_step: need a positive number, got 0", "first_step=None")
+        if not self.max_step > 0 or self.max_step < self.min_step:
+            raise UsageError(f"max_step: need at least min_step = {self.min_step:g} and more than 0: {self.max_step}")
+
+    def factor(self, lanes: Any, error: Any, accepted: Any, memory: tuple[Any, Any, Any], order: int) -> Any:
+        """The factor of the step size and the memory after the step.
+
+        Args:
+            lanes: arithmetic on floats or on shape (batch,).
+            error: e_n, infinite where the step failed.
+            memory: (e_(n-1), e_(n-2), whether the step before was rejected).
+        """
+        e = lanes.high(error, _TINY)
+        previous, earlier, rejected = memory
+        plain = e ** (-1.0 / order)
+        if self.p or self.d:
+            tuned = e ** (-(self.p + self.i + self.d) / order)
+            tuned = tuned * previous ** ((self.p + 2 * self.d) / order) * earlier ** (-self.d / order)
+            plain = lanes.where(accepted, tuned, plain)
+        factor = lanes.low(lanes.high(self.safety * plain, self.shrink), self.grow)
+        factor = lanes.where(accepted & lanes.no(rejected), factor, lanes.low(factor, 1.0))
+        memory = (
+            lanes.where(accepted, e, previous),
+            lanes.where(accepted, previous, earlier),
+            lanes.no(accepted),
+        )
+        return factor, memory
+
+
+def I(**limits: Any) -> PID:  # noqa: E743  (the controller's name)
+    """The integral controller, the default."""
+    return PID(**limits)
+
+
+def PI(**limits: Any) -> PID:
+    """The proportional-integral controller (0.4, 0.3) of Gustafsson (1991): smoother on stiff-ish problems."""
+    return PID(**{"p": 0.4, "i": 0.3, **limits})

@@ -1,0 +1,347 @@
+"""The one loop: every solve, fixed or adaptive, joint or per-sample, is `advance` with other values passed in.
+
+What differs between one step size for the whole state and one per sample is only the arithmetic of times, errors and
+decisions: Python's floats, read from the device once per attempted step, or tensors of shape (batch,) that stay there.
+`Joint` and `PerSample` are these two arithmetics ("lanes").
+"""
+
+import enum
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pfode.ode.control import PID
+from pfode.ode.solver import Solver, Step, clock, column
+from pfode.ode.state import Field, leaves, rebuild
+
+_STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
+_TRIES = 12  # attempts in a row that are not finite or not solved before a sample is given up
+_ULPS = 16  # the least step size, in units of the last place of the time
+
+
+class Status(enum.IntEnum):
+    """How a solve ended, for the state or for a sample."""
+
+    RUNNING = -1
+    SUCCESS = 0
+    MAX_STEPS = 1
+    MIN_STEP = 2
+    NON_FINITE = 3
+    NEWTON_FAILED = 4
+    EVENT = 5
+
+
+class Joint:
+    """One step size for the state: floats and booleans."""
+
+    per_sample = False
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        return a if condition else b
+
+    def low(self, a: Any, b: Any) -> Any:
+        return min(a, b)
+
+    def high(self, a: Any, b: Any) -> Any:
+        return max(a, b)
+
+    def no(self, a: Any) -> Any:
+        return not a
+
+    def fill(self, value: Any, like: Any) -> Any:
+        return value
+
+    def pick(self, table: Any, at: Any) -> Any:
+        """The entry of a table of stops at each lane's index."""
+        return table[at]
+
+    def merge(self, condition: Any, new: Any, old: Any) -> Any:
+        return new if condition else old
+
+
+class PerSample:
+    """One step size per sample: tensors of shape (batch,)."""
+
+    per_sample = True
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        return torch.where(condition, a, b)
+
+    def low(self, a: Any, b: Any) -> Any:
+        return a.clamp(max=b)
+
+    def high(self, a: Any, b: Any) -> Any:
+        return a.clamp(min=b)
+
+    def no(self, a: Any) -> Any:
+        return ~a
+
+    def fill(self, value: Any, like: Any) -> Any:
+        return torch.full(
+            like.shape, value, device=like.device, dtype=torch.int64 if type(value) is int else like.dtype
+        )
+
+    def pick(self, table: Any, at: Any) -> Any:
+        return table[at] if table.ndim == 1 else table.gather(0, at[None])[0]
+
+    def merge(self, condition: Any, new: Any, old: Any) -> Any:
+        """Samples of `new` where the condition holds, else of `old`; None, a carry not known, stays None."""
+        if new is None or old is None:
+            return None
+        pairs = zip(leaves(new), leaves(old), strict=True)
+        return rebuild(new, (torch.where(condition.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+
+
+Lanes = Joint | PerSample
+Probe = Callable[[Any, Tensor, Any, Tensor, Any], Tensor]
+
+
+class Counts(NamedTuple):
+    """Work so far: ints, or shape (batch,)."""
+
+    steps: Any
+    accepted: Any
+    nfe: Any
+    jacobians: Any
+    iterations: Any
+
+
+class Move(NamedTuple):
+    """One attempted step from t0 to t1; in per-sample lanes these and `accepted` have shape (batch,).
+
+    Fields:
+        t0, t1: its ends; t1 = t0 for samples that are done.
+        u0, u1: the same as the step was given them: with gradients, or on the near sides of jumps.
+        y0, y: the states before and after it; y is y0 where it was rejected.
+        accepted, step: the verdict, and what the solver returned.
+        tried: what was probed.
+        counts: work so far, this step included.
+    """
+
+    t0: Any
+    t1: Any
+    u0: Any
+    u1: Any
+    y0: Tensor
+    y: Tensor
+    accepted: Any
+    step: Step
+    tried: list[float]
+    counts: Counts
+
+
+class End(NamedTuple):
+    """How the loop ended; `status` is a Status, or their numbers in shape (batch,)."""
+
+    status: Any
+    t: Any
+    y: Tensor
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Course:
+    """From where to where, and how exactly.
+
+    Args:
+        start: t0, a float or shape (batch,).
+        stops: times that steps must end at, in the direction of the solve, the last one its end: a list of floats or
+            shape (stops,) or (stops, batch). For fixed steps, the grid.
+        jumps: at which of them the field jumps: it is evaluated on the near side only, and afresh beyond.
+        sign: 1.0 or -1.0, the direction; or shape (batch,).
+        rtol, atol: floats, or shaped like the state.
+        norm: flat error in units of the tolerance -> shape () or (batch,); None: fixed steps, from stop to stop.
+        max_steps: attempts allowed.
+        lift: for gradients to times: (t, index of the stop it is, or -1) -> t as a tensor that depends on them.
+    """
+
+    start: Any
+    stops: Any
+    jumps: tuple[bool, ...]
+    sign: Any
+    rtol: Any = 0.0
+    atol: Any = 0.0
+    norm: Callable[[Tensor], Tensor] | None = None
+    max_steps: int = 100_000
+    lift: Callable[[Any, Any], Tensor] | None = None
+
+
+def advance(
+    field: Field, solver: Solver, control: PID, course: Course, y: Tensor, lanes: Lanes, probe: Probe | None = None
+) -> Generator[Move, Any, End]:
+    """Yield every attempted step. A boolean, or shape (batch,), sent back ends the solve there: an event.
+
+    Args:
+        field, solver, control, course: what, how, at which steps, from where to where.
+        y: the flat state.
+        lanes: whether steps are chosen jointly or per sample.
+        probe: (t0, y0, t1, y1, accepted) -> a 1-d tensor to be read together with the loop's own facts: `Move.tried`;
+            in joint lanes it is called before the verdict, accepted = None and y1 the state tried.
+    """
+    where, no, adaptive = lanes.where, lanes.no, course.norm is not None
+    stops, last_stop, sign = course.stops, len(course.stops) - 1, course.sign
+    jumps = torch.tensor(course.jumps, device=y.device) if lanes.per_sample else course.jumps
+    jumping = any(course.jumps)
+    floor = _ULPS * torch.finfo(clock(y.device)).eps
+    never, zero = lanes.fill(0, course.start) != 0, lanes.fill(0, course.start)
+
+    t, at, here = course.start, zero, zero - 1  # `at` is the stop ahead, `here` the one that t is, or -1
+    h, slope, status = _first_step(field, solver, control, course, lanes, y)
+    u0 = course.lift(t, here) if course.lift else t
+    carry = solver.init(field, u0, y, slope)
+    counts = Counts(zero, zero, zero + field.calls, zero, zero)
+    memory = (lanes.fill(1.0, t), lanes.fill(1.0, t), never)
+    failures, behind = zero, never  # tries in a row that were not finite or not solved; whether t is a jump
+    alive = bool((status == Status.RUNNING).any()) if lanes.per_sample else status == Status.RUNNING
+    for _ in range(course.max_steps):
+        if not alive:
+            break
+        live = status == Status.RUNNING
+        stop = lanes.pick(stops, at)
+        left = (stop - t) * sign
+        last = where(left <= control.max_step, h * _STRETCH, h) >= left
+        size = where(last, left, h)
+        t1 = where(live, where(last, stop, t + h * sign), t)
+        there = where(last & live, at, zero - 1)
+        u0, u1 = (course.lift(t, here), course.lift(t1, there)) if course.lift else (t, t1)
+        if jumping:
+            ahead = last & lanes.pick(jumps, at)
+            u0, u1 = _nudged(u0, u1, sign, behind, field), _nudged(u1, u0, -sign, ahead, field)
+        calls = field.calls
+        step = solver.step(field, u0, u1, y, carry)
+
+        error, ok, tried = _read(
+            field, course, lanes, step, y, probe and (lambda y=y, t=t, t1=t1, y1=step.y1: probe(t, y, t1, y1, None))
+        )
+        fine = (error < math.inf) & ok
+        accepted = live & fine & (error <= 1)
+        if control.force:
+            accepted = accepted | (live & fine & (size <= control.min_step))
+        y0, y = y, lanes.merge(accepted, step.y1, y)
+        carry = lanes.merge(accepted, step.carry, carry if step.again is None else step.again)
+        hit = accepted & last
+        t0, t = t, where(accepted, t1, t)
+        spent = field.calls - calls
+        counts = Counts(
+            counts.steps + live,
+            counts.accepted + accepted,
+            counts.nfe + live * spent,
+            counts.jacobians + live * step.jacobians,
+            counts.iterations + live * step.iterations,
+        )
+        if adaptive:
+            factor, memory = control.factor(
+                lanes, where(fine, error, lanes.fill(math.inf, error)), accepted, memory, solver.error_order
+            )
+            wanted = lanes.low(lanes.high(size * factor, control.min_step), control.max_step)
+            # a step cut short by a stop says little about the next one
+            h = where(hit & (wanted < h), h, wanted)
+            failures = where(fine, zero, failures + 1)
+            least = lanes.high(abs(t) * floor, control.min_step)
+            stuck = no(accepted) & ((failures >= _TRIES) | (h < least) | (size <= control.min_step))
+            cause = where(
+                fine, zero + Status.MIN_STEP, where(ok, zero + Status.NON_FINITE, zero + Status.NEWTON_FAILED)
+            )
+            status = where(live & stuck, cause, status)
+        status = where(hit & (at == last_stop), zero + Status.SUCCESS, status)
+        behind = (hit & lanes.pick(jumps, at)) | (behind & no(accepted)) if jumping else never
+        here, at = where(accepted, there, here), lanes.low(at + hit, last_stop)
+        if lanes.per_sample:
+            facts = [(status == Status.RUNNING).any()[None], (behind & hit).any()[None]]
+            facts += [probe(t0, y0, t, y, accepted)] if probe else []
+            alive, restart, *tried = torch.cat([fact.double() for fact in facts]).tolist()
+        else:
+            alive, restart = status == Status.RUNNING, behind and hit
+        calls = field.calls
+        halt = yield Move(t0, t1, u0, u1, y0, y, accepted, step, tried, counts)
+        if field.calls > calls:  # for dense output
+            counts = counts._replace(nfe=counts.nfe + accepted * (field.calls - calls))
+        if halt is not None:
+            status = where(halt, zero + Status.EVENT, status)
+            alive = bool((status == Status.RUNNING).any()) if lanes.per_sample else status == Status.RUNNING
+        if restart and alive:
+            u0 = course.lift(t, here) if course.lift else t
+            calls = field.calls
+            carry = lanes.merge(behind & hit, solver.init(field, _nudged(u0, None, sign, behind, field), y), carry)
+            counts = counts._replace(nfe=counts.nfe + (behind & hit) * (field.calls - calls))
+    status = where(status == Status.RUNNING, zero + Status.MAX_STEPS, status)
+    return End(status, t, y, counts)
+
+
+@torch.no_grad()
+def _read(
+    field: Field, course: Course, lanes: Lanes, step: Step, y: Tensor, probe: Callable[[], Tensor] | None
+) -> tuple[Any, Any, list[float]]:
+    """The error in units of the tolerance, whether the step was solved, and what was probed: one read-back."""
+    if course.norm is None or step.error is None:
+        error = torch.zeros((), device=y.device)
+    else:
+        scale = torch.maximum(y.detach().abs(), step.y1.detach().abs()).mul_(course.rtol).add_(course.atol)
+        error = course.norm(step.error.detach() / scale)
+    if lanes.per_sample:
+        return error.to(clock(y.device)), (error == error) | True if step.ok is None else step.ok, []
+    facts = [] if course.norm is None else [error[None]]
+    facts += [step.ok[None]] if step.ok is not None and course.norm is not None else []
+    facts += [probe()] if probe else []
+    values: list[Any] = []
+    if facts:
+        values = (facts[0] if len(facts) == 1 else torch.cat([fact.double() for fact in facts])).tolist()
+    if course.norm is None:
+        return 0.0, True, values
+    ok = step.ok is None or bool(values.pop(1))
+    return values[0], ok, values[1:]
+
+
+def _first_step(
+    field: Field, solver: Solver, control: PID, course: Course, lanes: Lanes, y: Tensor
+) -> tuple[Any, Tensor | None, Any]:
+    """The size of the first step, f(t0, y0) if it was needed, and the status: NON_FINITE where f is (H, N & W II.4)."""
+    running = lanes.fill(0, course.start) + Status.RUNNING
+    if course.norm is None or control.first_step is not None:
+        return lanes.fill(control.first_step or math.inf, course.start), None, running
+    t = course.lift(course.start, running) if course.lift else course.start
+    slope = field(field.time(t), y).clone()  # fields may use one buffer for all their results
+    with torch.no_grad():
+        here, f = y.detach(), slope.detach()
+        scale = here.abs() * course.rtol + course.atol
+        d0, d1 = _host(lanes, course.norm(here / scale), course.norm(f / scale))
+        known = lanes.where((d0 < math.inf) & (d1 < math.inf), running, running - Status.RUNNING + Status.NON_FINITE)
+        small = (d0 < 1e-5) | (d1 < 1e-5)
+        h = lanes.where(small, lanes.fill(1e-6, d0), 0.01 * d0 / lanes.high(d1, 1e-300))
+        h = lanes.low(lanes.low(h, control.max_step), math.inf)
+        room = abs(lanes.pick(course.stops, running - Status.RUNNING) - course.start)
+        h = lanes.where(h < room, h, room)
+        moved = course.start + h * course.sign
+        factor = column(h * course.sign, y)
+        (d2,) = _host(lanes, course.norm((field(field.time(moved), here + f * factor) - f) / scale))
+        steepest = lanes.where(d1 > d2 / h, d1, d2 / h)
+        flat = steepest <= 1e-15
+        h1 = lanes.where(
+            flat, lanes.high(h * 1e-3, 1e-6), (0.01 / lanes.high(steepest, 1e-300)) ** (1 / solver.error_order)
+        )
+        h1 = lanes.where(h1 < 100 * h, h1, 100 * h)
+        h1 = lanes.where(h1 == h1, h1, h)
+        return lanes.low(lanes.high(h1, control.min_step), control.max_step), slope, known
+
+
+def _host(lanes: Lanes, *values: Tensor) -> list[Any]:
+    """Values as the lanes have them: read, or left on the device in the clock's dtype."""
+    if lanes.per_sample:
+        return [value.to(clock(value.device)) for value in values]
+    return torch.stack(values).tolist()
+
+
+def _nudged(t: Any, other: Any, sign: Any, condition: Any, field: Field) -> Any:
+    """t, moved to the next representable value in the direction of `sign` where the condition holds."""
+    real = field.layout.real
+    if isinstance(t, Tensor):
+        towards = torch.as_tensor(sign * math.inf, dtype=real, device=t.device)
+        moved = torch.nextafter(t.detach().to(real), towards.expand_as(t)).to(t.dtype) - t.detach()
+        return t + torch.where(torch.as_tensor(condition, device=t.device), moved, torch.zeros_like(moved))
+    kind = np.float32 if real == torch.float32 else np.float64
+    return float(np.nextafter(kind(t), kind(sign * math.inf))) if condition else t

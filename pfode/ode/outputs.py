@@ -1,0 +1,102 @@
+"""Output times: which of them a step passes, and the states there by its dense output."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfode.ode.loop import Lanes, Move
+
+
+class JointOutputs:
+    """States at the output times of a joint solve, a block per step that passes some.
+
+    Args:
+        ts: output times of the clock's dtype, shape (times,); the first is the start.
+        sign: direction.
+    """
+
+    def __init__(self, ts: Tensor, sign: float):
+        self.ts, self.sign, self.floats = ts, sign, ts.tolist()
+        self.blocks: list[Tensor] = []
+        self.done = 0
+
+    def start(self, y: Tensor) -> None:
+        self.blocks.append(y[None])
+        self.done = 1
+
+    def add(self, move: Move) -> None:
+        """Evaluate the dense output of an accepted step wherever it passes output times."""
+        first, times, sign = self.done, self.floats, self.sign
+        while self.done < len(times) and (times[self.done] - move.t1) * sign <= 0:
+            self.done += 1
+        inner = self.done
+        if inner > first and times[inner - 1] == move.t1:
+            inner -= 1
+        if inner > first:
+            self.blocks.append(move.step.dense((self.ts[first:inner] - move.u0) / (move.u1 - move.u0)))
+        if self.done > inner:
+            self.blocks.append(move.y[None])
+
+    def result(self) -> Tensor:
+        """Shape (times, *y.shape); NaN at times that were not reached."""
+        missing = len(self.floats) - self.done
+        if missing:
+            like = self.blocks[0]
+            self.blocks.append(torch.full_like(like, math.nan).expand(missing, *like.shape[1:]))
+        return torch.cat(self.blocks)
+
+
+class PerSampleOutputs:
+    """The same where every sample is at its own time.
+
+    Args:
+        ts: shape (times,) or (times, batch).
+        sign: direction, 1.0, -1.0 or shape (batch,).
+        batch: number of samples.
+    """
+
+    def __init__(self, ts: Tensor, sign: Any, batch: int):
+        self.ts = ts if ts.ndim == 2 else ts[:, None].expand(-1, batch)
+        self.sign = sign
+        self.next = torch.ones(batch, dtype=torch.int64, device=ts.device)
+        self.source = torch.full(self.ts.shape, -1, dtype=torch.int64, device=ts.device)
+        self.blocks: list[Tensor] = []
+
+    def start(self, y: Tensor) -> None:
+        self.blocks.append(y[None])
+        self.source[0] = 0
+
+    def passed(self, t1: Tensor) -> Tensor:
+        """How many further output times every sample has passed at t1, shape (batch,)."""
+        beyond = ((self.ts - t1) * self.sign <= 0).sum(0)
+        return (beyond - self.next).clamp(min=0)
+
+    def add(self, move: Move, most: int) -> None:
+        """Evaluate where samples passed output times; `most` is how many one of them did at most."""
+        if not most:
+            return
+        steps = torch.arange(most, device=self.ts.device)[:, None]
+        index = (self.next + steps).clamp(max=len(self.ts) - 1)
+        valid = (steps < self.passed(move.t1)) & move.accepted
+        times = self.ts.gather(0, index)
+        span = move.u1 - move.u0
+        theta = torch.where(valid, (times - move.u0) / torch.where(span == 0, 1.0, span), 0.0)
+        at_end = (times == move.t1) | ~valid
+        values = torch.where(at_end[..., None], move.y, move.step.dense(theta))
+        rows = sum(len(block) for block in self.blocks) + steps.expand_as(index)
+        self.source.scatter_(0, torch.where(valid, index, 0), torch.where(valid, rows, 0))
+        self.blocks.append(values)
+        self.next = self.next + valid.sum(0)
+
+    def result(self) -> Tensor:
+        """Shape (times, batch, d); NaN at times that were not reached."""
+        values = torch.cat(self.blocks)
+        index = self.source.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1])
+        return torch.where((self.source >= 0)[..., None], values.gather(0, index), math.nan)
+
+
+def outputs(ts: Tensor, sign: Any, lanes: Lanes, batch: int) -> JointOutputs | PerSampleOutputs:
+    """The outputs of these lanes."""
+    return PerSampleOutputs(ts, sign, batch) if lanes.per_sample else JointOutputs(ts, sign)

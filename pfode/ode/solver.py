@@ -1,0 +1,90 @@
+"""What a solver is: a value with `init` and a pure `step` over explicit state.
+
+    carry = solver.init(field, t, y)
+    y1, error, dense, carry, ... = solver.step(field, t0, t1, y0, carry)
+
+y has shape (n,) in joint mode, (batch, d) in per-sample mode. t0 and t1 are floats; where times need gradients 0-d
+tensors; and of shape (batch,) where every sample has its own step size. t1 < t0 steps backwards, t1 = t0 must return y0
+in a sample whose field is finite. A carry is a tree of tensors (or None) that belongs to (t, y); in per-sample mode its
+tensors have the batch first, so that samples which reject their step keep their part of it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pfode.ode.state import Field
+
+Time = float | Tensor
+Dense = Callable[[Tensor], Tensor]
+
+
+class Step(NamedTuple):
+    """One step.
+
+    Fields:
+        y1: the state at t1.
+        error: estimate of its local error, shaped like y; None without one.
+        dense: theta -> y(t0 + theta (t1 - t0)); theta is of `clock` dtype and shape (m,) -> (m, n) in joint mode,
+            (m, batch) -> (m, batch, d) in per-sample mode. Valid until the next step unless the field is pure.
+        carry: what the next step may use, if this one is accepted.
+        again: what it may use if this one is rejected; None: the carry this one began with.
+        ok: whether the step solved its equations, a boolean tensor of shape () or (batch,); None: nothing to solve.
+        jacobians, iterations: counted work, an int or shape (batch,).
+    """
+
+    y1: Tensor
+    error: Tensor | None
+    dense: Dense
+    carry: Any = None
+    again: Any = None
+    ok: Tensor | None = None
+    jacobians: int | Tensor = 0
+    iterations: int | Tensor = 0
+
+
+class Solver(Protocol):
+    """A method. `error_order`: its error estimate is O(h^error_order); 0 if it has none."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def order(self) -> int: ...
+
+    @property
+    def error_order(self) -> int: ...
+
+    def init(self, field: Field, t: Time, y: Tensor, slope: Tensor | None = None) -> Any:
+        """The carry at (t, y); `slope` is f(t, y) where it is known already."""
+        ...
+
+    def step(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: Any) -> Step: ...
+
+
+def clock(device: torch.device) -> torch.dtype:
+    """The dtype of times: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def column(h: Time, y: Tensor) -> Time:
+    """A step size as a factor of states like y: (batch,) becomes (batch, 1) of their real dtype."""
+    return h[:, None].to(y.real.dtype if y.is_complex() else y.dtype) if isinstance(h, Tensor) and h.ndim else h
+
+
+def hermite(h: Time, y0: Tensor, f0: Tensor, y1: Tensor, f1: Tensor) -> Dense:
+    """Cubic dense output from states and slopes at both ends; keeps a method's order up to 4."""
+
+    def dense(theta: Tensor) -> Tensor:
+        x = theta[..., None].to(y0.real.dtype if y0.is_complex() else y0.dtype)
+        h00, h10, h01, h11 = (
+            (1 + 2 * x) * (1 - x) ** 2,
+            x * (1 - x) ** 2,
+            x**2 * (3 - 2 * x),
+            x**2 * (x - 1),
+        )
+        return h00 * y0 + h01 * y1 + (h10 * f0 + h11 * f1) * column(h, y0)
+
+    return dense

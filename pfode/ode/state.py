@@ -1,0 +1,183 @@
+"""State: any pytree of tensors as one flat tensor, and the user's field on it.
+
+A tree is a tensor, or tuples, lists, dicts, named tuples and dataclasses of trees. In joint mode it is flattened to
+shape (n,); in per-sample mode every leaf has the batch first and the flat state has shape (batch, d). The flat dtype is
+float32 or better, complex if a leaf is; the field sees every leaf in its own dtype.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfode.errors import UsageError
+
+Tree = Any
+
+
+def leaves(tree: Tree) -> Iterator[Any]:
+    """The leaves of a tree, in order: whatever is no container."""
+    for child in _children(tree) or ():
+        yield from leaves(child)
+    if _children(tree) is None:
+        yield tree
+
+
+def rebuild(tree: Tree, values: Iterator[Any]) -> Tree:
+    """A tree of the same form with other leaves."""
+    children = _children(tree)
+    if children is None:
+        return next(values)
+    new = [rebuild(child, values) for child in children]
+    if isinstance(tree, dict):
+        return dict(zip(tree, new, strict=True))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return dataclasses.replace(tree, **{f.name: v for f, v in zip(dataclasses.fields(tree), new, strict=True)})
+    kind: Any = type(tree)
+    return kind(*new) if hasattr(tree, "_fields") else kind(new)
+
+
+def _children(tree: Tree) -> list[Any] | None:
+    if isinstance(tree, tuple | list):
+        return list(tree)
+    if isinstance(tree, dict):
+        return list(tree.values())
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return [getattr(tree, f.name) for f in dataclasses.fields(tree)]
+    return None
+
+
+class Layout:
+    """How a tree lies in the flat state.
+
+    Args:
+        y0: the initial state, a tree of floating-point or complex tensors on one device.
+        per_sample: keep the leaves' first dimension, the batch.
+
+    Raises:
+        UsageError: no tensors, tensors of whole numbers, several devices, or no common batch.
+    """
+
+    def __init__(self, y0: Tree, per_sample: bool = False):
+        parts = list(leaves(y0))
+        for part in parts:
+            if not isinstance(part, Tensor) or not (part.is_floating_point() or part.is_complex()):
+                got = part.dtype if isinstance(part, Tensor) else type(part).__name__
+                raise UsageError(f"y0: need floating-point or complex tensors, got {got}", "y0=y0.float()")
+        if not parts or not sum(part.numel() for part in parts):
+            raise UsageError("y0: an empty state cannot be integrated")
+        if len({part.device for part in parts}) > 1:
+            raise UsageError(f"y0: its tensors lie on several devices: {sorted({str(p.device) for p in parts})}")
+        batches = {part.shape[:1] for part in parts}
+        if per_sample and (len(batches) > 1 or () in batches):
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise UsageError(
+                f'batch="per-sample": every tensor of y0 needs the batch first, got {shapes}', 'batch="joint"'
+            )
+        self.example, self.per_sample = y0, per_sample
+        self.shapes, self.dtypes = [part.shape for part in parts], [part.dtype for part in parts]
+        self.device = parts[0].device
+        self.dtype = torch.float32
+        for dtype in self.dtypes:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+        self.lead = 1 if per_sample else 0
+        self.batch = parts[0].shape[0] if per_sample else 1
+        self.sizes = [math.prod(shape[self.lead :]) for shape in self.shapes]
+        self.plain = y0 is parts[0] and self.dtypes[0] == self.dtype  # the flat state is a view of the only tensor
+
+    @property
+    def real(self) -> torch.dtype:
+        """The real dtype of the flat state: the times that the field sees."""
+        return self.dtype.to_real() if self.dtype.is_complex else self.dtype
+
+    def flat(self, tree: Tree, name: str = "y0") -> Tensor:
+        """The flat state of a tree of this form.
+
+        Raises:
+            UsageError: another structure or other shapes; `name` says whose.
+        """
+        parts = list(leaves(tree))
+        if [getattr(part, "shape", None) for part in parts] != self.shapes:
+            raise UsageError(f"{name}: need {_form(self.shapes)} as y0, got {_form(parts)}")
+        flat = [part.reshape(self.batch, -1) if self.lead else part.reshape(-1) for part in parts]
+        if len(flat) == 1:
+            return flat[0] if flat[0].dtype == self.dtype else flat[0].to(self.dtype)
+        return torch.cat([part.to(self.dtype) for part in flat], self.lead)
+
+    def tree(self, flat: Tensor, cast: bool = True) -> Tree:
+        """The tree of a flat state of shape (..., n) or (..., batch, d).
+
+        Args:
+            cast: give every leaf the dtype it has in y0; otherwise half precision stays in the state's.
+        """
+        ahead = flat.shape[: flat.ndim - 1 - self.lead]
+        parts = flat.split(self.sizes, -1) if len(self.sizes) > 1 else [flat]
+        made = [self._leaf(*a, ahead, cast) for a in zip(parts, self.shapes, self.dtypes, strict=True)]
+        return rebuild(self.example, iter(made))
+
+    def _leaf(self, part: Tensor, shape: torch.Size, dtype: torch.dtype, ahead: torch.Size, cast: bool) -> Tensor:
+        if part.is_complex() and not dtype.is_complex:
+            part = part.real
+        if cast and part.dtype != dtype:
+            part = part.to(dtype)
+        return part.reshape(*ahead, *shape)
+
+
+def _form(parts: Any) -> str:
+    shapes = [tuple(getattr(p, "shape", p)) if isinstance(p, Tensor | torch.Size) else type(p).__name__ for p in parts]
+    return f"a tensor of shape {shapes[0]}" if len(shapes) == 1 else f"tensors of shapes {shapes}"
+
+
+class Field:
+    """dy/dt on flat states for one solve: calls the user's f, counts the calls, lends out scratch memory.
+
+    Args:
+        f: `f(t, y, *args)`; t has shape () in joint mode, (batch,) in per-sample mode, and the state's real dtype.
+        layout: of the state.
+        args: further arguments of f.
+        pure: no operation in place, no scratch: for gradients, transforms and steps that are kept.
+    """
+
+    def __init__(self, f: Callable[..., Tree], layout: Layout, args: tuple[Any, ...] = (), pure: bool = True):
+        self.f, self.layout, self.args, self.pure = f, layout, args, pure
+        self.calls = 0
+        self._plain_shape = layout.shapes[0] if layout.plain else None
+        self._scratch: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        if self._plain_shape is None:
+            return self.layout.flat(self.f(t, self.layout.tree(y), *self.args), "the field's result")
+        slope = self.f(t, y.view(self._plain_shape), *self.args)
+        if not isinstance(slope, Tensor) or slope.shape != self._plain_shape or slope.dtype != y.dtype:
+            return self.layout.flat(slope, "the field's result")
+        return slope.reshape(y.shape)
+
+    def times(self, t0: float | Tensor, t1: float | Tensor, at: Tensor) -> tuple[Tensor, ...]:
+        """Times between t0 and t1 as the field wants them; `at` has shape (s,), 0 is exactly t0 and 1 exactly t1."""
+        if not isinstance(t0, Tensor):
+            t0 = torch.full((), t0, dtype=at.dtype, device=at.device)
+        if not isinstance(t1, Tensor):
+            t1 = torch.full((), t1, dtype=at.dtype, device=at.device)
+        times = torch.lerp(t0, t1, at if not t0.ndim else at[:, None]).to(self.layout.real)
+        return (times[:, None].expand(-1, self.layout.batch) if self._expands(t0) else times).unbind()
+
+    def time(self, t: float | Tensor) -> Tensor:
+        """One time as the field wants it."""
+        if not isinstance(t, Tensor):
+            t = torch.full((), t, dtype=self.layout.real, device=self.layout.device)
+        return t.expand(self.layout.batch) if self._expands(t) else t.to(self.layout.device, self.layout.real)
+
+    def _expands(self, t: Tensor) -> bool:
+        return self.layout.per_sample and not t.ndim
+
+    def scratch(self, y: Tensor, stages: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Memory for stages: tensors like y, and the first 0 ... of them as columns of a matrix (n, i)."""
+        if stages not in self._scratch:
+            k = y.new_empty((stages, *y.shape))
+            columns = k.view(stages, -1).T
+            self._scratch[stages] = (list(k.unbind()), [columns[:, :i] for i in range(stages + 1)])
+        return self._scratch[stages]
