@@ -168,10 +168,9 @@ def _recipes() -> list[Recipe]:
         source = f"{DPM_PP}, {K_DIFFUSION}"
         add(f"dpm++2m-sde{name}", Reverse(Multistep(2, weights)), plus, 2, 2, source, f"{text}; eta")
     add("dpm++3m-sde", Reverse(Multistep(3, halved)), plus, 2, 2, f"{K_DIFFUSION}, sample_dpmpp_3m_sde", "eta")
-    sa = SaSolver(PredictorCorrector(3, 3, bh=1))
-    sa_source = "Xue et al. 2023 (SA-Solver), alg. 1"
-    add("sa-solver", sa, plus, 2, 2, sa_source, "predictor 3, corrector 4; tau")
-    add("sa-solver2", SaSolver(PredictorCorrector(2, 1, bh=1)), plus, 2, 2, sa_source, "predictor 2, corrector 2; tau")
+    for name, sa in (("sa-solver", SaSolver()), ("sa-solver2", SaSolver(predictor=2, corrector=2))):
+        text = f"predictor {sa.predictor}, corrector {sa.corrector}; tau"
+        add(name, sa, plus, 2, 2, "Xue et al. 2023 (SA-Solver), alg. 1", text)
     for k in range(1, 4):
         text = f"Taylor order {k} in s"
         source = "Cui et al. 2023 (ER-SDE-Solver)"

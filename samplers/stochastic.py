@@ -4,12 +4,12 @@ s = sigma/alpha throughout, rho = s_1/s_0 the fall of a step.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pfode.chart import Chart, Node, er_sde, sde
-from pfode.errors import UsageError, number
-from pfode.samplers.methods import Integrator, Method, Space, Trail
+from pfode.errors import UsageError, integer, number
+from pfode.samplers.methods import Integrator, Method, PredictorCorrector, Space, Trail
 from pfode.samplers.tape import Linear
 
 
@@ -151,18 +151,28 @@ class ErSde(Reverse):
 class SaSolver(Reverse):
     """SA-Solver: `Reverse` with eta = tau^2 in steps that begin where s lies between two levels, else the PF-ODE.
 
-    The default levels are those of 0.2 <= t <= 0.8 of the linear VP process, the interval of the paper's experiments.
+    A corrector of order k interpolates k predictions, the new one among them; 0: none. The default levels are those of
+    0.2 <= t <= 0.8 of the linear VP process, the interval of the paper's experiments.
     """
 
+    integrator: Integrator = field(default=None, init=False)  # type: ignore[assignment]
+    predictor: int = 3
+    corrector: int = 4
     tau: float = 1.0
     between: tuple[float, float] = (0.72, 25.0)
-    options: ClassVar[tuple[str, ...]] = ("tau", "between")
+    options: ClassVar[tuple[str, ...]] = ("predictor", "corrector", "tau", "between")
 
     def __post_init__(self) -> None:
         number("tau", self.tau, 0)
         low, high = self.between
         if not 0 <= low < high:
             raise UsageError(f"between: need two rising levels of sigma/alpha, got {self.between}", "(0.72, 25.0)")
+        orders = integer("predictor", self.predictor, 1, 5), integer("corrector", self.corrector, 0, 6)
+        if orders[1] == 1:
+            raise UsageError(
+                "corrector: order 1 is implicit Euler, for which SA-Solver has no form", "0 (none) or 2 to 6"
+            )
+        object.__setattr__(self, "integrator", PredictorCorrector(orders[0], max(0, orders[1] - 1), bh=1))
 
     @property
     def stochastic(self) -> bool:

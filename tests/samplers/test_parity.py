@@ -18,8 +18,6 @@ import pfode
 from pfode import iterate, run
 from pfode.plan import Plan
 from pfode.samplers import CATALOGUE, Recipe, make_plan
-from pfode.samplers.methods import PredictorCorrector
-from pfode.samplers.stochastic import SaSolver
 from tests import peers, problems
 
 SEEDS = list(range(4))
@@ -196,8 +194,6 @@ def lowered(ours: str, theirs: str, config: dict[str, Any], options: dict[str, A
 
 def sa_solver(predictor: int, corrector: int) -> list[Pair]:
     """SA-Solver with orders counted as in the paper, where the corrector's includes the new node."""
-    method = SaSolver(PredictorCorrector(predictor, corrector - 1, bh=1))
-    recipe = Recipe(f"sa-solver-p{predictor}c{corrector}", method, ("dpm++",), 1, 1, "", "")
     made = []
     for lower, tau in itertools.product((True, False) if predictor > 1 else (False,), (0.0, 0.6, 1.0)):
         theirs = {
@@ -206,8 +202,11 @@ def sa_solver(predictor: int, corrector: int) -> list[Pair]:
             "lower_order_final": lower,
             "double": True,
         }
-        everywhere = {"tau": tau, "between": (0.0, 1e9), "lower_order_final": lower}
-        made.append(Pair(recipe, "sasolver", {**theirs, "tau_func": functools.partial(constantly, tau)}, everywhere))
+        orders = {"predictor": predictor, "corrector": corrector}
+        everywhere = {**orders, "tau": tau, "between": (0.0, 1e9), "lower_order_final": lower}
+        made.append(
+            Pair("sa-solver", "sasolver", {**theirs, "tau_func": functools.partial(constantly, tau)}, everywhere)
+        )
     return made
 
 
