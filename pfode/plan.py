@@ -287,7 +287,6 @@ def run(
     x: Tensor,
     seeds: Sequence[int] | None = None,
     *,
-    previous: Tensor | None = None,
     brownian: bool = False,
     checkpoint: bool = False,
     **cond: Any,
@@ -297,7 +296,6 @@ def run(
     Args:
         x: shape (batch, ...). Half precision is raised to float32.
         seeds: one per sample; needed by stochastic plans, whose row k draws noise (seed, k + 1).
-        previous: y_{-1}, for a plan whose first row has an r'; x itself if not given.
         brownian: take the noise from one Brownian path per seed, by the rows' `span`: the same path for any steps.
         checkpoint: keep nothing of the denoiser's calls for the gradients but their input, and call again going back:
             the memory of one call at the price of a second one.
@@ -307,8 +305,8 @@ def run(
         UsageError: another process than the plan's, missing seeds, a denoiser whose output has another shape; noise
             that belongs to no interval of a Brownian path.
     """
-    how = _Manner(previous, brownian, checkpoint)
-    states = (y for _, y, _, _ in _walk(plan, denoiser, x, seeds, cond, how, preview=False))
+    rows = _walk(plan, denoiser, x, seeds, cond, brownian, checkpoint, preview=False)
+    states = (y for _, y, _, _ in rows)
     return deque(states, maxlen=1).pop()
 
 
@@ -318,13 +316,12 @@ def iterate(
     x: Tensor,
     seeds: Sequence[int] | None = None,
     *,
-    previous: Tensor | None = None,
     brownian: bool = False,
     checkpoint: bool = False,
     **cond: Any,
 ) -> Generator[Point, Tensor | None, None]:
     """As `run`, but yield every node reached. A tensor sent back replaces the state there (inpainting, projections)."""
-    rows = _walk(plan, denoiser, x, seeds, cond, _Manner(previous, brownian, checkpoint), preview=True)
+    rows = _walk(plan, denoiser, x, seeds, cond, brownian, checkpoint, preview=True)
     node, times, steps = plan.node.tolist(), plan.time.tolist(), plan.steps
     step, sent, landings = 0, None, []
     try:
@@ -355,13 +352,12 @@ def find_bad(
     x: Tensor,
     seeds: Sequence[int] | None = None,
     *,
-    previous: Tensor | None = None,
     brownian: bool = False,
     **cond: Any,
 ) -> dict[int, Bad]:
     """Replay a plan row by row: the samples of which a state or a denoiser output is not finite, by their index."""
     found: dict[int, Bad] = {}
-    for k, y, x0, _ in _walk(plan, denoiser, x, seeds, cond, _Manner(previous, brownian), preview=True):
+    for k, y, x0, _ in _walk(plan, denoiser, x, seeds, cond, brownian, checkpoint=False, preview=True):
         for i in not_finite(y) + not_finite(x0):
             found.setdefault(i, Bad(i, int(plan.step[k]) + 1, float(plan.t[k])))
     return found
@@ -372,21 +368,14 @@ def not_finite(x: Tensor) -> list[int]:
     return (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
 
 
-class _Manner(NamedTuple):
-    """How a plan is run: see `run`."""
-
-    previous: Tensor | None = None
-    brownian: bool = False
-    checkpoint: bool = False
-
-
 def _walk(
     plan: Plan,
     denoiser: Denoiser,
     x: Tensor,
     seeds: Sequence[int] | None,
     cond: dict[str, Any],
-    how: _Manner,
+    brownian: bool,
+    checkpoint: bool,
     preview: bool,
 ) -> Generator[tuple[int, Tensor, Any, Landing | None], Tensor | None, None]:
     """The executor: yields (row, state after it, x0, how it landed); a tensor sent back replaces the state.
@@ -402,16 +391,16 @@ def _walk(
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
         raise UsageError(f"x: need a floating-point tensor of shape (batch, ...), got {x!r:.60}")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    draw = _noise_source(plan, x, seeds, how.brownian)
+    draw = _noise_source(plan, x, seeds, brownian)
     net = preconditioned(denoiser)
     networks = [functools.partial(at(net, t).network, **cond) for t in plan.t.tolist()]
-    if how.checkpoint:
+    if checkpoint:
         networks = [functools.partial(rematerialise.checkpoint, each, use_reentrant=False) for each in networks]
     rows = _fold(plan, net, x)
     ages, noise_ages = plan.b.shape[1] - 1, plan.c.shape[1] - 1
     past: list[Tensor] = []
     noises: list[Tensor] = []
-    previous = replaced(x, how.previous, "previous")
+    previous = x
     r_init, c_init = plan.init.to(x).unbind()
     if _alive(plan.init[0] - 1):
         x = r_init * x
@@ -437,7 +426,7 @@ def _walk(
         x = replaced(x, sent)
 
 
-def replaced(x: Tensor, sent: Tensor | None, name: str = "a state sent back") -> Tensor:
+def replaced(x: Tensor, sent: Tensor | None) -> Tensor:
     """The state, or the one sent back in its place.
 
     Raises:
@@ -446,7 +435,7 @@ def replaced(x: Tensor, sent: Tensor | None, name: str = "a state sent back") ->
     if sent is None:
         return x
     if not isinstance(sent, Tensor) or sent.shape != x.shape:
-        raise UsageError(f"{name}: need a tensor of the shape of x, {tuple(x.shape)}, got {sent!r:.60}")
+        raise UsageError(f"a state sent back must have the shape of x, {tuple(x.shape)}, got {sent!r:.60}")
     return sent.to(x)
 
 

@@ -1,12 +1,19 @@
 """Encoding and decoding: from data to noise and back along the PF-ODE, by plans (idea C).
 
 A deterministic recipe encodes by its plan on the reversed grid; what decoding then misses falls with the steps. One
-with r' (O-BELM, BDIA, EDICT) is exactly invertible: its rows y_{k+1} = r_k y_k + r'_k y_{k-1} + b_k m_k, solved for
-y_{k-1}, are the rows of another plan, `inverse`, which undoes them to rounding.
+with r' (O-BELM, BDIA, EDICT) is exactly invertible: its rows y_{k+1} = r_k y_k + r'_k y_{k-1} + b_k m_k are solved for
+y_{k-1}. That alone would hold in exact arithmetic only: decoding magnifies rounding, 2e4-fold for BDIA in 20 steps of
+EDM. So here the states lie on lattices, of spacing 2^-e_k, and both directions compute the same numbers:
+
+    decode    y_{k+1} = Q_{k+1}(r_k y_k + b_k m_k) + Q_{k+1}(r'_k y_{k-1})              Q_k rounds to the lattice
+    encode    y_{k-1} = Q_{k-1}((y_{k+1} - Q_{k+1}(r_k y_k + b_k m_k)) / r'_k)
+
+With r'_k 2^-e_{k-1} <= 2^-e_{k+1} the rounding in the second is undone by that in the first, to the last bit.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,24 +22,26 @@ from torch import Tensor
 from pfode.denoiser import Denoiser
 from pfode.errors import UsageError, integer
 from pfode.grids import Grid
-from pfode.plan import Plan, find_bad, iterate, not_finite, row_affine
+from pfode.plan import Bad, Plan, not_finite, row_affine, run
 from pfode.samplers.catalogue import Recipe, make_plan
 from pfode.samplers.sampling import (
     DEFAULT_BATCH,
     DEFAULT_STEPS,
-    _labels,
-    _not_finite,
-    _state_dtype,
     find_device,
+    label_indices,
+    non_finite,
     prepared,
     sample,
+    state_dtype,
 )
+
+COARSEST, FINEST = 38, 60  # e_k lies between; float64 holds states below 2^14 at the coarsest
 
 
 class Pair(NamedTuple):
     """What an exactly invertible recipe encodes to: its state 1 (x) and its state 0 (previous), each (n, *shape).
 
-    In float64: decoding magnifies what a float32 pair has lost, 2e4-fold for BDIA in 20 steps of EDM, until it shows.
+    In float64, which decoding needs in full: see this module.
     """
 
     x: Tensor
@@ -69,8 +78,8 @@ def encode(
 
     Returns:
         the state at the first time (t_max, or `start`), shape (n, *shape); of exactly invertible recipes the `Pair` of
-        their first two states, from which decode returns x to rounding where the network gives the same outputs again
-        (kernels that are deterministic, and the same batch).
+        their first two states, from which decode returns x to 1e-11 where the network gives the same outputs again
+        (deterministic kernels, and the same batch).
 
     Raises:
         UsageError: a stochastic sampler, a plan that leads the wrong way or ends at clean data, options that cannot be
@@ -78,9 +87,8 @@ def encode(
     """
     denoiser = prepared(denoiser, guidance, device)
     made = _plan(denoiser, plan, sampler, steps, nfe, grid, chart, start, stop, options)
-    if made.r_prev.any():
-        end = _carried(denoiser, inverse(made), Pair(x, x), label, batch, device)
-        return Pair(end.previous, end.x)
+    if _paired(made):
+        return Pair(*_in_batches(_backwards, made, denoiser, [x], label, batch, device))
     if _falls(made):
         if plan is not None:
             hint = "make_plan(sampler, process, grid=plan.times.flip(0))"
@@ -128,81 +136,119 @@ def decode(
     made = _plan(denoiser, plan, sampler, steps, nfe, grid, chart, start, stop, options)
     if not _falls(made):
         raise UsageError(f"plan {made.name!r} leads from data to noise: decode needs one whose times fall")
-    if made.r_prev.any() != (isinstance(z, tuple) and len(z) == 2):
-        takes = "the pair of its first two states" if made.r_prev.any() else "one state"
+    if _paired(made) != (isinstance(z, tuple) and len(z) == 2):
+        takes = "the pair of its first two states" if _paired(made) else "one state"
         raise UsageError(f"{made.name} decodes {takes}", "z = encode(...), with the sampler that is to decode it")
     if not isinstance(z, tuple):
         return sample(denoiser, x=z, plan=made, label=label, batch=batch, dtype=dtype, device=device).x
-    _check_invertible(made)
-    k = torch.arange(1, made.nfe)
-    onward = _chain(made, torch.arange(1, made.nfe + 1), made.t[k], made.r[k], made.r_prev[k], made.b[k, :1])
-    return _carried(denoiser, onward, Pair(*z), label, batch, device).x.to(_state_dtype(dtype, z[0]))
+    return _in_batches(_onward, made, denoiser, z, label, batch, device)[-1].to(state_dtype(dtype, z[0]))
 
 
-def inverse(plan: Plan) -> Plan:
-    """The plan that walks an exactly invertible one back, from its last state to its first, a row each.
+Walk = Callable[..., Iterator[tuple[int, Tensor]]]
 
-    Row k of the plan, solved for y_{k-1}, is y_{k-1} = (y_{k+1} - r_k y_k - b_k m_k) / r'_k, k = n - 1 ... 1, with m_k
-    evaluated at y_k as before. At the end of the data that needs y_n and y_{n-1}:
-    - one state per node (O-BELM, BDIA): y_{n-1} is made of y_n by a row of DDIM inversion, as their authors do it;
-    - an inner stage between nodes (EDICT): it is the second copy, and equal to y_n where the two copies are.
 
-    Sources: Wang et al. 2024 (BELM), Zhang et al. 2024 (BDIA), Wallace et al. 2023 (EDICT).
+def _backwards(plan: Plan, denoiser: Denoiser, cond: dict[str, Any], x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """States n ... 0, each with the number of the state evaluated for it. At the data that takes y_n and y_{n-1}:
 
-    Raises:
-        UsageError: a plan that is not exactly invertible, or ends at clean data.
+    - one state per node (O-BELM, BDIA): a row of DDIM inversion makes y_{n-1} of y_n, as their authors do it;
+    - an inner stage between the nodes (EDICT): it is the second copy, equal to y_n where both copies are.
     """
-    _check_invertible(plan)
-    n = plan.nfe
-    k = torch.arange(n - 1, 0, -1)
-    t, r, r_prev, b = plan.t[k], -plan.r[k] / plan.r_prev[k], 1 / plan.r_prev[k], -plan.b[k, 0] / plan.r_prev[k]
-    states = torch.arange(n - 1, -1, -1)
-    if plan.node[n - 1]:
-        p, q = row_affine(plan.prediction, plan.alpha[n:], plan.sigma[n:])
-        keep = plan.sigma[n - 1] / plan.sigma[n]
-        weight = plan.alpha[n - 1] - plan.alpha[n] * keep  # x_1 = keep x + weight D, and m = p x + q D
-        t, r = torch.cat([plan.time[n:], t]), torch.cat([keep - weight * p / q, r])
-        r_prev, b = torch.cat([torch.zeros(1), r_prev]), torch.cat([weight / q, b])
-        states = torch.arange(n, -1, -1)
-    return _chain(plan, states, t, r, r_prev, b[:, None], f"{plan.name} inverted")
+    n, rows = plan.nfe, _rows(plan)
+    later = _rounded(x, COARSEST)
+    yield n, later
+    y = _rounded(run(_ddim(plan, n, n - 1), denoiser, later, **cond), COARSEST) if plan.node[n - 1] else later
+    yield n, y
+    for k in range(n - 1, 0, -1):
+        row = rows[k - 1]
+        later, y = y, _rounded((later - row.moved(denoiser, y, cond)) / row.r_prev, row.before)
+        yield k, y
 
 
-def _chain(
-    plan: Plan, states: Tensor, t: Tensor, r: Tensor, r_prev: Tensor, b: Tensor, name: str | None = None
-) -> Plan:
-    """A plan through some states of another, all of them nodes."""
-    n = len(t)
-    return replace(
-        plan,
-        name=name or plan.name,
-        **{"t": t, "r": r, "r_prev": r_prev, "b": b, "c": torch.zeros(n, 0), "init": torch.tensor([1.0, 0.0])},
-        **{key: getattr(plan, key)[states] for key in ("time", "alpha", "sigma")},
-        **{"step": torch.arange(n), "node": torch.ones(n + 1), "first": None, "span": None},
-    )
+def _onward(
+    plan: Plan, denoiser: Denoiser, cond: dict[str, Any], x: Tensor, previous: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """States 2 ... n from states 1 and 0, each with the number of the state evaluated for it."""
+    for k, row in enumerate(_rows(plan), 1):
+        previous, x = x, row.moved(denoiser, x, cond) + _rounded(row.r_prev * previous, row.after)
+        yield k, x
 
 
-def _carried(denoiser: Denoiser, plan: Plan, pair: Pair, label: Any, batch: Any, device: Any) -> Pair:
-    """The last two states of a plan that begins at a pair, batch by batch."""
-    for state in pair:
-        if not isinstance(state, Tensor) or not state.is_floating_point() or state.ndim < 2 or not len(state):
-            raise UsageError(f"need floating-point tensors of shape (n, ...), got {state!r:.60}")
+def _in_batches(
+    walk: Walk, plan: Plan, denoiser: Denoiser, states: Sequence[Tensor], label: Any, batch: Any, device: Any
+) -> list[Tensor]:
+    """The last two states of a walk, the last of all at the end."""
+    fit = [x for x in states if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and len(x)]
+    if len(fit) < len(states) or len({x.shape for x in fit}) > 1:
+        raise UsageError(f"need floating-point tensors of one shape (n, ...), got {states!r:.90}")
+    n = len(states[0])
     batch = DEFAULT_BATCH if batch is None else integer("batch", batch, 1)
-    labels = _labels(denoiser, label, len(pair.x))
-    where = find_device(device or getattr(denoiser, "device", None) or pair.x.device)
-    ends: list[Pair] = []
-    for i in range(0, len(pair.x), batch):
+    labels = label_indices(denoiser, label, n)
+    where = find_device(device or getattr(denoiser, "device", None) or states[0].device)
+    ends: list[list[Tensor]] = []
+    for i in range(0, n, batch):
         some = slice(i, i + batch)
-        x, previous = (state[some].to(where, torch.float64) for state in pair)
-        cond: dict[str, Any] = {} if labels is None else {"label": labels[some].to(where)}
-        end = Pair(x, previous)
+        cond = {} if labels is None else {"label": labels[some].to(where)}
+        end: deque[Tensor] = deque(maxlen=2)
+        finite: list[tuple[int, Tensor]] = []
         with torch.no_grad():
-            for point in iterate(plan, denoiser, x, previous=previous, **cond):
-                end = Pair(point.x, end.x)
-            for j in not_finite(end.x):
-                bad = find_bad(plan, denoiser, x, previous=previous, **cond)[j]
-                raise _not_finite(plan, replace(bad, index=i + j))
-        ends.append(end)
-    return Pair(*(torch.cat(states) for states in zip(*ends, strict=True)))
+            for k, x in walk(plan, denoiser, cond, *(state[some].to(where, torch.float64) for state in states)):
+                end.append(x)
+                finite.append((k, torch.isfinite(x).flatten(1).all(1)))
+        for j in not_finite(end[-1]):
+            k = next(k for k, ok in finite if not ok[j])
+            raise non_finite(plan, Bad(i + j, int(plan.step[min(k, plan.nfe - 1)]) + 1, plan.time[k].item()))
+        ends.append([*end])
+    return [torch.cat(parts) for parts in zip(*ends, strict=True)]
+
+
+class _Row(NamedTuple):
+    """Row k: a plan of its own for r_k y_k + b_k m_k, r'_k, and the lattices of states k - 1 and k + 1."""
+
+    plan: Plan
+    r_prev: float
+    before: int
+    after: int
+
+    def moved(self, denoiser: Denoiser, y: Tensor, cond: dict[str, Any]) -> Tensor:
+        return _rounded(run(self.plan, denoiser, y, **cond), self.after)
+
+
+def _rows(plan: Plan) -> list[_Row]:
+    """Rows 1 ... n - 1 of an exactly invertible plan."""
+    _check_invertible(plan)
+    rows, exponents = [], [COARSEST, COARSEST]  # of states k + 1 and k, from the data on
+    for k in range(plan.nfe - 1, 0, -1):
+        after, here = exponents
+        r_prev = plan.r_prev[k].item()
+        before = after + math.ceil(math.log2(abs(r_prev)) - 1e-9)
+        before = min(max(before, COARSEST), FINEST)
+        own = _single(plan, k, k + 1, plan.t[k], plan.r[k], plan.b[k, 0])
+        rows.append(_Row(own, r_prev, before, after))
+        exponents = [here, before]
+    return rows[::-1]
+
+
+def _ddim(plan: Plan, k: int, j: int) -> Plan:
+    """One DDIM row from the level of state k to that of state j: x_1 = (sigma_1/sigma_0) x + weight D."""
+    p, q = row_affine(plan.prediction, plan.alpha[k], plan.sigma[k])
+    keep = plan.sigma[j] / plan.sigma[k]
+    weight = plan.alpha[j] - plan.alpha[k] * keep
+    return _single(plan, k, j, plan.time[k], keep - weight * p / q, weight / q)
+
+
+def _single(plan: Plan, k: int, j: int, t: Tensor, r: Tensor, b: Tensor) -> Plan:
+    """The plan of one row, from state k to state j: y = r x + b m, m queried at t."""
+    levels = {key: getattr(plan, key)[[k, j]] for key in ("time", "alpha", "sigma")}
+    return Plan(
+        process=plan.process, prediction=plan.prediction, **levels,
+        t=t[None], r=r[None], r_prev=torch.zeros(1), b=b[None, None], c=torch.zeros(1, 0),
+        init=torch.tensor([1.0, 0.0]), step=torch.zeros(1), node=torch.ones(2), name=plan.name,
+    )  # fmt: skip
+
+
+def _rounded(x: Tensor, exponent: int) -> Tensor:
+    """x on the lattice of spacing 2^-exponent."""
+    return torch.round(x * 2.0**exponent) * 2.0**-exponent
 
 
 def _plan(
@@ -231,7 +277,14 @@ def _plan(
     if plan.stochastic:
         hint = 'a deterministic sampler, such as "heun", or an exactly invertible one: sampler="o-belm"'
         raise UsageError(f"{plan.name} draws noise, which nothing takes back", hint)
+    if plan.init[0] != 1:
+        raise UsageError(f"{plan.name} makes its first step without a call, which no row takes back", "leave afs out")
     return plan
+
+
+def _paired(plan: Plan) -> bool:
+    """Whether rows use the state before the last: the recipes that are exactly invertible."""
+    return bool(plan.r_prev[1:].any())
 
 
 def _falls(plan: Plan) -> bool:
@@ -243,8 +296,11 @@ def _check_invertible(plan: Plan) -> None:
     hint = 'make_plan("o-belm", process, steps, final="stop")'
     if plan.sigma[-1] == 0:
         raise UsageError(f"plan {plan.name!r} ends at clean data, where no denoiser is evaluated", hint)
-    if plan.nfe < 2:
-        raise UsageError(f"plan {plan.name!r} has one row, its pair of states needs two", "steps=2")
+    if not _falls(plan):
+        problem = (
+            f"plan {plan.name!r} leads from data to noise: an exactly invertible one encodes by the way it decodes"
+        )
+        raise UsageError(problem, "a grid whose times fall")
     lost, earlier = plan.r_prev[1:] == 0, plan.b[1:, 1:].any(1)
     for k in (lost | earlier).nonzero().flatten().tolist()[:1]:
         why = "has r' = 0" if lost[k] else "uses an earlier prediction"

@@ -179,9 +179,9 @@ def batches(
     Raises:
         as `sample`; the batches before have been handed out.
     """
-    dtype = _state_dtype(dtype, x)
+    dtype = state_dtype(dtype, x)
     shape = _shape(denoiser, x, shape)
-    labels = _labels(denoiser, label, len(seeds))
+    labels = label_indices(denoiser, label, len(seeds))
     where = device or getattr(denoiser, "device", None) or (x.device if x is not None else "cpu")
     where = find_device(where)
     done = 0
@@ -209,7 +209,7 @@ def batches(
             continue
         states, previews, bad = drawn
         if bad and nan == "raise":
-            raise _not_finite(plan, replace(bad[0], index=done + bad[0].index))
+            raise non_finite(plan, replace(bad[0], index=done + bad[0].index))
         done += len(chosen)
         yield Samples(
             x=states[-1],
@@ -260,7 +260,7 @@ def _seen(plan: Plan, index: int, spoilt: list[Tensor]) -> Bad:
     return Bad(index, step + 1, float(plan.t[plan.step == step][0]))
 
 
-def _not_finite(plan: Plan, bad: Bad) -> NumericalError:
+def non_finite(plan: Plan, bad: Bad) -> NumericalError:
     hint = "the denoiser (or the callback) gave NaN or infinity there: check the network and its precision"
     where = f"step {bad.step} of {plan.steps}, t = {bad.time:.6g}"
     return NumericalError(f"sample {bad.index} is not finite after {where}", hint)
@@ -294,7 +294,7 @@ def _data_std(denoiser: Denoiser, afs: bool | float | None) -> float | None:
     return declared
 
 
-def _state_dtype(dtype: torch.dtype | None, x: Tensor | None) -> torch.dtype:
+def state_dtype(dtype: torch.dtype | None, x: Tensor | None) -> torch.dtype:
     if dtype is None:
         return torch.float32 if x is None else torch.promote_types(x.dtype, torch.float32)
     if dtype not in (torch.float32, torch.float64):
@@ -334,7 +334,7 @@ def _seeds(n: int | None, seed: int, seeds: Sequence[int] | None, x: Tensor | No
     return chosen
 
 
-def _labels(denoiser: Denoiser, label: Any, n: int) -> Tensor | None:
+def label_indices(denoiser: Denoiser, label: Any, n: int) -> Tensor | None:
     """One class for all or one each, by number or name."""
     if label is None:
         return None

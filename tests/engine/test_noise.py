@@ -93,9 +93,7 @@ def test_the_path_is_the_same_for_any_number_of_steps(steps):
     assert missed.square().mean().sqrt() < 1e-4
 
 
-@pytest.mark.parametrize(
-    "times", [[0.9, 0.43, 0.2, 0.1999, 0.01], [0.0, 0.5, 0.75, 1.0], [0.3, 0.300003, 0.300006]]
-)
+@pytest.mark.parametrize("times", [[0.9, 0.43, 0.2, 0.1999, 0.01], [0.0, 0.5, 0.75, 1.0], [0.3, 0.300003, 0.300006]])
 def test_disjoint_brownian_increments_are_standard_normal_and_uncorrelated(times):
     z = torch.stack([path(a, b) for a, b in itertools.pairwise(times)])
     assert (z.mean(1).abs() < 4 / N**0.5).all()

@@ -45,7 +45,7 @@ def random_plan(prediction: str, rows: int = 6, window: int = 3, noises: int = 2
     )
 
 
-def by_definition(plan: Plan, denoiser, x: torch.Tensor, seeds, previous=None, brownian=False) -> list[torch.Tensor]:
+def by_definition(plan: Plan, denoiser, x: torch.Tensor, seeds, brownian=False) -> list[torch.Tensor]:
     """m_k and y_k, literally."""
     p, q = row_affine(plan.prediction, plan.alpha[:-1], plan.sigma[:-1])
 
@@ -56,7 +56,7 @@ def by_definition(plan: Plan, denoiser, x: torch.Tensor, seeds, previous=None, b
         return noise.normal(seeds, k + 1, x.shape[1:], x.dtype)
 
     y = [plan.init[0] * x + plan.init[1] * draw(plan.nfe)]
-    before, m = x if previous is None else previous, []
+    before, m = x, []
     for k in range(plan.nfe):
         m.append(p[k] * y[k] + q[k] * denoiser(y[k], plan.t[k]))
         new = plan.r[k] * y[k] + plan.r_prev[k] * (y[k - 1] if k else before)
@@ -82,14 +82,14 @@ class Network(Preconditioned):
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow", "score"])
 @pytest.mark.parametrize("kind", ["bare", "preconditioned"])
 @pytest.mark.parametrize("window", [1, 3])
-@pytest.mark.parametrize("more", [{}, {"brownian": True, "previous": torch.full((4, 3), 0.7, dtype=torch.float64)}])
-def test_executor_is_the_recursion(prediction, kind, window, more):
-    plan = random_plan(prediction, window=window, zeros=0.3 if not more else 0.0)
+@pytest.mark.parametrize("brownian", [False, True])
+def test_executor_is_the_recursion(prediction, kind, window, brownian):
+    plan = random_plan(prediction, window=window)
     denoiser = problems.gaussian(plan.process) if kind == "bare" else Network(plan.process)
     x = torch.randn(4, 3, dtype=torch.float64)
-    expected = by_definition(plan, denoiser, x, SEEDS, **more)
-    assert torch.allclose(run(plan, denoiser, x, SEEDS, **more), expected[-1], rtol=1e-11, atol=1e-12)
-    points = list(iterate(plan, denoiser, x, SEEDS, **more))
+    expected = by_definition(plan, denoiser, x, SEEDS, brownian=brownian)
+    assert torch.allclose(run(plan, denoiser, x, SEEDS, brownian=brownian), expected[-1], rtol=1e-11, atol=1e-12)
+    points = list(iterate(plan, denoiser, x, SEEDS, brownian=brownian))
     assert [p.step for p in points] == list(range(1, plan.nfe + 1))
     for point, state, before, t in zip(points, expected[1:], expected, plan.t, strict=False):
         assert torch.allclose(point.x, state, rtol=1e-11, atol=1e-12)
@@ -251,11 +251,6 @@ def test_brownian_noise_needs_intervals():
         run(broken, denoiser, x, SEEDS)
     unused = dataclasses.replace(broken, init=torch.tensor([0.9, 0.0]))
     run(unused, denoiser, x, SEEDS, brownian=True)
-
-
-def test_a_previous_state_of_another_shape_is_refused():
-    with pytest.raises(UsageError, match="previous: need a tensor"):
-        run(random_plan("x0"), problems.gaussian(pfode.EDM()), torch.randn(4, 3), SEEDS, previous=torch.randn(4, 2))
 
 
 def test_save_and_load(tmp_path, monkeypatch):

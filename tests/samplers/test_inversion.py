@@ -10,7 +10,7 @@ import pfode
 from pfode import Plan, iterate, run
 from pfode.errors import NumericalError, UsageError
 from pfode.samplers import make_plan
-from pfode.samplers.inversion import Pair, decode, encode, inverse
+from pfode.samplers.inversion import Pair, decode, encode
 from tests import problems
 
 INVERTIBLE = ["o-belm", "bdia", "edict"]
@@ -37,7 +37,7 @@ def test_invertible_recipes_return_the_data(name, process):
     z = pair(mix, x, 20, name, chart=chart(mix.process))
     assert z.x.shape == z.previous.shape == x.shape
     assert z.x.dtype == z.previous.dtype == torch.float64
-    assert (decode(mix, z, 20, name, chart=chart(mix.process)) - x).abs().max() < 1e-11
+    assert (decode(mix, z, 20, name, chart=chart(mix.process)) - x).abs().max() < 2e-12
     scale = mix.process.sigma(mix.process.t_max)
     assert (z.previous / scale).abs().max() < 30  # finite, though leapfrog magnifies its start
 
@@ -57,7 +57,7 @@ def test_invertible_recipes_return_a_picture(name):
 
 def eps(denoiser, x, t):
     alpha, sigma = denoiser.process.alpha(t), denoiser.process.sigma(t)
-    return (x - alpha * denoiser(x, torch.tensor(t))) / sigma
+    return (x - alpha * denoiser(x, torch.tensor(t, dtype=torch.float64))) / sigma
 
 
 def ddim(denoiser, x, n, t, s):
@@ -91,13 +91,16 @@ def bdia(denoiser, x, times, gamma=0.9):
 
 
 def edict(denoiser, x, times, p=0.8):
-    """EDICT's inversion (Wallace et al. 2023): two copies; state 0 is y_T, state 1 the inner x of the first step."""
+    """EDICT's inversion (Wallace et al. 2023): two copies; state 0 is y_T, state 1 the inner x of the first step.
+
+    As in the catalogue, the inner x is evaluated at its own level s.
+    """
     y = inner = x
     for i in range(len(times) - 1, 0, -1):
         t, s = times[i - 1], times[i]
         y_inner = (y - (1 - p) * x) / p
         inner = (x - (1 - p) * y_inner) / p
-        y = undone(denoiser, y_inner, eps(denoiser, inner, t), t, s)
+        y = undone(denoiser, y_inner, eps(denoiser, inner, s), t, s)
         x = undone(denoiser, inner, eps(denoiser, y, t), t, s)
     return Pair(inner, y)
 
@@ -117,41 +120,53 @@ def test_the_pair_is_that_of_the_papers(name, by_hand, options, process):
     times = make_plan(name, mix.process, 12, final="stop").times.tolist()
     z, expected = pair(mix, DATA, 12, name, **options), by_hand(mix, DATA, times)
     for state, by_the_loop in zip(z, expected, strict=True):
-        assert torch.allclose(state, by_the_loop, rtol=1e-9, atol=1e-9 * by_the_loop.abs().max().item())
+        assert torch.allclose(state, by_the_loop, rtol=0, atol=1e-6 * by_the_loop.abs().max().item())
 
 
-def test_any_recursion_with_r_prev_is_walked_back():
-    """From its last two states to its first, whatever its numbers, and however it groups its rows."""
+@pytest.mark.parametrize("name", INVERTIBLE)
+def test_decode_is_the_plan_itself(name):
+    """From its first two states on, to the lattice; and encode takes the same way back."""
+    plan = make_plan(name, MIX.process, 12, final="stop")
+    every = dataclasses.replace(plan, step=torch.arange(plan.nfe), node=torch.ones(plan.nfe + 1))
+    start = 80 * pfode.noise.normal(range(6), 0, (2,), torch.float64)
+    points = [point.x for point in iterate(every, MIX, start)]
+    found = decode(MIX, (points[0], start), plan=plan)
+    assert torch.allclose(found, run(plan, MIX, start), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.9, 1.0, 1.7])
+@pytest.mark.parametrize("prediction", ["x0", "v", "flow"])
+def test_any_recursion_with_r_prev_is_undone(factor, prediction):
+    """To the lattice of the data (2^-39 off at most), whatever its numbers, though the walk magnifies."""
     g = torch.Generator().manual_seed(0)
-    n, t = 7, torch.linspace(5, 0.5, 8, dtype=torch.float64)
-    factors = [0.5 + torch.rand(n, dtype=torch.float64, generator=g) for _ in range(3)]
-    for step, node in (
-        (torch.arange(n), torch.ones(n + 1)),
-        (torch.tensor([0, 1, 1, 2, 3, 4, 4]), torch.tensor([1, 1, 0, 1, 1, 1, 0, 1])),
-    ):
-        plan = Plan(
-            process=MIX.process, prediction="v", t=t[:-1], time=t, alpha=torch.ones(n + 1), sigma=t,
-            r=factors[0], r_prev=factors[1], b=factors[2][:, None], c=torch.zeros(n, 0),
-            init=torch.tensor([1.0, 0.0]), step=step, node=node,
-        )  # fmt: skip
-        ones = dataclasses.replace(plan, step=torch.arange(n), node=torch.ones(n + 1))
-        states = [DATA, *(point.x for point in iterate(ones, MIX, DATA))]
-        back = inverse(plan)
-        if node[n - 1]:  # its first row is DDIM's, here left out
-            assert back.nfe == n
-            points = iterate(back, MIX, states[-1])
-            there = ddim(MIX, states[-1], eps(MIX, states[-1], 0.5), 0.5, t[n - 1].item())
-            assert torch.allclose(next(points).x, there)
-            found = [points.send(states[-2]).x, *(point.x for point in points)]
-        else:
-            assert back.nfe == n - 1
-            found = [point.x for point in iterate(back, MIX, states[-2], previous=states[-1])]
-        assert len(found) == n - 1
-        for state, expected in zip(found, reversed(states[:-2]), strict=True):
-            assert torch.allclose(state, expected, rtol=1e-10, atol=1e-10)
+    n, t = 8, torch.linspace(5, 0.5, 9, dtype=torch.float64)
+    plan = Plan(
+        process=MIX.process, prediction=prediction, t=t[:-1], time=t, alpha=torch.ones(n + 1), sigma=t,
+        r=torch.randn(n, dtype=torch.float64, generator=g), r_prev=torch.full((n,), factor),
+        b=torch.randn(n, 1, dtype=torch.float64, generator=g), c=torch.zeros(n, 0), init=torch.tensor([1.0, 0.0]),
+        step=torch.arange(n), node=torch.ones(n + 1),
+    )  # fmt: skip
+    assert (decode(MIX, encode(MIX, DATA, plan=plan), plan=plan) - DATA).abs().max() < 2e-12
 
 
-@pytest.mark.parametrize(("name", "calls"), [("o-belm", (8, 7)), ("bdia", (8, 7)), ("edict", (15, 15)), ("heun", (16, 16))])
+def test_a_float32_network_is_inverted_too():
+    """Where rounding of the state would show in what the network sees."""
+
+    class Coarse:
+        process, shape = MIX.process, (2,)
+
+        def __call__(self, x, t, **cond):
+            return MIX(x.float(), t.float()).to(x.dtype)
+
+    for name in INVERTIBLE:
+        for seed in range(5):
+            x = MIX.sample(64, seed=seed)
+            assert (decode(Coarse(), encode(Coarse(), x, 20, name), 20, name) - x).abs().max() < 2e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"), [("o-belm", (8, 7)), ("bdia", (8, 7)), ("edict", (15, 15)), ("heun", (16, 16))]
+)
 def test_calls(name, calls):
     class Counting:
         process, shape, calls = MIX.process, (2,), 0
@@ -191,6 +206,7 @@ def test_a_process_with_its_usual_ends():
         bed = problems.gaussian(process)
         x = bed.sample(8, seed=1)
         z = encode(bed, x, 100, "heun", chart=chart(process))
+        assert isinstance(z, torch.Tensor)
         exact = bed.flow(x, process.t_min, process.t_max)
         assert problems.rms(z, exact) < 2e-2 * exact.square().mean().sqrt(), name
         assert problems.rms(decode(bed, z, 100, "heun", chart=chart(process)), x) < 2e-2, name
@@ -208,6 +224,7 @@ def test_plans_and_grids_of_ones_own():
         encode(MIX, DATA, nfe=20, sampler="heun"),
         run(rising, MIX, DATA),
     ):
+        assert isinstance(other, torch.Tensor)
         assert torch.equal(other, z)
     assert torch.equal(decode(MIX, z, plan=plan), decode(MIX, z, 10, "heun"))
     denoised = make_plan("heun", MIX.process, 10)
@@ -215,7 +232,10 @@ def test_plans_and_grids_of_ones_own():
     belm = make_plan("o-belm", MIX.process, 10, final="stop")
     assert torch.equal(encode(MIX, DATA, plan=belm)[0], pair(MIX, DATA, 10, "o-belm").x)
     assert torch.allclose(decode(MIX, encode(MIX, DATA, plan=belm), plan=belm), DATA)
-    assert torch.equal(encode(MIX, DATA), encode(MIX, DATA, 20))
+    for one, other in ((encode(MIX, DATA), encode(MIX, DATA, 20)),):
+        assert isinstance(one, torch.Tensor)
+        assert isinstance(other, torch.Tensor)
+        assert torch.equal(one, other)
 
 
 def test_dtypes_and_batches():
@@ -227,22 +247,28 @@ def test_dtypes_and_batches():
     exact = pair(MIX, x, 5, "o-belm", dtype=torch.float32)
     assert exact.x.dtype == torch.float64
     assert decode(MIX, exact, 5, "o-belm", dtype=torch.float32).dtype == torch.float32
-    assert decode(MIX, tuple(state.float() for state in exact), 5, "o-belm").dtype == torch.float32
+    assert decode(MIX, (exact.x.float(), exact.previous.float()), 5, "o-belm").dtype == torch.float32
     for batch in (1, 4):
         some = pair(MIX, x, 5, "o-belm", batch=batch)
-        assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(some, exact, strict=True))
-        assert torch.allclose(decode(MIX, some, 5, "o-belm", batch=batch), x.double(), rtol=1e-12)
+        assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(some, exact, strict=True))
+        assert torch.allclose(decode(MIX, some, 5, "o-belm", batch=batch), x.double(), rtol=0, atol=2e-12)
 
 
 def test_classes_and_guidance():
     net = pfode.load("digits")
     x = pfode.sample(net, 3, steps=3, label=[1, 2, 3]).x
     how: dict[str, Any] = {"label": [1, 2, 3], "guidance": 2.0, "batch": 2}
-    for name, bound in (("o-belm", 1e-9), ("heun", 1.0)):
-        z = encode(net, x, 6, name, **how)
-        assert (decode(net, z, 6, name, **how) - x).abs().max() < bound
-        other = decode(net, z, 6, name, label=[4, 5, 6], guidance=2.0)
-        assert (other - x).abs().max() > 0.3
+    z = encode(net, x, 6, "o-belm", **how)
+    assert (decode(net, z, 6, "o-belm", **how) - x).abs().max() < 1e-11
+    changes: list[dict[str, Any]] = [{"label": [4, 5, 6]}, {"guidance": None}]
+    for change in changes:
+        assert (decode(net, z, 6, "o-belm", **how | change) - x).abs().max() > 0.1
+    plain = encode(net, x, 6, "heun", **how)
+    for change in changes:
+        other = encode(net, x, 6, "heun", **how | change)
+        assert isinstance(plain, torch.Tensor)
+        assert isinstance(other, torch.Tensor)
+        assert (other - plain).abs().max() > 0.1
 
 
 def test_nan_is_never_silent():
@@ -270,6 +296,8 @@ PLAN = make_plan("heun", MIX.process, 4, final="stop")
         ({"sampler": "euler-a"}, "draws noise"),
         ({"sampler": "dpm++2m-sde"}, "draws noise"),
         ({"plan": make_plan("ddpm", MIX.process, 4)}, "draws noise"),
+        ({"sampler": "ipndm2", "afs": 0.5}, "leave afs out"),
+        ({"sampler": "o-belm", "afs": 0.5}, "leave afs out"),
         ({"plan": PLAN}, "needs? one whose times rise"),
         ({"plan": PLAN, "steps": 4}, "settles"),
         ({"plan": PLAN, "chart": "flow"}, "settles"),
@@ -278,8 +306,8 @@ PLAN = make_plan("heun", MIX.process, 4, final="stop")
         ({"final": "denoise", "sampler": "heun"}, "ends at clean data"),
         ({"final": "denoise", "sampler": "o-belm"}, "ends at clean data"),
         ({"grid": [80.0, 1.0, 0.0]}, "ends at clean data"),
-        ({"sampler": "o-belm", "steps": 1}, "needs two"),
         ({"sampler": "o-belm", "grid": [80.0, 1.0, 0.1], "steps": 5}, "make 2 steps"),
+        ({"sampler": "o-belm", "grid": [0.1, 0.5, 1.0, 80.0]}, "leads from data to noise"),
         ({"grid": [80.0, 1.0, 0.1], "start": 5.0}, "its own ends"),
         ({"sampler": "o-bellm"}, "did you mean 'o-belm'"),
         ({"x": torch.zeros(3, 2).long(), "sampler": "edict"}, "floating-point"),
@@ -302,10 +330,11 @@ def test_bad_calls_of_encode(options, message):
         ({"sampler": "o-belm"}, "decodes the pair of its first two states"),
         ({"z": (DATA, DATA), "sampler": "heun"}, "decodes one state"),
         ({"z": (DATA,), "sampler": "o-belm"}, "decodes the pair"),
-        ({"z": (DATA, DATA[:2]), "sampler": "o-belm"}, "previous: need a tensor of the shape"),
+        ({"z": (DATA, DATA[:2]), "sampler": "o-belm"}, "tensors of one shape"),
         ({"plan": make_plan("heun", MIX.process, grid=[0.1, 1.0, 80.0])}, "needs one whose times fall"),
         ({"sampler": "euler-a"}, "draws noise"),
         ({"z": (DATA, DATA), "sampler": "bdia", "gamma": 0.0}, "decodes one state"),
+        ({"z": (DATA, DATA), "sampler": "edict", "batch": 0}, "batch"),
     ],
 )
 def test_bad_calls_of_decode(options, message):
@@ -316,9 +345,10 @@ def test_bad_calls_of_decode(options, message):
 def test_plans_that_cannot_be_walked_back():
     with pytest.raises(UsageError, match=r"row 1 has r' = 0.*\n.*chart=\"flow\""):
         encode(problems.mixture(pfode.Flow()), DATA, 8, "o-belm")
-    with pytest.raises(UsageError, match="row 1 has r' = 0"):
-        inverse(PLAN)
     plan = make_plan("o-belm", MIX.process, 4, final="stop")
     wide = dataclasses.replace(plan, b=torch.cat([plan.b, torch.ones(4, 1)], 1))
     with pytest.raises(UsageError, match="row 1 uses an earlier prediction"):
-        inverse(wide)
+        encode(MIX, DATA, plan=wide)
+    broken = dataclasses.replace(plan, r_prev=torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    with pytest.raises(UsageError, match="row 2 has r' = 0"):
+        decode(MIX, (DATA, DATA), plan=broken)
