@@ -98,19 +98,19 @@ def _set_switch(ctx: click.Context, param: click.Parameter, value: bool) -> None
 
 
 class Finite(click.types.FloatParamType):
-    """A float that is neither infinite nor NaN, of at least `low`."""
+    """A float that is neither infinite nor NaN, from `low` to `high`; or, where `word` says so, one word instead."""
 
-    def __init__(self, low: float = -math.inf):
-        self.low = low
+    def __init__(self, low: float = -math.inf, high: float = math.inf, word: str | None = None):
+        self.low, self.high, self.word = low, high, word
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if self.word is not None and value == self.word:
+            return value
         number = super().convert(value, param, ctx)
-        if not math.isfinite(number) or number < self.low:
-            self.fail(
-                f"{value} is not a finite number" + (f" of at least {self.low:g}." if self.low == 0 else "."),
-                param,
-                ctx,
-            )
+        if not math.isfinite(number) or not self.low <= number <= self.high:
+            ends = (f" of at least {self.low:g}", f" up to {self.high:g}")
+            limits = "".join(text for text, end in zip(ends, (self.low, self.high), strict=True) if math.isfinite(end))
+            self.fail(f"{value} is not a finite number{limits}.", param, ctx)
         return number
 
 
@@ -183,10 +183,15 @@ def check_value(where: str, option: click.Parameter, value: Any) -> Any:
     """
     if isinstance(option, click.Option) and option.is_flag:
         sound, expected = isinstance(value, bool), "true or false"
+    elif option.multiple:
+        sound = isinstance(value, list) and all(type(one) is str and one.isprintable() for one in value)
+        expected = "a list of strings"
     elif isinstance(option.type, click.types.IntParamType):
         sound, expected = type(value) is int, "a whole number"
     elif isinstance(option.type, click.types.FloatParamType):
-        sound, expected = type(value) in (int, float), "a number"
+        word = getattr(option.type, "word", None)
+        sound = type(value) in (int, float) or (word is not None and value == word)
+        expected = "a number" if word is None else f"a number or {word!r}"
     else:
         sound, expected = type(value) is int or (type(value) is str and value.isprintable()), "a string"
     if not sound:

@@ -1,13 +1,12 @@
-"""Pictures: from tensors to pixels, contact sheets, animations, and the recipe in a PNG's text."""
+"""Pictures: from tensors to pixels and back, contact sheets, animations, and the settings in a PNG's text."""
 
 import io
 import json
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -16,8 +15,12 @@ from pfode.errors import FileError, UsageError
 
 GAP = 2  # white pixels between and around the pictures of a sheet
 MAX_PIXELS = 80_000_000  # of a sheet; Pillow calls more a bomb when it reads it back
-MAX_RECIPE = 1_000_000  # characters
+MAX_SETTINGS = 1_000_000  # characters
+GREY = (0.299, 0.587, 0.114)  # of red, green and blue (Rec. 601)
 ANIMATIONS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP"}
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Pixels = np.ndarray  # uint8, (n, height, width) grey or (n, height, width, 3)
 
@@ -37,6 +40,41 @@ def to_pixels(x: Any) -> Pixels:
     for i in (~sound).nonzero().flatten().tolist():
         cross_out(pixels[i])
     return pixels
+
+
+def read_picture(name: str) -> bytes:
+    """The bytes of a picture file.
+
+    Raises:
+        FileError: it cannot be read, or is too long.
+    """
+    from pfode.scores.data import MAX_FILE
+
+    try:
+        with open(name, "rb") as file:
+            raw = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise FileError(f"{name}: cannot be read: {error.strerror or error}") from error
+    if len(raw) > MAX_FILE:
+        raise FileError(f"{name}: a picture may have {MAX_FILE >> 20} MiB", "make it smaller")
+    return raw
+
+
+def from_picture(path: str, raw: bytes, shape: tuple[int, ...]) -> "Tensor":
+    """A picture file as a tensor of this shape, in [-1, 1]: its centre, resized, on white; grey where one channel is.
+
+    Raises:
+        FileError: no picture, a broken one, or one of too many pixels.
+    """
+    import torch
+
+    from pfode.scores.data import decode
+
+    channels, height, width = shape
+    pixels = decode(path, raw, (width, height)).astype(np.float32)
+    if channels == 1:
+        pixels = pixels @ np.array(GREY, np.float32)[:, None]
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
 def cross_out(picture: np.ndarray) -> None:
@@ -89,32 +127,33 @@ def contact_sheet(pixels: Pixels, scale: int, columns: int) -> np.ndarray:
     return sheet
 
 
-def encode_png(picture: np.ndarray, recipe: dict[str, Any] | None = None) -> bytes:
+def encode_png(picture: np.ndarray, settings: dict[str, Any]) -> bytes:
     """A PNG that says how it was made: tEXt `parameters` as other tools write it, iTXt `pfode` with everything."""
     text = PngImagePlugin.PngInfo()
-    if recipe is not None:
-        text.add_text("parameters", parameters(recipe))
-        text.add_itxt("pfode", json.dumps(recipe, allow_nan=False, ensure_ascii=False))
+    text.add_text("parameters", parameters(settings))
+    text.add_itxt("pfode", json.dumps(settings, allow_nan=False, ensure_ascii=False))
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "PNG", pnginfo=text, optimize=True)
     return stream.getvalue()
 
 
-def parameters(recipe: dict[str, Any]) -> str:
-    """The recipe in the one-line form of the webui family."""
-    options = recipe["options"]
+def parameters(settings: dict[str, Any]) -> str:
+    """The settings in the one-line form of the webui family, where a value with a comma or a colon is quoted."""
+    options = settings["options"]
     fields = {
-        "Steps": recipe["steps"],
-        "Sampler": recipe["sampler"],
-        "Schedule type": recipe["grid"],
+        "Steps": settings["steps"],
+        "Sampler": settings["sampler"],
+        "Schedule type": settings["grid"],
         "CFG scale": options.get("guidance"),
+        "Denoising strength": options.get("strength"),
         "Seed": options["seed"] if "seed" in options else options["seeds"].split("-")[0].split(",")[0],
-        "Size": f"{recipe['shape'][2]}x{recipe['shape'][1]}",
-        "Model hash": (recipe["model"]["digest"] or "")[:10] or None,
-        "Model": re.sub(r"[,:\n]", "_", Path(recipe["model"]["name"]).stem),
-        "Version": f"pfode {recipe['version']}",
+        "Size": f"{settings['shape'][2]}x{settings['shape'][1]}",
+        "Model hash": (settings["model"]["digest"] or "")[:10] or None,
+        "Model": Path(settings["model"]["name"]).stem.replace("\n", "_"),
+        "Version": f"pfode {settings['version']}",
     }
-    return ", ".join(f"{key}: {value}" for key, value in fields.items() if value is not None)
+    texts = {key: str(value) for key, value in fields.items() if value is not None}
+    return ", ".join(f"{key}: {json.dumps(text) if set(',:') & {*text} else text}" for key, text in texts.items())
 
 
 def encode_animation(frames: Sequence[np.ndarray], suffix: str) -> bytes:
@@ -150,24 +189,24 @@ def read_text(path: Path) -> dict[str, str]:
         raise FileError(f"{path}: not a PNG, or a damaged one", "give a picture written by pfode sample") from error
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe in a PNG written by `pfode sample`, its outer form checked; the values of the options are not.
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a PNG written by `pfode sample`, their outer form checked; the values of the options are not.
 
     Raises:
-        FileError: as `read_text`, or no recipe, or one of another form.
+        FileError: as `read_text`, or no settings, or some of another form.
     """
     raw = read_text(path).get("pfode")
     if raw is None:
         raise FileError(f"{path}: holds no pfode settings", "give a picture written by pfode sample, unchanged")
-    if len(raw) > MAX_RECIPE:
-        raise FileError(f"{path}: pfode: settings of {len(raw)} characters, more than {MAX_RECIPE}")
+    if len(raw) > MAX_SETTINGS:
+        raise FileError(f"{path}: pfode: settings of {len(raw)} characters, more than {MAX_SETTINGS}")
     try:
-        recipe = json.loads(raw)
+        settings = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: pfode: broken JSON") from error
-    if not isinstance(recipe, dict):
-        raise FileError(f"{path}: pfode: expected a JSON object, got {type(recipe).__name__}")
+    if not isinstance(settings, dict):
+        raise FileError(f"{path}: pfode: expected a JSON object, got {type(settings).__name__}")
     for key, kind in (("version", str), ("options", dict), ("model", dict)):
-        if not isinstance(recipe.get(key), kind):
-            raise FileError(f"{path}: pfode: {key}: expected {kind.__name__}, got {recipe.get(key)!r:.60}")
-    return recipe
+        if not isinstance(settings.get(key), kind):
+            raise FileError(f"{path}: pfode: {key}: expected {kind.__name__}, got {settings.get(key)!r:.60}")
+    return settings

@@ -11,6 +11,7 @@ import click
 
 import pfode
 from pfode.cli.common import Command, find_command, output, source, table
+from pfode.cli.settings import typed
 from pfode.errors import FileError, MissingError, UsageError
 from pfode.files import Header, read_header
 from pfode.scores.shipped import model_path, shipped
@@ -74,15 +75,13 @@ def _tensors(header: Header, verify: bool) -> dict[str, Any]:
 
 
 def _picture(path: Path, verify: bool) -> dict[str, Any]:
-    from pfode.cli.images import read_recipe
+    from pfode.cli.images import read_settings
 
     if verify:
         raise UsageError(f"--verify: {path} is a picture and has no digest", "give a model or a plan")
-    recipe = read_recipe(path)
-    words = ["pfode", "sample"]
-    for key, value in recipe["options"].items():
-        words += [f"--{key}", str(value)]
-    return {"file": str(path), "kind": "picture", **recipe, "command": shlex.join(words)}
+    settings = read_settings(path)
+    words = ["pfode", "sample", *typed(find_command("sample"), settings["options"])]
+    return {"file": str(path), "kind": "picture", **settings, "command": shlex.join(words)}
 
 
 def _models(ctx: click.Context) -> tuple[Any, str]:
@@ -106,9 +105,15 @@ def _config(ctx: click.Context) -> tuple[Any, str]:
         with find_command(name).make_context(name, _config_arguments(ctx), parent=ctx.parent) as inner:
             values = {key: (inner.params[key], source(inner, key)) for key in sorted(inner.params)}
         found[name] = {key: {"value": value, "source": where} for key, (value, where) in values.items()}
-        rows = [[key, "-" if value is None else str(value), where] for key, (value, where) in values.items()]
+        rows = [[key, _value(value), where] for key, (value, where) in values.items()]
         parts.append(table((f"[{name}]", "value", "source"), rows))
     return found, "\n\n".join(parts)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(value) or "-"
+    return "-" if value is None else str(value)
 
 
 def _config_arguments(ctx: click.Context) -> list[str]:

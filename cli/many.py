@@ -21,14 +21,15 @@ import click
 
 import pfode
 from pfode.cli.common import Output
-from pfode.cli.recipe import parse_seeds
-from pfode.cli.sample import Job, Progress, non_finite, recipe, write_film, write_sheet
+from pfode.cli.sample import Job, Progress, non_finite, settings, write_film, write_sheet
+from pfode.cli.settings import parse_seeds
 from pfode.denoiser import forwards
 from pfode.errors import FileError, PfodeError, UsageError, WriteError
 from pfode.files import write_atomic
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from pfode.samplers import Samples
 
@@ -48,15 +49,15 @@ def draw(job: Job, out: Output) -> dict[str, Any] | None:
     from pfode.samplers.sampling import prepared
 
     share = Share.find(job.device)
-    if share.count > 1 and job.device == "cuda":
+    if share.device is not None and job.device.type == "cuda" and job.device.index is None:
         job = replace(job, device=share.device)
     out = out if share.first else replace(out, quiet=True)
-    net = prepared(job.net, job.options["guidance"], job.device)
-    with contextlib.closing(share), contextlib.closing(Folder(job, forwards(net, job.plan.t))) as folder:
-        return _draw(job, net, folder, share, out)
+    job = replace(job, net=prepared(job.net, None, job.device))
+    with contextlib.closing(share), contextlib.closing(Folder(job)) as folder:
+        return _draw(job, folder, share, out)
 
 
-def _draw(job: Job, net: Any, folder: "Folder", share: "Share", out: Output) -> dict[str, Any] | None:
+def _draw(job: Job, folder: "Folder", share: "Share", out: Output) -> dict[str, Any] | None:
     from pfode.samplers.sampling import DEFAULT_BATCH
 
     share.agree(lambda: folder.open(bool(job.options["overwrite"])) if share.first else None)
@@ -68,7 +69,7 @@ def _draw(job: Job, net: Any, folder: "Folder", share: "Share", out: Output) -> 
         out.note(f"{folder.path} has {len(kept)} of {len(job.seeds)} pictures, the others follow")
     began = time.perf_counter()
     mine = [i for span in todo[share.rank :: share.count] for i in span]
-    share.agree(lambda: _fill(job, net, folder, mine, batch, set(kept), share.rank, out))
+    share.agree(lambda: _fill(job, folder, mine, batch, set(kept), share.rank, out))
     seconds = time.perf_counter() - began
     if not share.first:
         return None
@@ -76,7 +77,7 @@ def _draw(job: Job, net: Any, folder: "Folder", share: "Share", out: Output) -> 
     lines = folder.lines(DONE, NON_FINITE)
     spoilt = [line for line in lines.values() if line.get("status") == NON_FINITE]
     drawn = len(lines) - len(spoilt) - len(kept)
-    shown = head(job)
+    shown = job.sheet
     files = [write_sheet(shown, _read(shown, folder), folder.evals), str(folder.path / RESULTS), str(folder.path / RUN)]
     if job.options["trajectory"] is not None:
         files.insert(1, _film(shown))
@@ -90,33 +91,19 @@ def _draw(job: Job, net: Any, folder: "Folder", share: "Share", out: Output) -> 
     return {"files": files, "drawn": drawn, "kept": len(kept), "evals": folder.evals, "seconds": seconds}
 
 
-def head(job: Job) -> Job:
-    """The pictures of the sheet: the first ones."""
-    classes, label = job.classes[: job.shown], job.label
-    if not isinstance(label, int | None):
-        label = label[: job.shown]
-    return replace(job, seeds=job.seeds[: job.shown], classes=classes, label=label)
-
-
-def _fill(
-    job: Job, net: Any, folder: "Folder", mine: list[int], batch: int, kept: set[int], rank: int, out: Output
-) -> None:
+def _fill(job: Job, folder: "Folder", mine: list[int], batch: int, kept: set[int], rank: int, out: Output) -> None:
     """Draw and write the pictures of these indices, batch by batch."""
     from pfode.samplers.sampling import batches
 
     if not mine:
         return
-    label = job.label if isinstance(job.label, int | None) else job.label[mine]
+    how = job.how | {"label": [job.classes[i] for i in mine] if job.classes else None, "batch": batch}
     size, done = batch, 0
     with Progress(len(mine), out) as progress, folder.adding(rank) as add:
         for part in batches(
-            net,
-            job.plan,
-            [job.seeds[i] for i in mine],
-            label=label,
-            batch=batch,
-            dtype=job.dtype,
-            device=job.device,
+            job.net,
+            seeds=[job.seeds[i] for i in mine],
+            **how,
             callback=progress if progress.visible else None,
             nan="flag",
         ):
@@ -145,7 +132,7 @@ def _write(
         if k in spoilt:
             add({"seed": seed, "status": NON_FINITE, "sample": i, "step": spoilt[k].step, "time": spoilt[k].time})
             continue
-        data = images.encode_png(pixels[k], recipe(job, part.evals, i))
+        data = images.encode_png(pixels[k], settings(job, part.evals, i))
         write_atomic(folder.path / picture(seed), data)
         digest = hashlib.sha256(data).hexdigest()
         add({"seed": seed, "status": DONE, "file": picture(seed), "sha256": digest, "nfe": part.nfe})
@@ -172,9 +159,7 @@ def _read(job: Job, folder: "Folder") -> "np.ndarray":
 
 def _film(job: Job) -> str:
     """The way of the pictures on the sheet; they are drawn once more."""
-    options = {key: job.options[key] for key in ("guidance", "batch")}
-    options |= {"label": job.label, "dtype": job.dtype, "device": job.device, "nan": "flag"}
-    return write_film(job, pfode.sample(job.net, plan=job.plan, seeds=job.seeds, trajectory=True, **options))
+    return write_film(job, pfode.sample(job.net, seeds=job.seeds, trajectory=True, nan="flag", **job.how))
 
 
 def picture(seed: int) -> str:
@@ -183,19 +168,14 @@ def picture(seed: int) -> str:
 
 
 class Folder:
-    """The folder of a run: run.json, results.jsonl, pictures, and results.RANK.jsonl while other processes draw.
+    """The folder of a job: run.json, results.jsonl, pictures, and results.RANK.jsonl while other processes draw."""
 
-    Args:
-        job: what is to be drawn.
-        evals: network forwards per picture.
-    """
-
-    def __init__(self, job: Job, evals: int):
+    def __init__(self, job: Job):
         self.path = Path(job.options["separate"])
         self.seeds = job.seeds
-        self.evals = evals
+        self.evals = forwards(job.net, job.plan.t)  # per picture
         self.handle: int | None = None
-        self.settings = recipe(job, evals) | {"n": len(job.seeds), "device": job.device.split(":")[0]}
+        self.settings = settings(job, self.evals) | {"n": len(job.seeds), "device": job.device.type}
 
     def open(self, overwrite: bool) -> None:
         """Make the folder, or clear up what a killed run left in it. For the first process; it then owns the folder.
@@ -390,17 +370,17 @@ class Share:
 
     rank: int = 0
     count: int = 1
-    device: str = ""
+    device: "torch.device | None" = None
 
     @classmethod
-    def find(cls, device: str) -> "Share":
+    def find(cls, device: "torch.device") -> "Share":
         """The part by the environment, which `accelerate launch` sets."""
         if not launched():
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu")
-        return cls(state.process_index, state.num_processes, str(state.device))
+        state = PartialState(cpu=device.type == "cpu")
+        return cls(state.process_index, state.num_processes, state.device)
 
     @property
     def first(self) -> bool:

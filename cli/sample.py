@@ -1,12 +1,14 @@
 """pfode sample: draw pictures, write the sheet, say what was done."""
 
 import contextlib
+import functools
+import hashlib
 import math
 import os
 import re
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,18 @@ import click
 
 import pfode
 from pfode.cli.common import Command, Finite, Output, bar, output
-from pfode.cli.recipe import check_digest, format_seeds, parse_seeds, seed_range, settle
-from pfode.errors import MissingError, NumericalError, UsageError, WriteError, unknown
+from pfode.cli.settings import (
+    OF_THE_GUIDANCE,
+    check_digest,
+    format_seeds,
+    format_set,
+    parse_interval,
+    parse_seeds,
+    parse_set,
+    seed_range,
+    settle,
+)
+from pfode.errors import NumericalError, UsageError, WriteError, number
 from pfode.files import read_header, write_atomic
 from pfode.scores.shipped import model_path
 
@@ -24,9 +36,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pfode.denoiser import Denoiser
     from pfode.plan import Plan
+    from pfode.process import Process
 
 SHEET = 100  # pictures of --separate that the contact sheet shows
+OF_THE_MODEL = "model"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -39,9 +54,35 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "flo
 @click.option(
     "--sampler", default="auto", show_default=True, metavar="NAME|PLAN", help="`pfode samplers`, or a plan file."
 )
-@click.option("--grid", metavar="NAME", help="Where the steps lie: karras, time, log-snr ...")
+@click.option("--grid", metavar="NAME", help="Where the steps lie: karras, time, 'beta(0.5,0.7)' ...")
 @click.option("--chart", metavar="NAME", help="Coordinates to step in, see `pfode samplers`.")
 @click.option("--eta", type=Finite(0), metavar="X", help="Amount of noise of the samplers that take it.")
+@click.option(
+    "--set", multiple=True, metavar="NAME=VALUE", help="Another option of the sampler, see `pfode samplers NAME`."
+)
+@click.option(
+    "--lower-order-final/--no-lower-order-final", default=False, help="The last steps of orders ..., 3, 2, 1."
+)
+@click.option(
+    "--afs",
+    type=Finite(0, word=OF_THE_MODEL),
+    is_flag=False,
+    flag_value=OF_THE_MODEL,
+    metavar="[STD]",
+    help="A first step without a call, as for Gaussian data of this deviation; by default what the model says.",
+)
+@click.option(
+    "--brownian/--no-brownian", default=False, help="Noise from one path per seed, the same for any number of steps."
+)
+@click.option("--init", metavar="PICTURE", help="Begin with this picture, noised.")
+@click.option(
+    "--strength",
+    type=Finite(0, 1),
+    default=0.6,
+    show_default=True,
+    metavar="X",
+    help="The share of noise that --init is given; all steps are made from there.",
+)
 @click.option("--n", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Number of pictures.")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Of picture 0; i has seed + i."
@@ -53,8 +94,13 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "flo
     help="Class of the pictures; all: every class in turn, where the model has classes the default; none: no class.",
 )
 @click.option("--guidance", type=Finite(), metavar="W", help="Classifier-free guidance scale (doubles the evals).")
+@click.option("--negative", metavar="NAME", help="Class to guide away from, instead of none.")
+@click.option("--guidance-interval", metavar="LO,HI", help="Guide only where LO < sigma/alpha <= HI.")
+@click.option(
+    "--guidance-rescale", type=Finite(0, 1), metavar="X", help="How far to undo what guidance adds to the contrast."
+)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the network; the state stays float32 or better.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute.")
 @click.option("--batch", type=click.IntRange(1), metavar="N", help="Pictures at a time; changes no picture.")
 @click.option("--out", default="sheet.png", show_default=True, metavar="FILE.png", help="The contact sheet.")
 @click.option("--scale", type=click.IntRange(1, 64), metavar="N", help="Enlarge each picture on the sheet.")
@@ -104,7 +150,7 @@ def command(ctx: click.Context, **options: Any) -> None:
         "nfe": plan.nfe,
         **done,
         "images_per_second": drawn / seconds,
-        "recipe": recipe(job, evals),
+        "settings": settings(job, evals),
     }
     out.emit(summary, done["files"][0])
 
@@ -119,13 +165,8 @@ def one_sheet(job: "Job", out: Output) -> dict[str, Any]:
     with Progress(len(job.seeds), out) as progress:
         result = pfode.sample(
             job.net,
-            plan=job.plan,
             seeds=job.seeds,
-            label=job.label,
-            guidance=job.options["guidance"],
-            batch=job.options["batch"],
-            dtype=job.dtype,
-            device=job.device,
+            **job.how,
             callback=progress if progress.visible else None,
             trajectory=job.options["trajectory"] is not None,
             nan=job.options["nan"],
@@ -140,21 +181,61 @@ def one_sheet(job: "Job", out: Output) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """What the options resolve to."""
+    """What is to be drawn: the options, what they name, and the seeds."""
 
     options: dict[str, Any]
-    net: Any
-    digest: str | None  # of the model's file
+    net: Any  # guided
     plan: "Plan"
-    plan_digest: str | None  # of the plan's file, if it came from one
+    init: "Tensor | None"
+    digests: dict[str, str | None]  # of the files that model, sampler and init name
+    device: "torch.device"
     seeds: list[int]
-    label: "Tensor | int | None"
-    classes: list[str]  # the class of each picture; empty: unconditional
-    dtype: "torch.dtype"  # of the state
-    device: str
-    columns: int
-    scale: int
-    shown: int  # pictures on the sheet
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Of the state."""
+        import torch
+
+        return torch.float64 if self.options["dtype"] == "fp64" else torch.float32
+
+    @functools.cached_property
+    def classes(self) -> list[int]:
+        """The class of each picture by number; empty: unconditional."""
+        return find_classes(self.options["label"], self.net, len(self.seeds))
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How `pfode.sample` is to draw, apart from the seeds."""
+        return {
+            "plan": self.plan,
+            "init": self.init,
+            "label": self.classes or None,
+            "batch": self.options["batch"],
+            "dtype": self.dtype,
+            "device": self.device,
+            "brownian": self.options["brownian"],
+        }
+
+    @property
+    def sheet(self) -> "Job":
+        """The pictures on the sheet: all, or the first ones of --separate."""
+        return self if self.options["separate"] is None else replace(self, seeds=self.seeds[:SHEET])
+
+    @property
+    def columns(self) -> int:
+        """Of the sheet."""
+        from pfode.cli import images
+
+        classes = len(self.net.labels) if self.options["label"] == "all" else 0
+        return images.sheet_columns(len(self.sheet.seeds), classes)
+
+    @property
+    def scale(self) -> int:
+        """Of the pictures on the sheet."""
+        from pfode.cli import images
+
+        _, height, width = self.net.shape
+        return self.options["scale"] or images.default_scale(len(self.sheet.seeds), height, width, self.columns)
 
 
 def prepare(options: dict[str, Any]) -> Job:
@@ -166,61 +247,59 @@ def prepare(options: dict[str, Any]) -> Job:
     import torch
 
     from pfode.cli import images
+    from pfode.samplers.sampling import find_device
 
     device = find_device(options["device"])
     path = model_path(options["model"])
     net = pfode.load(options["model"])
-    dtype = torch.float64 if options["dtype"] == "fp64" else torch.float32
     if options["dtype"]:
         net = net.to(dtype=getattr(torch, DTYPES[options["dtype"]]))
-    digest = read_header(path).metadata.get("pfode.digest") if path.is_file() else None
-    check_digest(options, "model", digest)
+    digests: dict[str, str | None] = {"sampler": None, "init": None}
+    digests["model"] = read_header(path).metadata.get("pfode.digest") if path.is_file() else None
+    check_digest(options, "model", digests["model"])
     shape: tuple[int, ...] = tuple(net.shape or ())
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise UsageError(
             f"model {options['model']!r}: samples of shape {shape} are no pictures", "use pfode.sample in Python"
         )
-    plan, plan_digest = find_plan(options, net)
-    labels: list[str] = list(net.labels or ())
-    n = options["n"] or (len(labels) if options["label"] == "all" and labels else 16)
-    if options["label"] is None and labels:
+    find_classes(options["label"], net, 1)  # raises where there is no such class
+    plan, digests["sampler"] = find_plan(options, net)
+    if options["brownian"] and not plan.stochastic:
+        raise UsageError(f"--brownian: {plan.name} draws no noise", "leave it out, or see the samplers that do")
+    init = None
+    if options["init"] is not None:
+        raw = images.read_picture(options["init"])
+        init = images.from_picture(options["init"], raw, shape)
+        digests["init"] = hashlib.sha256(raw).hexdigest()
+        check_digest(options, "init", digests["init"])
+    if options["label"] is None and net.labels:
         options = {**options, "label": "all"}
+    n = options["n"] or (len(net.labels) if options["label"] == "all" and net.labels else 16)
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
-    if options["guidance"] not in (None, 0, 1) and options["label"] in (None, "none"):
-        raise UsageError(f"--guidance {options['guidance']:g} needs a class to guide to", "--label all")
-    indices = find_labels(options["label"], net, len(seeds))
-    shown = len(seeds) if options["separate"] is None else min(len(seeds), SHEET)
-    columns = images.sheet_columns(shown, len(labels) if options["label"] == "all" else 0)
-    scale = options["scale"] or images.default_scale(shown, *shape[1:], columns)
-    size = images.sheet_size(shown, *shape[1:], scale, columns)
+    job = Job(options, guided(options, net), plan, init, digests, device, seeds)
+    shown = len(job.sheet.seeds)
+    size = images.sheet_size(shown, *shape[1:], job.scale, job.columns)
     if options["trajectory"] is not None and size[0] * size[1] * (plan.steps + 1) > 4 * images.MAX_PIXELS:
         frames = f"{plan.steps + 1} frames of twice {size[1]} x {size[0]} pixels"
         raise UsageError(f"--trajectory: {frames} are too many", "a smaller --n or --scale")
-    return Job(
-        options=options,
-        net=net,
-        digest=digest,
-        plan=plan,
-        plan_digest=plan_digest,
-        seeds=seeds,
-        label=torch.tensor(indices) if options["label"] == "all" else indices[0] if indices else None,
-        classes=[labels[i] for i in indices],
-        dtype=dtype,
-        device=device,
-        columns=columns,
-        scale=scale,
-        shown=shown,
-    )
+    return job
 
 
-def recipe(job: Job, evals: int, index: int | None = None) -> dict[str, Any]:
+def settings(job: Job, evals: int, index: int | None = None) -> dict[str, Any]:
     """How the sheet, or one picture of it, was made; `options` are what to type to make it again."""
     plan = job.plan
-    given = ("model", "sampler", "guidance", "dtype")
+    given = ("model", "sampler", "init", "guidance", *OF_THE_GUIDANCE, "dtype")
     options = {key: job.options[key] for key in given if job.options[key] is not None}
-    if job.plan_digest is None:
-        options |= {"sampler": plan.name, "steps": plan.steps}
-        options |= {key: plan.meta[key] for key in ("grid", "chart", "eta") if key in plan.meta}
+    if job.options["brownian"]:
+        options["brownian"] = True
+    if job.digests["sampler"] is None:
+        free = "afs" in plan.meta  # a step, too, but none that the plan has to make
+        options |= {"sampler": plan.name, "steps": plan.steps + free}
+        recorded = ("grid", "chart", "eta", "lower_order_final", "afs")
+        options |= {key: plan.meta[key] for key in recorded if key in plan.meta}
+        own = format_set(plan.meta)
+        options |= {"set": own} if own else {}
+        options |= {"strength": job.options["strength"]} if job.init is not None else {}
     if index is None:
         options["scale"] = job.scale
         options |= {"label": job.options["label"]} if job.options["label"] else {}
@@ -230,12 +309,14 @@ def recipe(job: Job, evals: int, index: int | None = None) -> dict[str, Any]:
             options["seeds"] = format_seeds(job.seeds)
     else:
         options |= {"seed": job.seeds[index], "n": 1}
-        options |= {"label": job.classes[index]} if job.classes else {"label": "none"} if job.options["label"] else {}
+        if job.options["label"]:
+            options["label"] = job.net.labels[job.classes[index]] if job.classes else "none"
     return {
         "version": pfode.__version__,
         "options": options,
-        "model": {"name": job.options["model"], "digest": job.digest},
-        "plan": job.plan_digest,
+        "model": {"name": job.options["model"], "digest": job.digests["model"]},
+        "plan": job.digests["sampler"],
+        "init": job.digests["init"],
         "sampler": plan.name,
         "grid": plan.meta.get("grid"),
         "steps": plan.steps,
@@ -250,7 +331,10 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan, str | None]":
     """The plan to run, and the digest of its file if it comes from one."""
     name = options["sampler"]
     if not name.endswith(".safetensors"):
-        chosen = {key: options[key] for key in ("steps", "nfe", "grid", "chart", "eta")}
+        chosen = {key: options[key] for key in ("steps", "nfe", "grid", "chart", "eta", "lower_order_final")}
+        chosen |= {"afs": data_std(options, net), **parse_set(options["set"])}
+        if options["init"] is not None:
+            chosen["start"] = start(net.process, options["strength"])
         return pfode.make_plan(name, process=net.process, **chosen), None
     plan = pfode.Plan.load(name)
     if plan.process != net.process:
@@ -261,7 +345,46 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan, str | None]":
     return plan, digest
 
 
-def find_labels(wanted: str | None, net: Any, n: int) -> list[int]:
+def data_std(options: dict[str, Any], net: Any) -> float | None:
+    """The deviation of the data that --afs is to assume."""
+    if options["afs"] != OF_THE_MODEL:
+        return options["afs"]
+    found = getattr(net, "data_std", None)
+    if found is None:
+        raise UsageError(f"--afs: model {options['model']!r} does not say how its data are spread", "--afs 0.5")
+    return found
+
+
+def start(process: "Process", strength: float) -> float | None:
+    """The time at which sigma / (alpha + sigma), the share of noise, is the strength; None for the first one."""
+    lowest = process.sigma(process.t_min) / (process.alpha(process.t_min) + process.sigma(process.t_min))
+    if strength < lowest:
+        raise UsageError(f"--strength {strength:g}: the model knows no noise below {lowest:.2g}", "--strength 0.6")
+    if strength == 1:
+        return None
+    return min(process.time(2 * math.log(1 / strength - 1)), process.t_max)
+
+
+def guided(options: dict[str, Any], net: Any) -> "Denoiser":
+    """The network under the guidance that is asked for.
+
+    Raises:
+        UsageError: no class to guide to, or guidance that cannot be.
+    """
+    from pfode.samplers.sampling import MAX_GUIDANCE
+    from pfode.scores import guide
+
+    if options["guidance"] is None:
+        return net
+    scale = number("--guidance", options["guidance"], -MAX_GUIDANCE, MAX_GUIDANCE)
+    if scale not in (0, 1) and options["label"] in (None, "none"):
+        raise UsageError(f"--guidance {scale:g} needs a class to guide to", "--label all")
+    interval = None if options["guidance_interval"] is None else parse_interval(options["guidance_interval"])
+    rescale = options["guidance_rescale"] or 0.0
+    return guide(net, scale, negative=options["negative"], interval=interval, rescale=rescale)
+
+
+def find_classes(wanted: str | None, net: Any, n: int) -> list[int]:
     """The class of each picture by number; empty for none.
 
     Raises:
@@ -272,27 +395,6 @@ def find_labels(wanted: str | None, net: Any, n: int) -> list[int]:
     if wanted == "all" and net.labels:
         return [i % len(net.labels) for i in range(n)]
     return [net.label_index(wanted)] * n
-
-
-def find_device(name: str) -> str:
-    """The device to use.
-
-    Raises:
-        UsageError: no device of that name exists. MissingError: it is not on this machine.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps") or not re.fullmatch(r"[a-z]+(:\d{1,3})?", name):
-        raise unknown("device", name, ("auto", "cpu", "cuda", "mps"))
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there[kind]:
-        raise MissingError(f"device {name!r} is not available on this machine", "--device cpu")
-    if kind == "cuda" and ":" in name and int(name[5:]) >= torch.cuda.device_count():
-        raise MissingError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs", "--device cuda")
-    return name
 
 
 def check_outputs(out: str, trajectory: str | None, separate: str | None) -> None:
@@ -383,7 +485,7 @@ def write_sheet(job: Job, pixels: "np.ndarray", evals: int) -> str:
     from pfode.cli import images
 
     sheet = images.contact_sheet(pixels, job.scale, job.columns)
-    write_atomic(job.options["out"], images.encode_png(sheet, recipe(job, evals)))
+    write_atomic(job.options["out"], images.encode_png(sheet, settings(job, evals)))
     return job.options["out"]
 
 

@@ -1,35 +1,115 @@
-"""pfode samplers: the catalogue as a table."""
+"""pfode samplers: the catalogue as tables, one sampler in full, or the page docs/samplers.md."""
 
+import inspect
+import shutil
+import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pfode.cli.common import Command, output, table
+from pfode.cli.settings import format_set
+from pfode.errors import UsageError
 
 if TYPE_CHECKING:
-    from pfode.samplers.catalogue import Recipe
+    from pfode.samplers import Recipe
+
+GROUPS: dict[str, "Callable[[Recipe], bool]"] = {
+    "deterministic": lambda recipe: not recipe.stochastic and not recipe.method.pair,
+    "exactly invertible": lambda recipe: not recipe.stochastic and recipe.method.pair,
+    "stochastic": lambda recipe: recipe.stochastic,
+}
 
 
 @click.command(cls=Command, name="samplers")
+@click.argument("name", required=False)
+@click.option("--markdown", is_flag=True, help="The page docs/samplers.md.")
 @click.pass_context
-def command(ctx: click.Context) -> None:
-    """List the samplers: order, network calls per step, noise, charts, source.
+def command(ctx: click.Context, name: str | None, markdown: bool) -> None:
+    """List the samplers: order, measured order, network calls per step, charts, source; or show one, by its NAME.
 
-    The order is that from exact starting values; in brackets, where it differs, that of the sampler starting by itself.
+    The order is that from exact starting values, in brackets, where it differs, that of the sampler starting by itself;
+    of stochastic samplers it is the weak one. Charts are coordinates to step in, the default first.
     """
+    from pfode.cli.page import page
     from pfode.samplers import CATALOGUE
+    from pfode.samplers.catalogue import recipe
 
-    head = ("name", "order", "NFE/step", "noise", "charts, the default first", "source")
-    recipes = CATALOGUE.values()
-    output(ctx).emit([_data(recipe) for recipe in recipes], table(head, [_row(recipe) for recipe in recipes]))
+    out = output(ctx)
+    if markdown and (name is not None or out.json):
+        raise UsageError("--markdown prints the page of all samplers", "leave the rest out")
+    if markdown:
+        click.echo(page(), nl=False)
+    elif name is not None:
+        found = recipe(name)
+        out.emit(_data(found), _full(found))
+    else:
+        out.emit([_data(found) for found in CATALOGUE.values()], _listing())
 
 
 def _data(recipe: "Recipe") -> dict[str, Any]:
-    keys = ("name", "order", "order_as_shipped", "nfe_per_step", "stochastic", "summary", "source")
-    return {key: getattr(recipe, key) for key in keys} | {"charts": list(recipe.charts)}
+    keys = ("name", "order", "order_as_shipped", "measured", "nfe_per_step", "stochastic", "summary", "source")
+    return {key: getattr(recipe, key) for key in keys} | {"charts": list(recipe.charts), "options": options(recipe)}
 
 
-def _row(recipe: "Recipe") -> list[str]:
-    order = f"{recipe.order}" + (f" ({recipe.order_as_shipped})" if recipe.order_as_shipped != recipe.order else "")
-    noise = "yes" if recipe.stochastic else "no"
-    return [recipe.name, order, f"{recipe.nfe_per_step:g}", noise, " ".join(recipe.charts), recipe.source]
+def options(recipe: "Recipe") -> dict[str, Any]:
+    """What can be set, and what it is if it is not."""
+    return {name: getattr(recipe.method, name) for name in recipe.method.options}
+
+
+def group(name: str) -> "list[Recipe]":
+    """The recipes of a group."""
+    from pfode.samplers import CATALOGUE
+
+    return [recipe for recipe in CATALOGUE.values() if GROUPS[name](recipe)]
+
+
+def _listing() -> str:
+    """A table per group, their columns in line, cut to the width of a terminal."""
+    lines: list[Sequence[str]] = []
+    for name in GROUPS:
+        head = (name, "order", "measured", "NFE/step", "charts", "source")
+        lines += [[""] * len(head), head, *([*figures(recipe), recipe.source] for recipe in group(name))]
+    text = table(lines[1], lines[2:])
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(line if len(line) <= width else f"{line[: width - 1]}…" for line in text.splitlines())
+
+
+def figures(recipe: "Recipe") -> list[str]:
+    """Name, order, measured order, NFE per step and charts."""
+    from pfode.chart import CHARTS
+
+    charts = f"{recipe.charts[0]} or any" if set(recipe.charts) == set(CHARTS) else " ".join(recipe.charts)
+    return [recipe.name, _order(recipe), _measured(recipe), f"{recipe.nfe_per_step}", charts]
+
+
+def _order(recipe: "Recipe") -> str:
+    own = recipe.order_as_shipped
+    return f"{recipe.order}" if own == recipe.order else f"{recipe.order} ({own})"
+
+
+def _measured(recipe: "Recipe") -> str:
+    starts = ["weak"] if recipe.stochastic else ["exact", "shipped"]
+    first, *own = [f"{recipe.measured[start]:.2f}" if start in recipe.measured else "-" for start in starts]
+    return first if recipe.order_as_shipped == recipe.order else f"{first} ({own[0]})"
+
+
+def _full(recipe: "Recipe") -> str:
+    """One sampler with all that is known of it."""
+    memory, pair, given = recipe.method.memory, recipe.method.pair, options(recipe)
+    eta = [f"--eta {given['eta']}"] if "eta" in given else []
+    rows = {
+        "source": recipe.source,
+        "order": f"{'weak ' if recipe.stochastic else ''}{_order(recipe)}, measured {_measured(recipe)}",
+        "NFE per step": f"{recipe.nfe_per_step}",
+        "charts": " ".join(recipe.charts),
+        "options": " ".join([*eta, *(f"--set {word}" for word in format_set(given))]) or "none",
+        "looks back": f"on {memory} predictions: takes --lower-order-final" if memory > 1 else "no",
+        "stochastic": "yes" if recipe.stochastic else "no",
+        "invertible": "exactly" if pair else "no" if recipe.stochastic else "but for the error of the steps",
+    }
+    lines = [f"{key:<13} {value}" for key, value in rows.items()]
+    return "\n".join([f"{recipe.name}: {recipe.summary}", "", *lines, "", inspect.getdoc(type(recipe.method)) or ""])

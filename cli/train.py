@@ -4,23 +4,22 @@ import io
 import shlex
 import sys
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import pfode
 from pfode.cli.common import Command, Finite, Output, output
-from pfode.cli.sample import find_device
-from pfode.errors import UsageError
+from pfode.cli.settings import listed
 from pfode.files import write_atomic
 
 if TYPE_CHECKING:
+    import torch
+
     from pfode.scores.data import Data
     from pfode.scores.training import TrainConfig, Trainer
 
-T = TypeVar("T")
 PROCESSES = {
     "edm": "EDM", "vp": "VP", "flow": "Flow", "ve": "VE", "sub-vp": "SubVP", "vp-cosine": "VPCosine",
 }  # fmt: skip
@@ -80,7 +79,7 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 @click.option(
     "--amp/--no-amp", default=None, help="bfloat16 inside the network; default: where the device is fast in it."
 )
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute.")
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:
     """Train a score network on pictures.
@@ -89,6 +88,8 @@ def command(ctx: click.Context, **options: Any) -> None:
     stopped continues with --resume, bit for bit on a CPU. In several processes: `accelerate launch -m pfode.cli train`.
     """
     out = output(ctx)
+    from pfode.samplers.sampling import find_device
+
     device = find_device(options["device"])
     folder, model = places(options)
     from pfode.scores.data import EMOJI_FONT, EMOJI_LIST, load_data
@@ -96,7 +97,7 @@ def command(ctx: click.Context, **options: Any) -> None:
 
     font, listing = Path(options["font"] or EMOJI_FONT), Path(options["listing"] or EMOJI_LIST)
     data = load_data(options["data"], size=options["size"], font=font, listing=listing)
-    config = recipe(options, data, device)
+    config = configured(options, data, device)
     trackers = tuple(name.strip() for name in (options["tracker"] or "").split(",") if name.strip())
     trainer = Trainer(
         config,
@@ -104,7 +105,7 @@ def command(ctx: click.Context, **options: Any) -> None:
         folder,
         resume=options["resume"],
         save_every=options["save_every"],
-        device=device,
+        device=device.type,
         trackers=trackers,
     )
     if trainer.main:
@@ -165,7 +166,7 @@ def draw(trainer: "Trainer", step: int) -> None:
     write_atomic(trainer.folder / f"sheet-{step:06d}.png", stream.getvalue())
 
 
-def recipe(options: dict[str, Any], data: "Data", device: str) -> "TrainConfig":
+def configured(options: dict[str, Any], data: "Data", device: "torch.device") -> "TrainConfig":
     """The options as a `TrainConfig`.
 
     Raises:
@@ -208,34 +209,21 @@ def recipe(options: dict[str, Any], data: "Data", device: str) -> "TrainConfig":
 
 def numbers(name: str, text: str) -> tuple[int, ...]:
     """Whole numbers separated by commas."""
-    return _listed(name, text, int, "whole numbers", "4,8")
+    return listed(name, text, int, "whole numbers", f"{name} 4,8")
 
 
 def fractions(name: str, text: str) -> tuple[float, ...]:
     """Numbers separated by commas."""
-    return _listed(name, text, float, "numbers", "0.05,0.1")
+    return listed(name, text, float, "numbers", f"{name} 0.05,0.1")
 
 
-def _listed(name: str, text: str, kind: Callable[[str], T], what: str, example: str) -> tuple[T, ...]:
-    """The parts between commas.
-
-    Raises:
-        UsageError: one that is not of the kind.
-    """
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError as error:
-        problem = f"{name}: expected {what} separated by commas, got {text!r:.60}"
-        raise UsageError(problem, f"{name} {example}") from error
-
-
-def fast_bfloat16(device: str) -> bool:
+def fast_bfloat16(device: "torch.device") -> bool:
     """Whether the device computes faster in bfloat16: CPUs with tile instructions, GPUs that have it."""
     import torch
 
-    if device.startswith("cuda"):
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def places(options: dict[str, Any]) -> tuple[Path, Path]:

@@ -340,7 +340,7 @@ GRIDS: dict[str, Callable[..., Grid]] = {
     "log-snr": log_snr,
     "cosine": cosine,
     "time": time,
-    "time-quadratic": lambda: time(2.0),
+    "time-quadratic": functools.partial(time, 2.0),
     "beta": beta,
     "beta-sigma": beta_sigma,
     "trailing": trailing,

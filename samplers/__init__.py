@@ -10,7 +10,7 @@ if __name__ != "pfode.samplers":
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "catalogue": ["CATALOGUE", "Recipe", "make_plan", "usual"],
+        "catalogue": ["CATALOGUE", "Recipe", "make_plan"],
         "inversion": ["Pair", "decode", "encode"],
         "sampling": ["Samples", "sample"],
         "search": ["Jumps", "gits", "measure_jumps"],
@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # the same names for type checkers
     from pfode.samplers.catalogue import CATALOGUE as CATALOGUE
     from pfode.samplers.catalogue import Recipe as Recipe
     from pfode.samplers.catalogue import make_plan as make_plan
-    from pfode.samplers.catalogue import usual as usual
     from pfode.samplers.inversion import Pair as Pair
     from pfode.samplers.inversion import decode as decode
     from pfode.samplers.inversion import encode as encode

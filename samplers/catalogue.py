@@ -1,7 +1,10 @@
 """The catalogue: a recipe is a method in a chart on a grid (idea B); `make_plan` turns it into a Plan (idea C)."""
 
+import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +15,8 @@ from pfode.chart import chart as find_chart
 from pfode.errors import UsageError, integer, number, unknown
 from pfode.plan import Plan
 from pfode.prediction import PREDICTIONS
-from pfode.process import Flow, Process
+from pfode.process import Process
+from pfode.samplers import auto
 from pfode.samplers.methods import (
     HEUN,
     HEUN_3,
@@ -40,6 +44,7 @@ from pfode.samplers.methods import (
 from pfode.samplers.stochastic import Ancestral, AncestralMidpoint, Churn, ErSde, Reverse, SaSolver
 from pfode.samplers.tape import Linear, Tape
 
+DEFAULT_STEPS = 20
 EVERY = tuple(CHARTS)
 FLAT = tuple(name for name, chart in CHARTS.items() if chart.density is None)
 
@@ -72,6 +77,19 @@ class Recipe:
     def nfe_per_step(self) -> int:
         """Denoiser calls per inner step."""
         return self.method.calls
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """The orders that the tests measured: from "exact" values and as "shipped", or "weak" where stochastic.
+
+        The least over the processes; empty for a recipe that is not in the catalogue.
+        """
+        return _measured().get(self.name, {}) if CATALOGUE.get(self.name) is self else {}
+
+
+@functools.cache
+def _measured() -> dict[str, dict[str, float]]:
+    return json.loads(Path(__file__).with_name("measured.json").read_text())
 
 
 EULER_STEP = Multistep(1, exact)
@@ -205,6 +223,7 @@ def make_plan(
     stop: float | None = None,
     lower_order_final: bool = False,
     afs: float | None = None,
+    guided: bool = False,
     **options: Any,
 ) -> Plan:
     """A plan: the sampler's rows on a grid of the process.
@@ -213,13 +232,14 @@ def make_plan(
         sampler: a name of the catalogue, "auto", or a recipe of your own.
         steps: moves from node to node; or nfe: a budget of denoiser calls, from which as many steps are made as fit.
         grid: a name, a `grids.Grid`, or the times themselves (used exactly; rising ones lead from data to noise);
-            None is the process's usual one.
+            None is the one that `auto.choose` has for the process and the number of calls.
         chart: another of the recipe's charts than its first.
         final: "denoise" ends at clean data, "stop" at the process's t_min.
         start, stop: times of the process between which to integrate instead.
         lower_order_final: the last k steps of a multistep recipe have at most order k, k - 1, ..., 1.
         afs: make the first step without a call, from the denoiser of Gaussian data of mean 0 and this standard
             deviation (the analytical first step of Dockhorn et al. 2022).
+        guided: whether the denoiser is guided, for what is chosen by itself.
         options: of the recipe: eta, churn, tau, ...; `Recipe.method.options` names them.
 
     Raises:
@@ -227,7 +247,11 @@ def make_plan(
     """
     if not isinstance(process, Process):
         raise UsageError(f"process: need a noise process, got {process!r:.60}", "process=net.process, or pfode.EDM()")
-    found = sampler if isinstance(sampler, Recipe) else recipe(usual(process)[0] if sampler == "auto" else sampler)
+    count = nfe if steps is None else steps
+    chosen = auto.choose(process, count if isinstance(count, int) and count > 0 else DEFAULT_STEPS, guided)
+    if sampler == "auto":
+        sampler, chart = chosen.sampler, chosen.chart if chart is None else chart
+    found = sampler if isinstance(sampler, Recipe) else recipe(sampler)
     options = {name: value for name, value in options.items() if value is not None}
     method = _with(found, options)
     if lower_order_final and method.memory == 1:
@@ -235,8 +259,9 @@ def make_plan(
     if afs is not None and method.calls > 1:
         raise UsageError(f"afs: the first step of {found.name} has inner calls", "choose a multistep recipe")
     afs = None if afs is None else number("afs", afs, 0)
-    space = Space(method.chart(find_chart(_chart_of(found, chart))), process)
-    rule = usual(process)[1] if grid is None else grid
+    named = _chart_of(found, chart)
+    space = Space(method.chart(find_chart(named)), process)
+    rule = chosen.grid if grid is None else grid
 
     def lay(n: int) -> Plan:
         nodes = space.chart.nodes(process, grids.times(process, rule, n, final, start, stop))
@@ -244,7 +269,7 @@ def make_plan(
             raise UsageError(f"{found.name} adds noise: times must fall", "a deterministic recipe, or eta=0")
         return _march(space, method, nodes, lower_order_final, afs, name=found.name, meta=meta)
 
-    meta: dict[str, Any] = {"sampler": found.name, "chart": space.chart.name}
+    meta: dict[str, Any] = {"sampler": found.name, "chart": named}
     if isinstance(rule, str | grids.Grid):
         meta |= {"grid": getattr(rule, "name", rule), "final": final}
     else:
@@ -262,17 +287,6 @@ def make_plan(
     if start is not None or stop is not None or final != "denoise":
         raise UsageError("a grid given as times has its own ends", "leave start, stop and final out")
     return plan
-
-
-def usual(process: Process) -> tuple[str, str]:
-    """The sampler and the grid used where none is named.
-
-    Chosen from benchmarks/recipes.py: on the three digits networks they are good at every budget from 5 to 20 calls,
-    though not at each the best of all.
-    """
-    if process.alpha(process.t_max) == 1:
-        return "ipndm3", "karras"
-    return ("ipndm3", "time") if isinstance(process, Flow) else ("dpm++2m", "time-quadratic")
 
 
 def _with(found: Recipe, options: dict[str, Any]) -> Method:

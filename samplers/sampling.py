@@ -10,15 +10,24 @@ from torch import Tensor
 
 from pfode import noise
 from pfode.denoiser import Denoiser, forwards
-from pfode.errors import MemoryLimitError, MissingError, NumericalError, PfodeError, UsageError, integer, number
+from pfode.errors import (
+    MemoryLimitError,
+    MissingError,
+    NumericalError,
+    PfodeError,
+    UsageError,
+    integer,
+    number,
+    unknown,
+)
 from pfode.grids import Grid
 from pfode.plan import Bad, Plan, Point, find_bad, iterate, not_finite, replaced, run
 from pfode.process import Process
-from pfode.samplers.catalogue import make_plan
+from pfode.samplers.catalogue import DEFAULT_STEPS, Recipe, make_plan
 
-DEFAULT_STEPS = 20
 DEFAULT_BATCH = 64
 MAX_GUIDANCE = 1e4
+DEVICES = ("auto", "cpu", "cuda", "mps")
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # in the RuntimeErrors of torch
 
 
@@ -55,13 +64,14 @@ def sample(
     denoiser: Denoiser,
     n: int | None = None,
     steps: int | None = None,
-    sampler: str = "auto",
+    sampler: str | Recipe = "auto",
     grid: Any = None,
     seed: int = 0,
     *,
     nfe: int | None = None,
     seeds: Sequence[int] | None = None,
     x: Tensor | None = None,
+    init: Tensor | None = None,
     shape: Sequence[int] | None = None,
     plan: Plan | None = None,
     label: int | str | Sequence[int | str] | Tensor | None = None,
@@ -88,6 +98,7 @@ def sample(
         steps, nfe, sampler, grid, start, stop, final, options (eta, chart, lower_order_final, ...): of the plan, see
             `make_plan` (20 steps when none is given); or plan: a ready one.
         x: states at the first time, shape (n, *shape), instead of noise.
+        init: data to begin from, shape `shape` or (n, *shape), noised to the first time: image-to-image with `start`.
         shape: of one sample, where the denoiser does not say.
         label: a class (number or name), or one per sample, passed on to the denoiser.
         guidance: scale of classifier-free guidance.
@@ -114,7 +125,8 @@ def sample(
     if plan is None:
         if steps is None and nfe is None and (grid is None or isinstance(grid, str | Grid)):
             steps = DEFAULT_STEPS
-        plan = make_plan(sampler, denoiser.process, steps, final=final, **options)
+        guided = getattr(denoiser, "evals", 1) > 1
+        plan = make_plan(sampler, denoiser.process, steps, final=final, guided=guided, **options)
     elif not isinstance(plan, Plan):
         raise UsageError(f"plan: need a Plan, got {plan!r:.60}", "make_plan(...) or Plan.load(path)")
     elif (sampler, final) != ("auto", "denoise") or any(v is not None for v in (steps, *options.values())):
@@ -126,6 +138,7 @@ def sample(
             plan,
             seeds,
             x=x,
+            init=init,
             shape=shape,
             label=label,
             batch=batch,
@@ -161,6 +174,7 @@ def batches(
     seeds: Sequence[int],
     *,
     x: Tensor | None = None,
+    init: Tensor | None = None,
     shape: Sequence[int] | None = None,
     label: int | str | Sequence[int | str] | Tensor | None = None,
     batch: int = DEFAULT_BATCH,
@@ -181,6 +195,7 @@ def batches(
     """
     dtype = state_dtype(dtype, x)
     shape = _shape(denoiser, x, shape)
+    init = _init(init, x, shape, len(seeds))
     labels = label_indices(denoiser, label, len(seeds))
     where = device or getattr(denoiser, "device", None) or (x.device if x is not None else "cpu")
     where = find_device(where)
@@ -194,7 +209,8 @@ def batches(
             with torch.no_grad():
                 cond: dict[str, Any] = {} if labels is None else {"label": labels[some].to(where)}
                 cond |= {"brownian": True} if brownian else {}
-                first = _first(plan, chosen, shape, dtype, where) if x is None else x[some].to(where, dtype)
+                data = None if init is None else init[some]
+                first = _first(plan, chosen, shape, dtype, where, data) if x is None else x[some].to(where, dtype)
                 drawn = _draw(plan, denoiser, first, chosen, cond, callback, trajectory)
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
@@ -273,13 +289,33 @@ def _out_of_memory(error: BaseException) -> bool:
     return known or any(words in str(error).lower() for words in NO_MEMORY)
 
 
-def _first(plan: Plan, seeds: list[int], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Pure noise at the plan's first time."""
+def _first(
+    plan: Plan,
+    seeds: list[int],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    data: Tensor | None = None,
+) -> Tensor:
+    """The data noised to the plan's first time; pure noise without any."""
     t, alpha, sigma = plan.first.tolist()
-    if alpha > 0.15 * sigma and t < plan.process.t_max:
+    if data is None and alpha > 0.15 * sigma and t < plan.process.t_max:
         level = f"t = {t:g}, where data is not drowned in noise (alpha/sigma = {alpha / sigma:.3g})"
-        raise UsageError(f"the plan starts at {level}", "give x=, the noised data at that time")
-    return sigma * noise.normal(seeds, noise.INITIAL, shape, dtype, device)
+        raise UsageError(f"the plan starts at {level}", "give init=, the data, or x=, the noised data at that time")
+    x = sigma * noise.normal(seeds, noise.INITIAL, shape, dtype, device)
+    return x if data is None else x + alpha * data.to(device, dtype)
+
+
+def _init(init: Tensor | None, x: Tensor | None, shape: tuple[int, ...], n: int) -> Tensor | None:
+    """The data to begin from, shape (n, *shape)."""
+    if init is None:
+        return None
+    if x is not None:
+        raise UsageError("init and x exclude each other", "init= takes data, x= what is noised already")
+    if not isinstance(init, Tensor) or init.shape not in (shape, (n, *shape)):
+        got = f"shape {tuple(init.shape)}" if isinstance(init, Tensor) else f"{init!r:.60}"
+        raise UsageError(f"init: need a tensor of shape {shape} or {(n, *shape)}, got {got}")
+    return init.expand(n, *shape)
 
 
 def _data_std(denoiser: Denoiser, afs: bool | float | None) -> float | None:
@@ -350,17 +386,19 @@ def label_indices(denoiser: Denoiser, label: Any, n: int) -> Tensor | None:
 
 
 def find_device(name: torch.device | str) -> torch.device:
-    """A device that is there.
+    """A device that is there: "cpu", "cuda", "cuda:1", "mps", or "auto", which is CUDA where it is there, else the CPU.
 
     Raises:
         UsageError: no such kind of device. MissingError: it is not on this machine.
     """
     try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise UsageError(f"device: got {name!r}", 'device="cpu" or "cuda"') from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MissingError(f"device {name!r}: this torch sees {torch.cuda.device_count()} CUDA devices", 'device="cpu"')
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        count = torch.get_device_module(device).device_count()
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise unknown("device", name, DEVICES) from error
+    if not 0 <= (device.index or 0) < count:
+        seen = f"this torch sees {count} {device.type.upper()} devices"
+        raise MissingError(f"device {str(name)!r}: {seen}", 'device="cpu"')
     return device
 
 

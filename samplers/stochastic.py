@@ -164,7 +164,10 @@ class SaSolver(Reverse):
 
     def __post_init__(self) -> None:
         number("tau", self.tau, 0)
-        low, high = self.between
+        try:
+            low, high = map(float, self.between)
+        except (TypeError, ValueError):
+            low = high = math.nan
         if not 0 <= low < high:
             raise UsageError(f"between: need two rising levels of sigma/alpha, got {self.between}", "(0.72, 25.0)")
         orders = integer("predictor", self.predictor, 1, 5), integer("corrector", self.corrector, 0, 6)

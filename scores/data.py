@@ -246,7 +246,7 @@ def _pictures(path: Path, entries: list[tuple[str, int, Callable[[], bytes]]], s
             raise FileError(
                 f"{path}: {name}: {length} bytes; a picture may have {MAX_FILE >> 20} MiB", "make it smaller"
             )
-        images[i] = _decode(f"{path}: {name}", read(), size)
+        images[i] = decode(f"{path}: {name}", read(), (size, size))
     stacked = torch.from_numpy(images).permute(0, 3, 1, 2)
     if (images[..., :1] == images).all():
         stacked = stacked[:, :1]
@@ -263,8 +263,8 @@ def _pictures(path: Path, entries: list[tuple[str, int, Callable[[], bytes]]], s
     return Data(stacked, torch.tensor([names.index(c) for c in classes]), names, card)
 
 
-def _decode(where: str, raw: bytes, size: int) -> np.ndarray:
-    """One picture as (size, size, 3) on white; the first frame, the centre square, Lanczos."""
+def decode(where: str, raw: bytes, size: tuple[int, int]) -> np.ndarray:
+    """One picture as (height, width, 3) on white, of this (width, height); the first frame, its centre, Lanczos."""
     from PIL import Image, ImageOps
 
     try:
@@ -277,8 +277,8 @@ def _decode(where: str, raw: bytes, size: int) -> np.ndarray:
     except Exception as error:  # Pillow's readers raise almost anything on broken input
         raise FileError(f"{where}: broken picture ({type(error).__name__}: {error})", "remove or replace it") from error
     ground = Image.new("RGBA", picture.size, "white")
-    square = ImageOps.fit(Image.alpha_composite(ground, picture).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(square)
+    fitted = ImageOps.fit(Image.alpha_composite(ground, picture).convert("RGB"), size, Image.Resampling.LANCZOS)
+    return np.asarray(fitted)
 
 
 def arrays(path: Path) -> Data:

@@ -21,6 +21,7 @@ class Wrapper:
         self.process = denoiser.process
         self.labels: Sequence[str] | None = getattr(denoiser, "labels", None)
         self.shape: tuple[int, ...] | None = getattr(denoiser, "shape", None)
+        self.data_std: float | None = getattr(denoiser, "data_std", None)
         self.dtype: torch.dtype | None = getattr(denoiser, "dtype", None)
         self.device: torch.device | None = getattr(denoiser, "device", None)
         self.evals: int = getattr(denoiser, "evals", 1)

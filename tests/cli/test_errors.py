@@ -47,6 +47,46 @@ CALLS = [
     ("sample --label 11", 2, "unknown label '11'"),
     ("sample --eta -1", 2, "finite"),
     ("sample --eta 0.5 --sampler heun", 2, "eta"),
+    ("sample --set tau", 2, "NAME=VALUE"),
+    ("sample --set tau=x", 2, "--set tau"),
+    ("sample --set tau= --sampler sa-solver", 2, "--set tau"),
+    ("sample --set chrn=3", 2, "did you mean 'churn'"),
+    ("sample --set process=3", 2, "unknown sampler option"),
+    ("sample --set eta=0.5", 2, "--eta 0.5"),
+    ("sample --set tau=1 --set tau=2 --sampler sa-solver", 2, "twice"),
+    ("sample --set tau=1 --sampler heun", 2, "heun takes no tau"),
+    ("sample --set tau=1,2 --sampler sa-solver", 2, "tau"),
+    ("sample --set between=1 --sampler sa-solver", 2, "between"),
+    ("sample --set between=nan,1 --sampler sa-solver", 2, "between"),
+    ("sample --set predictor=2.5 --sampler sa-solver", 2, "predictor"),
+    ("sample --set churn=inf --sampler edm", 2, "churn"),
+    ("sample --lower-order-final --sampler heun", 2, "one order only"),
+    ("sample --afs --model digits-vp", 2, "--afs 0.5"),
+    ("sample --afs 0.5 --sampler heun", 2, "inner calls"),
+    ("sample --afs=-1", 2, "of at least 0"),
+    ("sample --afs much", 2, "not a valid float"),
+    ("sample --brownian", 2, "draws no noise"),
+    ("sample --grid karras(x)", 2, "need a number"),
+    ("sample --strength 0.5", 2, "--init"),
+    ("sample --init none.png", 3, "cannot be read"),
+    ("sample --init text.txt", 3, "broken picture"),
+    ("sample --init folder", 3, "cannot be read"),
+    ("sample --init bomb.png", 3, "bomb.png"),
+    ("sample --init bare.png --strength 0", 2, "no noise below"),
+    ("sample --init bare.png --strength 2", 2, "up to 1"),
+    ("sample --init bare.png --strength nan", 2, "finite"),
+    ("sample --sampler plan.safetensors --set tau=1", 2, "leave --set out"),
+    ("sample --sampler plan.safetensors --lower-order-final", 2, "leave --lower-order-final out"),
+    ("sample --sampler plan.safetensors --afs", 2, "leave --afs out"),
+    ("sample --sampler plan.safetensors --init bare.png --strength 0.5", 2, "leave --strength out"),
+    ("sample --negative 3", 2, "--guidance"),
+    ("sample --guidance 1 --guidance-rescale 0.7", 2, "--guidance 2"),
+    ("sample --label 3 --guidance 2 --negative 11", 2, "unknown label '11'"),
+    ("sample --label 3 --guidance 2 --guidance-interval 5", 2, "two numbers"),
+    ("sample --label 3 --guidance 2 --guidance-interval a,b", 2, "two numbers"),
+    ("sample --label 3 --guidance 2 --guidance-interval 5,1", 2, "low < high"),
+    ("sample --label 3 --guidance 2 --guidance-rescale 2", 2, "up to 1"),
+    ("sample --label 3 --guidance 1e9", 2, "--guidance"),
     ("sample --guidance nan", 2, "finite"),
     ("sample --guidance 2", 2, "label"),
     ("sample --dtype fp8", 2, "fp8"),
@@ -92,7 +132,9 @@ CALLS = [
     (f"sample --sampler {LONG}.safetensors", 3, "name too long"),
     (f"sample --like {LONG}.png", 3, "not a PNG"),
     (f"sample --config {LONG}.toml", 3, "name too long"),
-    ("samplers extra", 2, "unexpected extra argument"),
+    ("samplers heun extra", 2, "unexpected extra argument"),
+    ("samplers huen", 2, "did you mean 'heun'"),
+    ("samplers heun --markdown", 2, "--markdown"),
 ]
 
 
@@ -155,9 +197,9 @@ def test_errors_as_json(cli):
 def test_missing_device(cli, monkeypatch):
     import torch
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run = cli("sample", "--device", "cuda")
-    assert_clear(run, 4, "device 'cuda' is not available")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for command in ("sample", "train"):
+        assert_clear(cli(command, "--device", "cuda"), 4, "device 'cuda': this torch sees 0 CUDA devices")
 
 
 def test_missing_package(cli, monkeypatch):
@@ -252,7 +294,7 @@ def test_full_disk_keeps_the_old_sheet(cli, sheet, monkeypatch):
     assert [path.name for path in sheet.parent.iterdir()] == [sheet.name]
 
 
-RECIPES = [
+SETTINGS = [
     ("[]", "expected a JSON object"),
     ("{", "broken JSON"),
     ("[" * 100_000, "broken JSON"),
@@ -266,17 +308,25 @@ RECIPES = [
     ('{"version": "1", "options": {"guidance": NaN}, "model": {}}', "not a finite number"),
     ('{"version": "1", "options": {"guidance": 1e999}, "model": {}}', "not a finite number"),
     ('{"version": "1", "options": {"model": "a\\u0000b"}, "model": {}}', "model: expected a string"),
+    ('{"version": "1", "options": {"set": "tau=1"}, "model": {}}', "set: expected a list of strings"),
+    ('{"version": "1", "options": {"set": [1]}, "model": {}}', "set: expected a list of strings"),
+    ('{"version": "1", "options": {"afs": "x"}, "model": {}}', "afs: expected a number or 'model'"),
+    ('{"version": "1", "options": {"brownian": 1}, "model": {}}', "brownian: expected true or false"),
+    ('{"version": "1", "options": {"strength": 7}, "model": {}}', "not a finite number"),
+    ('{"version": "1", "options": {"init": "missing.png"}, "model": {}}', "missing.png: cannot be read"),
+    ('{"version": "1", "options": {}, "model": {}, "init": 5}', "digest: expected a string"),
     ('{"version": "1", "options": {"model": "digits"}, "model": {"digest": "0"}}', "made with another digits"),
     ('{"version": "1", "options": {"model": "digits"}, "model": {"digest": [1]}}', "digest: expected"),
     ('{"version": "1", "options": {"seeds": "0-99999999"}, "model": {}}', "more than"),
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), RECIPES, ids=[text[:50] for text, _ in RECIPES])
-def test_hostile_recipes(cli, tmp_path, text, message):
+@pytest.mark.parametrize(("text", "message"), SETTINGS, ids=[text[:50] for text, _ in SETTINGS])
+def test_hostile_settings(cli, tmp_path, text, message):
     info = PngImagePlugin.PngInfo()
     info.add_itxt("pfode", text)
     Image.new("L", (4, 4)).save(tmp_path / "hostile.png", pnginfo=info)
+    assert cli("info", "hostile.png").code in (0, 3)
     run = cli("sample", "--like", "hostile.png")
     assert_clear(run, 2 if "seeds" in text else 3, message)
     assert len(listing(tmp_path)) == 1

@@ -45,13 +45,6 @@ def test_env(cli):
     assert "torch" in cli("info", "env").out
 
 
-def test_samplers(cli):
-    entries = {entry["name"]: entry for entry in cli("samplers", "--json").json}
-    assert entries["heun"]["order"] == 2
-    assert entries["ddpm"]["stochastic"] is True
-    assert {line.split()[0] for line in cli("samplers").out.splitlines()[1:]} == set(entries)
-
-
 def test_a_file_has_no_say_over_the_terminal(cli, tmp_path):
     header = b'{"__metadata__": {"x": "\\u001b[31mred\\u0007"}}'
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)

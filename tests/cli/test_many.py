@@ -188,7 +188,7 @@ def test_the_sheet_shows_the_first_hundred(cli, tmp_path):
     words = ("--steps", 1, "--label", "all", "--quiet")
     done = cli("sample", *words, "--n", 110, "--separate", "a", "--trajectory", "path.gif", "--json")
     assert done.json["files"] == ["sheet.png", "path.gif", "a/results.jsonl", "a/run.json"]
-    assert images.read_recipe(tmp_path / "sheet.png")["options"]["n"] == 100
+    assert images.read_settings(tmp_path / "sheet.png")["options"]["n"] == 100
     assert cli("sample", "--like", "sheet.png", "--out", "again.png").code == 0
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "sheet.png").read_bytes()
     assert len(digests(tmp_path / "a")) == 110

@@ -51,9 +51,29 @@ def test_the_stronger_of_two_rivals_wins(configured, monkeypatch):
     assert configured("sample", "--n", 1, "--steps", 2, "--json").json["steps"] == 2
 
 
+def test_options_that_are_lists_or_words(cli, tmp_path, monkeypatch):
+    (tmp_path / "pfode.toml").write_text('[tool.pfode]\nset = ["tau=0.5", "between=1,2"]\nafs = "model"\nn = 1\n')
+    assert value(cli("info", "config", "--json"), "set") == (["tau=0.5", "between=1,2"], "pfode.toml")
+    assert any(
+        line.split() == ["set", "tau=0.5", "between=1,2", "pfode.toml"]
+        for line in cli("info", "config").out.splitlines()
+    )
+    options = cli("sample", "--sampler", "sa-solver", "--steps", 3, "--json").json["settings"]["options"]
+    assert {"tau=0.5", "between=1,2"} <= set(options["set"])
+    assert options["afs"] == 0.5
+    monkeypatch.setenv("PFODE_SET", "tau=0.7 predictor=2")
+    monkeypatch.setenv("PFODE_AFS", "0.3")
+    options = cli("sample", "--sampler", "sa-solver", "--steps", 3, "--json").json["settings"]["options"]
+    assert {"tau=0.7", "predictor=2"} <= set(options["set"])
+    assert options["afs"] == 0.3
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('set = "tau=1"', "set: expected a list of strings"),
+        ("afs = true", "afs: expected a number or 'model'"),
+        ("brownian = 1", "brownian: expected true or false"),
         ("stepz = 3", "unknown key 'stepz'"),
         ("[smaple]\nsteps = 3", "unknown table 'smaple'"),
         ("[sample]\nstep = 3", "[sample]: unknown key 'step'"),

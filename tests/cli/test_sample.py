@@ -1,6 +1,9 @@
 import hashlib
 import json
 import re
+import shlex
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +11,9 @@ from PIL import Image
 
 import pfode
 from pfode.cli import images
-from pfode.cli.recipe import format_seeds, parse_seeds
+from pfode.cli import sample as cli_sample
 from pfode.cli.sample import command as sample
+from pfode.cli.settings import format_seeds, format_set, parse_seeds, parse_set
 
 
 def pixels(path):
@@ -44,29 +48,124 @@ def test_like_repeats_a_sheet(cli, sheet):
         "--nfe 6 --sampler heun --grid karras --n 3",
         "--steps 4 --sampler ddpm --seeds 3,9-10 --label 3 --guidance 1.5",
         "--steps 2 --label all --scale 3 --dtype fp64",
+        "--steps 5 --sampler sa-solver --set tau=0.5 --set between=0.5,30 --set predictor=2 --n 2",
+        "--steps 5 --sampler bdia --set gamma=0.5 --chart trig --n 2",
+        "--steps 5 --sampler unipc3 --lower-order-final --afs --grid shifted(time,3) --n 2",
+        "--nfe 5 --afs 0.7 --n 2",
+        "--steps 5 --sampler dpm++2m-sde --eta 0.5 --brownian --n 2",
+        "--steps 3 --label all --guidance 3 --negative 5 --guidance-interval 0.3,5 --guidance-rescale 0.7 --n 2",
+        "--steps 3 --init given.png --strength 0.4 --n 2",
     ],
 )
-def test_like_repeats_every_option(cli, tmp_path, words):
-    assert cli("sample", *words.split()).code == 0
+def test_settings_are_repeated(cli, tmp_path, words):
+    """By --like, by the command that `pfode info` shows, and by --like from a single picture."""
+    Image.linear_gradient("L").save(tmp_path / "given.png")
+    assert cli("sample", *words.split(), "--separate", "a").code == 0
+    whole = (tmp_path / "sheet.png").read_bytes()
     assert cli("sample", "--like", "sheet.png", "--out", "again.png").code == 0
-    assert (tmp_path / "sheet.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert (tmp_path / "again.png").read_bytes() == whole
+    command = shlex.split(cli("info", "sheet.png", "--json").json["command"])
+    assert cli(*command[1:], "--out", "typed.png").code == 0
+    assert (tmp_path / "typed.png").read_bytes() == whole
+    first = min((tmp_path / "a").glob("*.png"))
+    assert cli("sample", "--like", first, "--separate", "b").code == 0
+    assert (tmp_path / "b" / first.name).read_bytes() == first.read_bytes()
 
 
 def test_flags_override_like_and_like_the_environment(cli, sheet, monkeypatch):
     monkeypatch.setenv("PFODE_STEPS", "9")
     monkeypatch.setenv("PFODE_GUIDANCE", "2")
-    recipe = cli("sample", "--like", sheet, "--seed", 1, "--json").json["recipe"]
-    assert recipe["steps"] == 3
-    assert recipe["options"]["seed"] == 1
-    assert recipe["options"]["n"] == 4
-    assert "guidance" not in recipe["options"]
+    settings = cli("sample", "--like", sheet, "--seed", 1, "--json").json["settings"]
+    assert settings["steps"] == 3
+    assert settings["options"]["seed"] == 1
+    assert settings["options"]["n"] == 4
+    assert "guidance" not in settings["options"]
     assert cli("sample", "--like", sheet, "--nfe", 5, "--json").json["nfe"] == 5
-    assert cli("sample", "--like", sheet, "--seeds", "5,8", "--json").json["recipe"]["options"]["seeds"] == "5,8"
+    assert cli("sample", "--like", sheet, "--seeds", "5,8", "--json").json["settings"]["options"]["seeds"] == "5,8"
+
+
+def test_another_sampler_leaves_the_options_of_the_first(cli):
+    words = ("--steps", 4, "--n", 2, "--set", "tau=0.5", "--lower-order-final")
+    assert cli("sample", "--sampler", "sa-solver", *words).code == 0
+    words = ("sample", "--like", "sheet.png", "--out", "other.png", "--json")
+    options = cli(*words, "--sampler", "heun").json["settings"]["options"]
+    assert (options["sampler"], options["steps"], options["chart"]) == ("heun", 4, "ddim")
+    assert not {"set", "lower_order_final"} & set(options)
+    again = cli(*words, "--no-lower-order-final").json["settings"]["options"]
+    assert "tau=0.5" in again["set"]
+    assert "lower_order_final" not in again
+
+
+def test_options_reach_the_plan(cli):
+    """The pictures are those of the library with the same options."""
+    net = pfode.load("digits")
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("--sampler edm --set churn=20 --set s_noise=1.01", {"sampler": "edm", "churn": 20, "s_noise": 1.01}),
+        ("--sampler unipc2 --lower-order-final", {"sampler": "unipc2", "lower_order_final": True}),
+        ("--afs", {"afs": True}),
+        ("--sampler ddpm --brownian", {"sampler": "ddpm", "brownian": True}),
+    ]
+    for words, options in cases:
+        assert cli("sample", "--steps", 5, "--n", 1, "--scale", 1, *words.split()).code == 0
+        x = pfode.sample(net, n=1, steps=5, **options).x
+        assert np.array_equal(pixels("sheet.png")[2:-2, 2:-2], images.to_pixels(x)[0]), words
+
+
+def test_guidance(cli):
+    """Interval, rescaling and negative class are those of `guide`, and the evals are counted."""
+    words = ("--n", 1, "--steps", 5, "--scale", 1, "--label", 3, "--guidance", 4)
+    extra = ("--guidance-interval", "0.3,5", "--guidance-rescale", 0.5, "--negative", 8)
+    run = cli("sample", *words, *extra, "--json").json
+    net = pfode.scores.guide(pfode.load("digits"), 4.0, negative="8", interval=(0.3, 5.0), rescale=0.5)
+    out = pfode.sample(net, n=1, steps=5, label=3)
+    assert np.array_equal(pixels("sheet.png")[2:-2, 2:-2], images.to_pixels(out.x)[0])
+    assert (run["nfe"], run["evals"]) == (5, out.evals)
+    assert 5 < out.evals < 10
+
+
+@pytest.mark.parametrize("model", ["digits", "digits-vp", "digits-flow"])
+def test_image_to_image(cli, tmp_path, model):
+    """The stronger, the farther from the picture; --strength is the share of noise; --separate draws the same."""
+    picture = np.zeros((16, 32, 3), np.uint8)
+    picture[:, 8:24, 1] = 255  # the centre square is green
+    Image.fromarray(picture).save(tmp_path / "green.png")
+    words = ("sample", "--model", model, "--steps", 6, "--n", 4, "--scale", 1, "--init", "green.png")
+    far = []
+    for strength in (0.1, 0.5, 1):
+        assert cli(*words, "--strength", strength).code == 0
+        whole = pixels("sheet.png").astype(float)
+        tiles = [whole[2 + 10 * i : 10 + 10 * i, 2 + 10 * j : 10 + 10 * j] for i in (0, 1) for j in (0, 1)]
+        far.append(np.mean([np.abs(tile - 150).mean() for tile in tiles]))  # 0.587 of 255
+    assert far == sorted(far)
+    assert far[0] < 25
+    net = pfode.load(model)
+    start = cli_sample.start(net.process, 0.5)
+    assert start is not None
+    assert net.process.sigma(start) == pytest.approx(net.process.alpha(start))
+    assert cli(*words, "--separate", "a", "--out", "b.png").code == cli(*words).code == 0
+    assert np.array_equal(pixels("b.png"), pixels("sheet.png"))
+    Image.new("L", (8, 8)).save(tmp_path / "green.png")
+    changed = cli("sample", "--like", "sheet.png")
+    assert (changed.code, "made with another green.png" in changed.err) == (3, True)
+
+
+def test_image_to_image_with_a_plan_file(cli, tmp_path):
+    """The picture is noised to the first time of the plan."""
+    Image.new("L", (8, 8), 200).save(tmp_path / "grey.png")
+    net = pfode.load("digits")
+    start = cli_sample.start(net.process, 0.4)
+    pfode.make_plan("heun", net.process, 4, start=start).save(tmp_path / "late.safetensors")
+    words = ("sample", "--n", 2, "--init", "grey.png", "--out")
+    assert cli(*words, "a.png", "--sampler", "late.safetensors").code == 0
+    assert cli(*words, "b.png", "--sampler", "heun", "--steps", 4, "--strength", 0.4).code == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert cli(*words, "c.png", "--sampler", "late.safetensors", "--strength", 0.4).code == 2
+    assert cli("sample", "--n", 2, "--sampler", "late.safetensors").code == 2
 
 
 def test_texts_of_a_png(sheet):
     texts = images.read_text(sheet)
-    digest = images.read_recipe(sheet)["model"]["digest"]
+    digest = images.read_settings(sheet)["model"]["digest"]
     assert re.fullmatch(
         rf"Steps: 3, Sampler: \S+, Schedule type: \S+, Seed: 7, Size: 8x8, Model hash: {digest[:10]}, "
         rf"Model: digits, Version: pfode {re.escape(pfode.__version__)}",
@@ -74,6 +173,11 @@ def test_texts_of_a_png(sheet):
     )
     with Image.open(sheet) as picture:
         assert picture.mode == "L"
+
+
+def test_texts_with_commas_are_quoted(cli):
+    assert cli("sample", "--steps", 3, "--n", 1, "--grid", "shifted(time,3)").code == 0
+    assert 'Schedule type: "shifted(time,3)", Seed: 0' in images.read_text(Path("sheet.png"))["parameters"]
 
 
 def test_separate_pictures_do_not_depend_on_the_batch(cli, tmp_path):
@@ -124,7 +228,7 @@ def test_plan_file_as_sampler(cli, tmp_path):
 def test_json(cli):
     run = cli("sample", "--steps", 2, "--n", 2, "--json")
     assert run.json["out"] == "sheet.png"
-    assert run.json["nfe"] == run.json["recipe"]["nfe"]
+    assert run.json["nfe"] == run.json["settings"]["nfe"]
     guided = cli("sample", "--steps", 2, "--n", 2, "--label", "3", "--guidance", 2, "--json").json
     assert guided["evals"] == 2 * guided["nfe"]
 
@@ -145,6 +249,11 @@ def test_scale_and_columns():
 @pytest.mark.parametrize("text", ["0-63,80", "5", "3,1", f"{2**64 - 1}"])
 def test_seeds_round_trip(text):
     assert format_seeds(parse_seeds(text)) == text
+
+
+@pytest.mark.parametrize("options", [{"tau": 0.1, "between": (0.5, 1e9)}, {"predictor": 3, "s_tmin": 1e-7}, {}])
+def test_set_round_trip(options):
+    assert parse_set(format_set({"sampler": "x", "eta": 1.0, **options})) == options
 
 
 def test_classes_in_turn_unless_none(cli, monkeypatch):

@@ -1,5 +1,6 @@
 """`sample`: seeds, batches, results, bad input."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import pfode
 from pfode.errors import NumericalError, UsageError
 from pfode.samplers import CATALOGUE
+from pfode.samplers.sampling import find_device
 from tests import problems
 
 MIX = problems.mixture(pfode.EDM())
@@ -151,6 +153,12 @@ def test_nan_is_never_silent():
         {"grid": ["a", "b"]},
         {"grid": [80.0, 1.0], "stop": 1.0},
         {"device": "gpu"},
+        {"device": "meta"},
+        {"init": torch.zeros(3)},
+        {"init": "x"},
+        {"init": torch.zeros(2), "x": torch.zeros(2, 2)},
+        {"sampler": "sa-solver", "between": 1.0},
+        {"sampler": "sa-solver", "between": (1.0, 2.0, 3.0)},
         {"shape": 8},
         {"shape": (3,)},
         {"shape": (0,)},
@@ -185,6 +193,33 @@ def test_a_device_that_is_not_there():
         with pytest.raises(pfode.errors.MissingError, match="CUDA"):
             pfode.sample(MIX, 2, device="cuda")
     assert torch.equal(pfode.sample(MIX, 2, device="cpu").x, pfode.sample(MIX, 2).x)
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    assert find_device("auto") == torch.device(there)
+
+
+def test_data_to_begin_from():
+    """It is noised to the plan's first time by the seeds, one for all samples or one each."""
+    data = torch.tensor([[0.9, -0.4], [-0.6, 0.8]])
+    for process in problems.PROCESSES.values():
+        denoiser = problems.mixture(process)
+        start = process.time(0.0)  # alpha = sigma
+        noised = process.alpha(start) * data + process.sigma(start) * pfode.noise.normal([0, 1], 0, (2,))
+        wanted = pfode.sample(denoiser, x=noised, start=start).x
+        assert torch.equal(pfode.sample(denoiser, 2, init=data, start=start, batch=1).x, wanted)
+        assert torch.equal(pfode.sample(denoiser, 1, init=data[0], start=start).x, wanted[:1])
+    with pytest.raises(UsageError, match="init="):
+        pfode.sample(MIX, 2, start=1.0)
+
+
+def test_a_recipe_of_ones_own():
+    mine = replace(CATALOGUE["heun"], name="mine", charts=("flow",))
+    out = pfode.sample(MIX, 2, sampler=mine, steps=4)
+    assert (out.plan.name, out.plan.meta["chart"], out.nfe) == ("mine", "flow", 7)
+
+
+def test_afs_knows_the_data_under_guidance():
+    net = pfode.load("digits")
+    assert pfode.sample(net, 2, steps=4, afs=True, label=3, guidance=2.0).nfe == 3
 
 
 def test_numpy_numbers_and_arrays_are_welcome():
@@ -226,6 +261,10 @@ def test_charts_and_options_are_recorded():
     assert plan.meta == {"sampler": "exp-ab2", "chart": "trig", "grid": "log-snr", "final": "denoise"}
     assert plan.prediction == "v"
     assert pfode.make_plan("euler-a", pfode.EDM(), 5, eta=0.3).meta["eta"] == 0.3
+    for name, recipe in CATALOGUE.items():
+        plan = pfode.make_plan(name, pfode.EDM(), 2, chart=recipe.charts[-1])
+        again = {key: value for key, value in plan.meta.items() if key != "sampler"}
+        assert pfode.make_plan(plan.meta["sampler"], pfode.EDM(), 2, **again) == plan
 
 
 @pytest.mark.parametrize("name", ["euler-a", "ddpm"])

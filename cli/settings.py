@@ -1,0 +1,253 @@
+"""Which settings a run uses: of rivals the one with the stronger source, those of a picture, values that are lists."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from pfode.cli.common import check_value
+from pfode.errors import FileError, UsageError, unknown
+
+T = TypeVar("T")
+OF_THE_SAMPLER = ("chart", "eta", "set", "lower_order_final", "afs")  # which another one may not take
+OF_THE_PLAN = ("steps", "nfe", "grid", *OF_THE_SAMPLER, "strength")
+OF_THE_GUIDANCE = ("negative", "guidance_interval", "guidance_rescale")
+RECORDED = (
+    "model", "sampler", *OF_THE_PLAN, "brownian", "init", "label", "guidance", *OF_THE_GUIDANCE,
+    "seed", "n", "seeds", "dtype", "scale",
+)  # fmt: skip
+MAX_SAMPLES = 1_000_000
+
+
+def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Merge --like, and of two options that exclude each other keep the one with the stronger source.
+
+    Raises:
+        UsageError: both with the same source, or one without the other that it belongs to.
+    """
+    ranks = {name: _rank(ctx, name) for name in options}
+    if options["like"] is not None:
+        _merge(ctx, options, ranks)
+    plan = options["sampler"].endswith(".safetensors")
+    for name in OF_THE_PLAN:
+        if plan and ranks[name] == 0:
+            raise UsageError(
+                f"{flag(name)} with a plan file: the plan {options['sampler']} has its own", f"leave {flag(name)} out"
+            )
+    for name, other in (("steps", "nfe"), ("seed", "seeds"), ("n", "seeds")):
+        if ranks[name] == ranks[other] < _DEFAULT:
+            raise UsageError(f"--{name} and --{other} exclude each other", "give one of them")
+    for name, other, value in (
+        ("strength", "init", "PICTURE"),
+        *((name, "guidance", "2") for name in OF_THE_GUIDANCE),
+    ):
+        if ranks[name] == 0 and options[other] in (None, 1):
+            raise UsageError(f"{flag(name)} does nothing without --{other}", f"--{other} {value}")
+    if ranks["nfe"] < ranks["steps"]:
+        options["steps"] = None
+    else:
+        options["nfe"] = None
+    if min(ranks["seed"], ranks["n"]) < ranks["seeds"]:
+        options["seeds"] = None
+    if ranks["n"] == _DEFAULT:
+        options["n"] = None
+    return options
+
+
+_DEFAULT = 9
+_RANKS = {ParameterSource.COMMANDLINE: 0, ParameterSource.ENVIRONMENT: 2, ParameterSource.DEFAULT_MAP: 3}
+
+
+def _rank(ctx: click.Context, name: str) -> int:
+    """How strong the source of a value is; 1 is a picture's settings."""
+    where = ctx.get_parameter_source(name)
+    return _RANKS.get(where, _DEFAULT) if where else _DEFAULT
+
+
+def _merge(ctx: click.Context, options: dict[str, Any], ranks: dict[str, int]) -> None:
+    """Put the settings of the picture --like into the options, where no flag is stronger."""
+    from pfode.cli.images import read_settings
+
+    path = Path(options["like"])
+    settings = read_settings(path)
+    found = settings["options"]
+    params = {p.name: p for p in ctx.command.params}
+    for key in found:
+        if key not in RECORDED:
+            raise FileError(
+                f"{path}: pfode: options: unknown option {key!r:.60}", "the picture was not written by this pfode"
+            )
+    if ranks["sampler"] == 0:
+        found = {key: value for key, value in found.items() if key not in OF_THE_SAMPLER}
+    for key in RECORDED:
+        if ranks[key] == 0:
+            continue
+        param = params[key]
+        options[key], ranks[key] = _default(param), _DEFAULT
+        if key in found:
+            value = check_value(f"{path}: pfode: options: {key}", param, found[key])
+            try:
+                options[key], ranks[key] = param.type_cast_value(ctx, value), 1
+            except click.BadParameter as error:
+                raise FileError(f"{path}: pfode: options: {key}: {error.message}") from error
+    digests = {"model": settings["model"].get("digest"), "sampler": settings.get("plan"), "init": settings.get("init")}
+    for value in digests.values():
+        if value is not None and not isinstance(value, str):
+            raise FileError(f"{path}: pfode: digest: expected a string, got {value!r:.60}")
+    options["digests"] = {key: value for key, value in digests.items() if ranks[key] == 1}
+
+
+def _default(param: click.Parameter) -> Any:
+    """The value where nothing says otherwise."""
+    given = param.default
+    return given if isinstance(given, str | int | float) else () if param.multiple else None
+
+
+def check_digest(options: dict[str, Any], key: str, digest: str | None) -> None:
+    """Refuse to repeat a picture with another file of the same name.
+
+    Raises:
+        FileError: the digest is not the recorded one.
+    """
+    wanted = options.get("digests", {}).get(key)
+    if wanted is not None and wanted != digest:
+        raise FileError(
+            f"{options['like']}: made with another {options[key]} (digest {wanted!r:.12}..., here {digest!r:.12}...)",
+            f"give --{key} to use it anyway",
+        )
+
+
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def typed(command: click.Command, options: dict[str, Any]) -> list[str]:
+    """The words that give a command these options."""
+    params = {param.name: param for param in command.params}
+    words: list[str] = []
+    for key, value in options.items():
+        param = params.get(key)
+        if isinstance(value, bool) and param is not None and param.secondary_opts:
+            words.append((param.opts if value else param.secondary_opts)[0])
+        else:
+            for one in value if isinstance(value, list) else [value]:
+                words += [flag(key), str(one)]
+    return words
+
+
+# ---- values
+
+
+def listed(name: str, text: str, kind: Callable[[str], T], what: str, example: str) -> tuple[T, ...]:
+    """The parts between commas, at least one.
+
+    Raises:
+        UsageError: one that is not of the kind.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{name}: expected {what} separated by commas, got {text!r:.60}", example) from error
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """The ends of --guidance-interval.
+
+    Raises:
+        UsageError: not two numbers.
+    """
+    ends = listed("--guidance-interval", text, float, "two numbers", "--guidance-interval 0.3,5")
+    if len(ends) != 2:
+        raise UsageError(f"--guidance-interval: need two numbers, got {text!r:.60}", "--guidance-interval 0.3,5")
+    return ends[0], ends[1]
+
+
+def parse_set(words: Iterable[str]) -> dict[str, Any]:
+    """The sampler's options in "NAME=VALUE" words, a value being a number, or a tuple of those between commas.
+
+    Raises:
+        UsageError: another form, a name twice, or one that no sampler takes.
+    """
+    known, found = _options_of_samplers(), {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise UsageError(f"--set: expected NAME=VALUE, got {word!r:.60}", "--set churn=40")
+        if name not in known:
+            raise unknown("sampler option", name, known)
+        if name == "eta":
+            raise UsageError("--set eta: it has an option of its own", f"--eta {text}")
+        if name in found:
+            raise UsageError(f"--set {name}: given twice", f"give {name} once")
+        values = listed(f"--set {name}", text, _number, "numbers", "--set tau=0.5 --set between=0.7,25")
+        found[name] = values[0] if len(values) == 1 else values
+    return found
+
+
+def format_set(meta: dict[str, Any]) -> list[str]:
+    """The inverse of `parse_set`, for those among what a plan says of its making."""
+    known = _options_of_samplers() - {"eta"}
+    values = {name: meta[name] for name in meta if name in known}
+    return [f"{name}={','.join(map(repr, v)) if isinstance(v, tuple) else repr(v)}" for name, v in values.items()]
+
+
+def _number(text: str) -> float:
+    """An integer where it is written as one: some options count."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _options_of_samplers() -> set[str]:
+    from pfode.samplers import CATALOGUE
+
+    return {name for recipe in CATALOGUE.values() for name in recipe.method.options}
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds of "0-63,80".
+
+    Raises:
+        UsageError: not a list of seeds, one twice, or too many.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,20})(?:-(\d{1,20}))?\s*", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < 2**64:
+            raise UsageError(f"--seeds: cannot read {part!r:.60}", "--seeds 0-63,80")
+        if last - first + len(seeds) >= MAX_SAMPLES:
+            raise UsageError(f"--seeds: more than {MAX_SAMPLES} seeds", "several runs with a part each")
+        seeds += range(first, last + 1)
+    if len(set(seeds)) < len(seeds):
+        raise UsageError("--seeds: a seed stands there twice", "each seed is one picture: name it once")
+    return seeds
+
+
+def format_seeds(seeds: list[int]) -> str:
+    """The inverse of `parse_seeds`, as short as it gets."""
+    parts: list[list[int]] = []
+    for seed in seeds:
+        if parts and seed == parts[-1][1] + 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in parts)
+
+
+def seed_range(seed: int, n: int) -> list[int]:
+    """n seeds from `seed` on.
+
+    Raises:
+        UsageError: too many, or seeds of more than 64 bits.
+    """
+    if seed + n > 2**64:
+        raise UsageError(f"--seed {seed}: {n} seeds from there on pass 2^64 - 1", f"--seed {2**64 - n}")
+    if n > MAX_SAMPLES:
+        raise UsageError(f"--n {n}: more than {MAX_SAMPLES} pictures", "several runs with a --seed each")
+    return list(range(seed, seed + n))

@@ -1,0 +1,62 @@
+"""What CONTRIBUTING.md shows works: its sampler is as short as it says, runs as it is, and has the order it states."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pfode.plan import Plan
+from pfode.samplers import CATALOGUE, Recipe, make_plan
+from tests import problems
+from tests.samplers.test_orders import measured
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, Any]:
+    """What the Python blocks define, run one after another."""
+    found: dict[str, Any] = {}
+    for block in BLOCKS:
+        exec(compile(block, "CONTRIBUTING.md", "exec"), found)
+    return found
+
+
+def test_a_sampler_is_as_short_as_it_says():
+    lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
+    assert any("Recipe(" in line for line in lines)
+    assert len(lines) < 10
+
+
+def test_it_runs_without_registration(names):
+    assert isinstance(names["plan"], Plan)
+    assert (names["plan"].nfe, names["plan"].name, names["plan"].meta["chart"]) == (10, "mine", "ddim")
+    assert names["x"].shape == (4, 1, 8, 8)
+    assert names["x"].abs().max() < 2
+    assert "mine" not in CATALOGUE
+
+
+def test_its_formula_is_the_one_it_names(names):
+    """The value of the line at the middle of the step is DPM-Solver++(2M)."""
+    process = problems.PROCESSES["EDM"]
+    ours, theirs = (make_plan(sampler, process, 9) for sampler in (names["mine"], "dpm++2m"))
+    assert (ours.b - theirs.b).abs().max() < 1e-12 * theirs.b.abs().max()
+    assert (ours.r - theirs.r).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("process", problems.PROCESSES)
+@pytest.mark.parametrize("name", ["mine", "theirs"])
+def test_it_has_the_order_it_states(names, name, process):
+    recipe: Recipe = names[name]
+    for chart in recipe.charts:
+        found = measured(recipe, process, (32, 64, 128), chart=chart)
+        assert all(abs(order - recipe.order) < 0.25 for order in found["exact"]), found
+        assert all(order > recipe.order_as_shipped - 0.25 for order in found["shipped"]), found
+
+
+@pytest.mark.parametrize("path", re.findall(r"`((?:\w+/)+\w+\.\w+|test_\w+\.py)`", TEXT))
+def test_files_it_names_are_there(path):
+    assert any((ROOT / folder / path).is_file() for folder in (".", "tests/samplers"))
