@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ A sampler is a method in a chart on a grid. Any combination becomes a *plan*, a 
 
     plan = pfode.make_plan("unipc3", process=net.process, nfe=10, chart="dpm++", grid="karras(5)")
 
-Every one runs on every process: variance preserving or exploding, EDM, flow. `auto`, the default, chooses one.
+Every one runs on every process: variance preserving or exploding, EDM, flow.
 
 ## The columns
 
@@ -39,6 +40,8 @@ Every one runs on every process: variance preserving or exploding, EDM, flow. `a
 * **options**: with their defaults; on the command line `--eta X`, and `--set NAME=VALUE` for the others.
 """
 
+MANY = 100  # denoiser calls from which on nothing changes
+
 CHARTS = {
     "ddim": ("eps", "alpha", "s", "1", "DDIM, EDM's Heun, LMS, DEIS (rho)"),
     "dpm": ("eps", "alpha", "log s", "e^u", "DPM-Solver"),
@@ -53,6 +56,13 @@ CHARTS_INTRO = """\
 
 A chart is a prediction n, a scale m, a clock u and a weight w such that the probability-flow ODE is d(x/m)/du = w(u) n,
 exactly; s is sigma/alpha.
+"""
+
+AUTO_INTRO = """\
+## What auto takes
+
+The default, `auto`, goes by the process, the number of denoiser calls, and whether there is guidance; VE is taken as
+EDM is, sub-VP, cosine and discrete VP as VP.
 """
 
 GRIDS_INTRO = """\
@@ -71,7 +81,8 @@ def page() -> str:
         parts += [f"## {name.capitalize()}\n", _table(head, map(_row, group(name)))]
     rows = [(f"`{name}`", *row) for name, row in CHARTS.items()]
     parts += [CHARTS_INTRO, _table(("name", "n", "m", "u", "w", "known as"), rows)]
-    return "\n".join([*parts, GRIDS_INTRO, _table(("name", "parameters", "rule"), _grids())])
+    parts += [GRIDS_INTRO, _table(("name", "parameters", "rule"), _grids())]
+    return "\n".join([*parts, AUTO_INTRO, _table(("process", "guidance", "NFE", "sampler", "grid", "chart"), _auto())])
 
 
 def _row(recipe: "Recipe") -> list[str]:
@@ -91,6 +102,21 @@ def _grids() -> list[list[str]]:
             text = f"`{rule.__name__}({','.join(map(_plain, make.args))})`"
         parameters = inspect.signature(make).parameters.values()
         rows.append([f"`{name}`", ", ".join(f"`{p.name}={_plain(p.default)}`" for p in parameters), text])
+    return rows
+
+
+def _auto() -> list[list[str]]:
+    """The choices by process and guidance, a row per range of NFE."""
+    from pfode.process import EDM, VP, Flow
+    from pfode.samplers.auto import choose
+
+    rows = []
+    for process, guided in itertools.product((VP(), EDM(), Flow()), (False, True)):
+        for chosen, run in itertools.groupby(range(1, MANY + 1), functools.partial(choose, process, guided=guided)):
+            nfe = [*run]
+            calls = f"{nfe[0]} on" if nfe[-1] == MANY else f"{nfe[0]} to {nfe[-1]}"
+            named = (f"`{chosen.sampler}`", f"`{chosen.grid}`", chosen.chart)
+            rows.append([type(process).__name__, "yes" if guided else "no", calls, *named])
     return rows
 
 

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pfode.denoiser import Denoiser
     from pfode.plan import Plan
     from pfode.process import Process
 
@@ -263,6 +262,7 @@ def prepare(options: dict[str, Any]) -> Job:
             f"model {options['model']!r}: samples of shape {shape} are no pictures", "use pfode.sample in Python"
         )
     find_classes(options["label"], net, 1)  # raises where there is no such class
+    net = guided(options, net)
     plan, digests["sampler"] = find_plan(options, net)
     if options["brownian"] and not plan.stochastic:
         raise UsageError(f"--brownian: {plan.name} draws no noise", "leave it out, or see the samplers that do")
@@ -276,7 +276,7 @@ def prepare(options: dict[str, Any]) -> Job:
         options = {**options, "label": "all"}
     n = options["n"] or (len(net.labels) if options["label"] == "all" and net.labels else 16)
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
-    job = Job(options, guided(options, net), plan, init, digests, device, seeds)
+    job = Job(options, net, plan, init, digests, device, seeds)
     shown = len(job.sheet.seeds)
     size = images.sheet_size(shown, *shape[1:], job.scale, job.columns)
     if options["trajectory"] is not None and size[0] * size[1] * (plan.steps + 1) > 4 * images.MAX_PIXELS:
@@ -332,7 +332,7 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan, str | None]":
     name = options["sampler"]
     if not name.endswith(".safetensors"):
         chosen = {key: options[key] for key in ("steps", "nfe", "grid", "chart", "eta", "lower_order_final")}
-        chosen |= {"afs": data_std(options, net), **parse_set(options["set"])}
+        chosen |= {"afs": data_std(options, net), "guided": net.evals > 1, **parse_set(options["set"])}
         if options["init"] is not None:
             chosen["start"] = start(net.process, options["strength"])
         return pfode.make_plan(name, process=net.process, **chosen), None
@@ -365,7 +365,7 @@ def start(process: "Process", strength: float) -> float | None:
     return min(process.time(2 * math.log(1 / strength - 1)), process.t_max)
 
 
-def guided(options: dict[str, Any], net: Any) -> "Denoiser":
+def guided(options: dict[str, Any], net: Any) -> Any:
     """The network under the guidance that is asked for.
 
     Raises:

@@ -1,4 +1,9 @@
-"""sampler="auto": the recipe and grid to take for a process and a number of calls, read off a measured table."""
+"""sampler="auto": the recipe and grid to take for a process and a number of calls, read off a measured table.
+
+The table is benchmarks/recipes.json, of which benchmarks/README.md shows a part: distance from the converged pictures by
+recipe, grid and number of calls on the three digits networks (EDM, VP and flow). Where the best differ between them and
+the larger `emoji` network (EDM), the choice is what loses least on both.
+"""
 
 from typing import NamedTuple
 
@@ -13,11 +18,24 @@ class Choice(NamedTuple):
     chart: str
 
 
+MANY = 10**9
+TABLE: dict[tuple[str, bool], tuple[tuple[int, Choice], ...]] = {  # (family, guided): (most calls, choice), ...
+    ("alpha = 1", False): (
+        (5, Choice("unipc2", "cosine", "flow")),
+        (MANY, Choice("unipc2", "ays-svd", "flow")),
+    ),
+    ("alpha = 1", True): ((MANY, Choice("ipndm2", "ays-svd", "trig")),),
+    ("VP", False): ((MANY, Choice("unipc2", "time-quadratic", "dpm++")),),
+    ("VP", True): ((MANY, Choice("ipndm2", "time-quadratic", "ddim")),),
+    ("Flow", False): (
+        (7, Choice("unipc2", "cosine(0.7)", "flow")),
+        (MANY, Choice("unipc3", "beta", "flow")),
+    ),
+    ("Flow", True): ((MANY, Choice("unipc2", "cosine(0.7)", "flow")),),
+}
+
+
 def choose(process: Process, nfe: int, guided: bool = False) -> Choice:
-    if process.alpha(process.t_max) == 1:
-        return Choice("ipndm2", "cosine(0.5)", "trig")
-    return (
-        Choice("unipc2", "cosine(0.5)", "flow")
-        if isinstance(process, Flow)
-        else Choice("ipndm2", "time-quadratic", "ddim")
-    )
+    """What to take for a process, a number of denoiser calls, and with or without guidance."""
+    family = "alpha = 1" if process.alpha(process.t_max) == 1 else "Flow" if isinstance(process, Flow) else "VP"
+    return next(choice for most, choice in TABLE[family, guided] if nfe <= most)

@@ -173,8 +173,9 @@ def _recipes() -> list[Recipe]:
     add("res-2m", Multistep(2, exact), plus, 2, 2, f"{RES}, alg. 2", "as exp-ab2")
     add("res-3m", Multistep(3, exact), plus, 3, 2, f"{RES}, section 4", "as exp-ab3")
     add("o-belm", Belm(), FLAT, 2, 2, "Wang et al. 2024 (BELM), eq. 18", "exactly invertible")
-    add("bdia", Bdia(), FLAT, 2, 2, "Zhang et al. 2024 (BDIA), eq. 18", "exactly invertible; gamma")
-    add("edict", Edict(), FLAT, 1, 1, "Wallace et al. 2023 (EDICT), eq. 13-16", "exactly invertible; p")
+    add("bdia", Bdia(), FLAT, 1, 1, "Zhang et al. 2024 (BDIA), eq. 18", "exactly invertible; gamma")
+    calm = ("flow", "ddim", "trig")
+    add("edict", Edict(), calm, 1, 1, "Wallace et al. 2023 (EDICT), eq. 13-16", "exactly invertible; two calls; p")
 
     add("ddpm", Ancestral(EULER_STEP), ddim, 1, 1, "Ho et al. 2020, eq. 7", "posterior sampling; eta")
     add("euler-a", Ancestral(EULER_STEP), ddim, 1, 1, f"{K_DIFFUSION}, sample_euler_ancestral", "the same as ddpm; eta")

@@ -63,7 +63,7 @@ CALLS = [
     ("sample --lower-order-final --sampler heun", 2, "one order only"),
     ("sample --afs --model digits-vp", 2, "--afs 0.5"),
     ("sample --afs 0.5 --sampler heun", 2, "inner calls"),
-    ("sample --afs=-1", 2, "of at least 0"),
+    ("sample --init bare.png --strength -1", 2, "of at least 0"),
     ("sample --afs much", 2, "not a valid float"),
     ("sample --brownian", 2, "draws no noise"),
     ("sample --grid karras(x)", 2, "need a number"),

@@ -1,3 +1,5 @@
+import shlex
+
 import pytest
 
 import pfode
@@ -33,7 +35,7 @@ def test_plan(cli, tmp_path):
 def test_picture(cli, sheet, tmp_path):
     found = cli("info", sheet, "--json").json
     assert found["command"].startswith("pfode sample --model digits --sampler")
-    again = cli(*found["command"].split()[1:], "--out", "again.png")
+    again = cli(*shlex.split(found["command"])[1:], "--out", "again.png")
     assert again.code == 0
     assert sheet.read_bytes() == (tmp_path / "again.png").read_bytes()
     assert "command" in cli("info", sheet).out

@@ -1,10 +1,13 @@
 """`pfode samplers`: the tables, one sampler in full, the page in docs/."""
 
 import io
+import itertools
+import re
 from pathlib import Path
 
 import pytest
 
+import pfode
 from pfode.chart import CHARTS
 from pfode.cli import page, samplers
 from pfode.grids import GRIDS
@@ -73,6 +76,16 @@ def test_the_page_is_complete():
     assert list(page.CHARTS) == list(CHARTS)
     widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| `")}
     assert widths == {7, 5, 2}
+    (section,) = re.findall(r"^## What auto takes\n(.*)", text, re.MULTILINE | re.DOTALL)
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
+    pairs = [("VP", pfode.VP()), ("VP", pfode.SubVP()), ("VP", pfode.VPCosine())]
+    pairs += [("EDM", pfode.EDM()), ("EDM", pfode.VE()), ("Flow", pfode.Flow())]
+    for (name, process), guided in itertools.product(pairs, ("no", "yes")):
+        some = [row for row in rows if row[:2] == [name, guided]]
+        for nfe in (1, 5, 10, 20, 50):
+            last = [row for row in some if int(row[2].split()[0]) <= nfe][-1]
+            plan = pfode.make_plan("auto", process, nfe=nfe, guided=guided == "yes")
+            assert last[3:] == [f"`{plan.name}`", f"`{plan.meta['grid']}`", plan.meta["chart"]]
 
 
 def test_a_recipe_that_was_not_measured_yet():
