@@ -32,14 +32,14 @@ CANDIDATES = [
     *["unipc2@dpm++", "unipc3@dpm++", "unipc3-bh1@dpm++", "unipc2@flow", "unipc2@dpm3", "unipc3@flow"],
 ]
 GRIDS = {
-    "EDM": ["karras", "time(7)", "polyexponential(0.8)", "ays-svd", "cosine", "cosine(0.5)"],
-    "VP": ["karras", "log-snr", "time", "time(1.5)", "time-quadratic", "cosine"],
-    "Flow": ["karras", "time", "beta", "cosine", "cosine(0.7)", "cosine(0.5)"],
+    "EDM": ["karras", "polyexponential(0.8)", "ays-svd", "cosine", "cosine(0.5)"],
+    "VP": ["log-snr", "time", "time(1.5)", "time-quadratic", "cosine"],
+    "Flow": ["time", "time(1.5)", "beta", "cosine(0.7)", "cosine(0.5)"],
 }
 BEDS = ["digits", "digits-vp", "digits-flow", "emoji"]
-SHORT = {  # for networks that take their time: what is near the best on the small ones
+SHORT = {  # for networks that take their time: what is near the best on the small ones, and the best known
     "emoji": (
-        ["ddim@ddim", "dpm++2m@dpm++", "exp-ab2@trig", "exp-ab3@trig", "ipndm3@ddim", "ipndm2@trig", "unipc2@flow"],
+        ["ddim@ddim", "dpm++2m@dpm++", "exp-ab3@trig", "ipndm3@ddim", "ipndm2@trig", "ipndm3@trig", "unipc2@flow"],
         ["karras", "polyexponential(0.8)", "ays-svd", "cosine(0.5)"],
     )
 }

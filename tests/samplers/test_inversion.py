@@ -39,7 +39,8 @@ def test_invertible_recipes_return_the_data(name, process):
     assert z.x.dtype == z.previous.dtype == torch.float64
     assert (decode(mix, z, 20, name, chart=chart(mix.process)) - x).abs().max() < 2e-12
     scale = mix.process.sigma(mix.process.t_max)
-    assert (z.previous / scale).abs().max() < 30  # finite, though leapfrog magnifies its start
+    # finite, though leapfrog magnifies its start, and BDIA by 1 / gamma in every step
+    assert (z.previous / scale).abs().max() < (1e4 if name == "bdia" else 30)
 
 
 @pytest.mark.parametrize("name", INVERTIBLE)
@@ -112,7 +113,8 @@ def undone(denoiser, x, n, t, s):
 
 
 @pytest.mark.parametrize(
-    ("name", "by_hand", "options"), [("o-belm", belm, {}), ("bdia", bdia, {"gamma": 0.9}), ("edict", edict, {"p": 0.8})]
+    ("name", "by_hand", "options"),
+    [("o-belm", belm, {}), ("bdia", bdia, {"gamma": 0.9}), ("edict", edict, {"p": 0.8, "chart": "ddim"})],
 )
 @pytest.mark.parametrize("process", ["EDM", "VP", "VPCosine"])
 def test_the_pair_is_that_of_the_papers(name, by_hand, options, process):
