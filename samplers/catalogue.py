@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def make_plan(
     if not isinstance(process, Process):
         raise UsageError(f"process: need a noise process, got {process!r:.60}", "process=net.process, or pfode.EDM()")
     count = nfe if steps is None else steps
-    chosen = auto.choose(process, count if isinstance(count, int) and count > 0 else DEFAULT_STEPS, guided)
+    chosen = auto.choose(process, int(count) if isinstance(count, Integral) else DEFAULT_STEPS, guided)
     if sampler == "auto":
         sampler, chart = chosen.sampler, chosen.chart if chart is None else chart
     found = sampler if isinstance(sampler, Recipe) else recipe(sampler)
