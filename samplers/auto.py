@@ -1,8 +1,8 @@
 """sampler="auto": the recipe and grid to take for a process and a number of calls, read off a measured table.
 
-The table is benchmarks/recipes.json, of which benchmarks/README.md shows a part: distance from the converged pictures by
-recipe, grid and number of calls on the three digits networks (EDM, VP and flow). Where the best differ between them and
-the larger `emoji` network (EDM), the choice is what loses least on both.
+The table is benchmarks/recipes.json, part of which is in benchmarks/README.md: distance from the converged pictures by
+recipe, grid and number of calls on the three digits networks (EDM, VP and flow). Where the best differ between them
+and the larger `emoji` network (EDM), the choice is what loses least on both.
 """
 
 from typing import NamedTuple

@@ -10,8 +10,12 @@
               stops, reached by one step each. One step size for the state or one per sample are two arithmetics
               ("lanes") of the same lines: floats, read once per attempted step, or tensors of shape (batch,).
     outputs   which output times a step passes, and the states there (outputs.py).
-    adjoint   what is kept of the moves, and how gradients are made from it. Every step can be done again from
-              (t0, t1, y0, carry), so an adjoint is a way of storing these: "direct" keeps the graph.
+    events    zeros of functions along the solution (events.py): signs are compared in the loop's own read-back, a
+              crossing is located on the dense output; its time and state have gradients.
+    adjoint   how gradients are made (adjoint.py): values that hand out a tape, which sees the moves and pulls gradients
+              back. Every step can be taken again from (t0, t1, y0, carry): replay.py stores some of these, or computes
+              them backwards; continuous.py solves the adjoint equation; fixed.py is for fixed points; Direct keeps the
+              graph. All but Direct end in one autograd node.
     solve     looks everything up, checks it and runs it (solve.py); `steps` yields accepted steps instead.
 
 Times: the loop's own are float64, on the host in joint lanes; the field sees the state's real dtype. Steps end exactly
@@ -26,11 +30,19 @@ the state or for every sample by itself.
 A new method is a tableau, or one file with `init` and `step`, and a line in `solve.SOLVERS`.
 """
 
+from pfode.ode.adjoint import Direct as Direct
+from pfode.ode.continuous import Backsolve as Backsolve
+from pfode.ode.continuous import Interpolated as Interpolated
 from pfode.ode.control import PI as PI
 from pfode.ode.control import PID as PID
 from pfode.ode.control import I as I
+from pfode.ode.events import Event as Event
+from pfode.ode.events import Hits as Hits
 from pfode.ode.explicit import RungeKutta as RungeKutta
+from pfode.ode.fixed import Implicit as Implicit
 from pfode.ode.loop import Status as Status
+from pfode.ode.replay import Checkpoint as Checkpoint
+from pfode.ode.replay import Reversible as Reversible
 from pfode.ode.solve import SOLVERS as SOLVERS
 from pfode.ode.solve import Solution as Solution
 from pfode.ode.solve import solve as solve

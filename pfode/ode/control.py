@@ -86,3 +86,10 @@ def I(**limits: Any) -> PID:  # noqa: E743  (the controller's name)
 def PI(**limits: Any) -> PID:
     """The proportional-integral controller (0.4, 0.3) of Gustafsson (1991): smoother on stiff-ish problems."""
     return PID(**{"p": 0.4, "i": 0.3, **limits})
+
+
+CONTROLLERS = {
+    "I": I(),
+    "PI": PI(),
+    "PID": PID(p=0.14, i=0.25, d=0.10),  # Kennedy & Carpenter 2003, section 2.3
+}

@@ -1,8 +1,7 @@
-"""Explicit Runge-Kutta methods: a step is two tensor operations per stage besides the field."""
+"""Explicit Runge-Kutta methods: besides the field, a stage is one matrix-vector product and one copy."""
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,33 +11,38 @@ from pfode.ode.state import Field
 from pfode.ode.tableau import Tableau
 
 
-class _Weights(NamedTuple):
-    """A tableau on a device. `nodes` are those of the stages after the first."""
+@dataclass(frozen=True, eq=False)
+class _Weights:
+    """A tableau on a device: `rows` are the weights of the stages (the first has none), of y1 and of the error.
 
-    a: list[Tensor]
-    b: Tensor
-    error: Tensor | None
-    nodes: Tensor
+    still, moving: 1 for y0, then no stages; 0 for y0, then the rows. still + h moving gives all weights of a step.
+    """
+
+    rows: list[Tensor]
+    nodes: tuple[float, ...]
+    still: Tensor
+    moving: Tensor
 
 
 @functools.lru_cache(256)
 def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> _Weights:
-    def put(values: Any) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).to(device, dtype)
-
-    rows = [put(tableau.matrix[i, :i].tolist()) for i in range(tableau.stages)]
-    error = put(list(tableau.error)) if len(tableau.error) else None
-    nodes = torch.tensor(tableau.c[1:], dtype=clock(device), device=device)
-    return _Weights(rows, put(list(tableau.b)), error, nodes)
+    rows = [tableau.matrix[i, :i].tolist() for i in range(tableau.stages)] + [list(tableau.b), list(tableau.error)]
+    made = [torch.tensor(row, dtype=torch.float64).to(device, dtype) for row in rows]
+    still, moving = torch.zeros(2, len(rows), tableau.stages + 1, dtype=dtype, device=device)
+    still[:-1, 0] = 1
+    for row, weights in zip(moving, made, strict=True):
+        row[1 : len(weights) + 1] = weights
+    return _Weights(made, tuple(tableau.c[1:]), still, moving)
 
 
 @functools.lru_cache(256)
-def _extension(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
+def _extension(
+    tableau: Tableau, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], tuple[float, ...], Tensor]:
     """Rows and nodes of the further stages, and the matrix of the polynomials b_i(theta) in the clock's dtype."""
     ext = tableau.extension
     rows = [torch.tensor(row, dtype=torch.float64).to(device, dtype) for row in ext.a]
-    kind = {"dtype": clock(device), "device": device}
-    return rows, torch.tensor(ext.c, **kind), torch.from_numpy(ext.p.copy()).to(**kind)
+    return rows, ext.c, torch.from_numpy(ext.p.copy()).to(device, clock(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,77 +75,145 @@ class RungeKutta:
     def step(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: Tensor | None) -> Step:
         tableau = self.tableau
         weights = _weights(tableau, y0.dtype, y0.device)
-        h = t1 - t0
-        times = field.times(t0, t1, weights.nodes) if tableau.stages > 1 else ()
         slope = field(field.time(t0), y0) if carry is None else carry
-        stages = _Stages(field, y0, h, tableau.stages, slope)
+        stages = (_Kept if field.pure else _Lent)(field, weights, y0, t1 - t0, slope)
         y = y0
-        for count, t in enumerate(times, 1):
-            y = stages.combine(weights.a[count], count)
-            slope = stages.append(field(t, y))
-        y1 = y if tableau.fsal else stages.combine(weights.b, tableau.stages)
-        error = None if weights.error is None else stages.combine(weights.error, tableau.stages, beta=0)
-        following = slope if tableau.fsal else None
-        again = stages.first if carry is None and y0.ndim == 1 else None
-        return Step(y1, error, self._dense(field, t0, t1, y0, stages), following, again)
+        for i, t in enumerate(field.times(t0, t1, weights.nodes), 1):
+            y = stages.combine(i)
+            stages.evaluate(t, y)
+        y1 = y if tableau.fsal else stages.combine(tableau.stages)
+        error = stages.combine(tableau.stages + 1) if len(tableau.error) else None
+        following = stages.slope(tableau.stages - 1) if tableau.fsal else None
+        again = stages.slope(0) if carry is None and y0.ndim == 1 else None
+        return Step(y1, error, _Interpolant(tableau, field, t0, t1, y0, stages), following, again)
 
-    def _dense(self, field: Field, t0: Time, t1: Time, y0: Tensor, stages: "_Stages") -> Dense:
-        def dense(theta: Tensor) -> Tensor:
-            rows, nodes, p = _extension(self.tableau, y0.dtype, y0.device)
-            missing = rows[stages.count - self.tableau.stages :]
-            if missing:
-                for t, row in zip(field.times(t0, t1, nodes), missing, strict=True):
-                    stages.append(field(t, stages.combine(row, stages.count)))
-            powers = theta[..., None] ** torch.arange(1, p.shape[1] + 1, dtype=p.dtype, device=p.device)
-            return stages.at((powers @ p.T).to(y0.dtype))
-
-        return dense
+    def dense(self, field: Field, t0: Time, t1: Time, y0: Tensor, slopes: list[Tensor]) -> Dense:
+        """Dense output of a step of which these are the stages."""
+        stages = _Kept(field, _weights(self.tableau, y0.dtype, y0.device), y0, t1 - t0, slopes[0])
+        stages.slopes += slopes[1:]
+        return _Interpolant(self.tableau, field, t0, t1, y0, stages)
 
 
-class _Stages:
-    """The stages k_i of one step and their combinations y0 + h sum_i w_i k_i.
+@dataclass(frozen=True, eq=False, slots=True)
+class _Interpolant:
+    """Dense output of one step: the tableau's extension."""
 
-    They lie in the field's scratch memory; for pure fields they are kept as they came and stacked when needed. Further
-    stages of dense output are kept beside the scratch.
-    """
+    tableau: Tableau
+    field: Field
+    t0: Time
+    t1: Time
+    y0: Tensor
+    stages: "_Kept | _Lent"
 
-    def __init__(self, field: Field, y0: Tensor, h: Time, size: int, first: Tensor):
-        self.y0, self.h, self.size, self.pure = y0, h, size, field.pure
-        self.kept: list[Tensor] = []
-        if not self.pure:
-            self.slots, self.heads = field.scratch(y0, size)
-        self.count = 0
-        self.append(first)
-        self.first = first if self.pure else self.slots[0]
+    def __call__(self, theta: Tensor) -> Tensor:
+        y0, stages = self.y0, self.stages
+        rows, nodes, p = _extension(self.tableau, y0.dtype, y0.device)
+        if stages.further < len(rows):
+            for t, row in zip(self.field.times(self.t0, self.t1, nodes), rows, strict=True):
+                stages.extend(t, row)
+        powers = theta[..., None] ** torch.arange(1, p.shape[1] + 1, dtype=p.dtype, device=p.device)
+        weights = powers @ p.T  # they sum to theta, up to what the powers cancel
+        weights = weights + (theta[..., None] - weights.sum(-1, keepdim=True)) / len(p)
+        return stages.at(weights.to(y0.dtype))
 
-    def append(self, slope: Tensor) -> Tensor:
-        """Add a stage; returns it as a tensor that outlives the step."""
-        count, self.count = self.count, self.count + 1
-        if self.pure or count >= self.size:
-            self.kept.append(slope if slope.requires_grad else slope.clone())
-            return self.kept[-1]
-        self.slots[count].copy_(slope)
-        return slope.clone() if self.count == self.size else slope
 
-    def matrix(self, count: int) -> Tensor:
-        """The first stages as columns, shape (n, count) with n the number of elements of y."""
-        if not self.pure and count <= self.size:
-            return self.heads[count]
-        kept = torch.stack(self.kept[:count] if self.pure else [*self.slots, *self.kept[: count - self.size]])
-        return kept.reshape(count, -1).T
+class _Kept:
+    """The stages k_i of one step, kept as they came, and their combinations: for gradients and transforms."""
 
-    def combine(self, weights: Tensor, count: int, beta: int = 1) -> Tensor:
-        """beta y0 + h sum_i w_i k_i over the first `count` stages."""
-        matrix = self.matrix(count)
+    def __init__(self, field: Field, weights: _Weights, y0: Tensor, h: Time, first: Tensor):
+        self.field, self.rows, self.y0, self.h, self.slopes = field, weights.rows, y0, h, [first]
+        self.size = len(self.rows) - 2
+
+    @property
+    def further(self) -> int:
+        return len(self.slopes) - self.size
+
+    def evaluate(self, t: Tensor, y: Tensor) -> None:
+        slope = self.field(t, y)
+        self.slopes.append(slope if slope.requires_grad else slope.clone())  # fields may use one buffer
+
+    def extend(self, t: Tensor, row: Tensor) -> None:
+        """A further stage, for dense output."""
+        self.evaluate(t, self._moved(row, 1))
+
+    def slope(self, i: int) -> Tensor:
+        return self.slopes[i]
+
+    def combine(self, row: int) -> Tensor:
+        """y0 + h sum_i w_i k_i by a row of the weights; by the last, the error's, without y0."""
+        return self._moved(self.rows[row], int(row <= self.size))
+
+    def at(self, weights: Tensor) -> Tensor:
+        return _at(weights, torch.stack(self.slopes), self.y0, self.h)
+
+    def _moved(self, weights: Tensor, beta: int) -> Tensor:
+        matrix = torch.stack(self.slopes[: len(weights)]).reshape(len(weights), -1).T
         if self.y0.ndim == 1 and not isinstance(self.h, Tensor):  # one operation
             return torch.addmv(self.y0, matrix, weights, beta=beta, alpha=self.h)
         moved = torch.mv(matrix, weights).view(self.y0.shape) * column(self.h, self.y0)
         return self.y0 + moved if beta else moved
 
+
+class _Memory:
+    """What the steps of a solve write over: y0 and, below it, the stages; h times the weights.
+
+    With y0 as the first column, y0 + h sum_i w_i k_i is one product with the row (1, h w_1, ..., h w_i).
+    """
+
+    def __init__(self, field: Field, weights: _Weights, y0: Tensor, single: bool):
+        n, counts = weights.still.shape[1], [len(row) + 1 for row in weights.rows]
+        self.stack = y0.new_empty((n, *y0.shape))
+        self.slots, self.parts = self.stack.unbind(), field.layout.parts(self.stack)
+        columns = self.stack.view(n, -1).T
+        self.columns = [columns[:, not single : count] for count in counts]
+        self.weights = torch.empty_like(weights.moving)
+        self.rows = [row[:count] for row, count in zip(self.weights.unbind(), counts, strict=True)]
+
+
+class _Lent:
+    """The same, with the stages in memory that the next step writes over."""
+
+    def __init__(self, field: Field, weights: _Weights, y0: Tensor, h: Time, first: Tensor):
+        self.single = single = not isinstance(h, Tensor)
+        self.memory: _Memory = field.lend((weights, single), lambda: _Memory(field, weights, y0, single))
+        self.field, self.weights, self.y0, self.h = field, weights.rows, y0, h
+        self.count, self.slopes = 1, list[Tensor]()
+        slots, self.scale = self.memory.slots, column(h, y0)
+        slots[1].copy_(first)
+        if not isinstance(h, Tensor):
+            slots[0].copy_(y0)
+            torch.add(weights.still, weights.moving, alpha=h, out=self.memory.weights)
+
+    @property
+    def further(self) -> int:
+        return len(self.slopes)
+
+    def evaluate(self, t: Tensor, y: Tensor) -> None:
+        self.count += 1
+        self.field.fill(self.memory.parts[self.count], t, y)
+
+    def extend(self, t: Tensor, row: Tensor) -> None:
+        self.slopes.append(self.field(t, self.at(row[None])[0]).clone())
+
+    def slope(self, i: int) -> Tensor:
+        return self.memory.slots[i + 1].clone()
+
+    def combine(self, row: int) -> Tensor:
+        memory, y0 = self.memory, self.y0
+        if self.single:
+            y = torch.mv(memory.columns[row], memory.rows[row])
+            return y if y0.ndim == 1 else y.view(y0.shape)
+        moved = torch.mv(memory.columns[row], self.weights[row]).view(y0.shape)
+        moved = moved * self.scale
+        return y0 + moved if row < len(self.weights) - 1 else moved
+
     def at(self, weights: Tensor) -> Tensor:
-        """y0 + h sum_i w_i k_i for weights of shape (m, stages) or (m, batch, stages)."""
-        matrix = self.matrix(self.count)
-        if weights.ndim == 2:
-            return self.y0 + self.h * (weights @ matrix.T).view(-1, *self.y0.shape)
-        k = matrix.T.reshape(self.count, *self.y0.shape)
-        return self.y0 + column(self.h, self.y0) * torch.einsum("mbs,sbd->mbd", weights, k)
+        k = torch.cat([self.memory.stack, torch.stack(self.slopes)]) if self.slopes else self.memory.stack
+        return _at(weights, k[1 : 1 + weights.shape[-1]], self.y0, self.h)
+
+
+def _at(weights: Tensor, k: Tensor, y0: Tensor, h: Time) -> Tensor:
+    """y0 + h sum_i w_i k_i for weights of shape (m, stages) or (m, batch, stages)."""
+    if weights.ndim == 2:
+        return y0 + column(h, y0) * (weights @ k.reshape(len(k), -1)).view(-1, *y0.shape)
+    return y0 + column(h, y0) * torch.einsum("mbs,sbd->mbd", weights, k)

@@ -121,6 +121,7 @@ class Move(NamedTuple):
         accepted, step: the verdict, and what the solver returned.
         tried: what was probed.
         counts: work so far, this step included.
+        carry: what belongs to (t, y) after it.
     """
 
     t0: Any
@@ -133,6 +134,7 @@ class Move(NamedTuple):
     step: Step
     tried: list[float]
     counts: Counts
+    carry: Any = None
 
 
 class End(NamedTuple):
@@ -170,6 +172,13 @@ class Course:
     max_steps: int = 100_000
     lift: Callable[[Any, Any], Tensor] | None = None
 
+    def inform(self, field: Field) -> None:
+        """Tell the steps of a field how exactly to solve equations, and where the field ends or jumps."""
+        field.tolerance = None if self.norm is None else (self.rtol, self.atol)
+        field.norm, field.limits = self.norm, (self.rtol, self.atol)
+        edges = [i for i, jumps in enumerate(self.jumps) if jumps] + [len(self.stops) - 1]
+        field.edges = [self.stops[i] for i in edges] if isinstance(self.stops, list) else self.stops[edges]
+
 
 def advance(
     field: Field, solver: Solver, control: PID, course: Course, y: Tensor, lanes: Lanes, probe: Probe | None = None
@@ -191,11 +200,17 @@ def advance(
     never, zero = lanes.fill(0, course.start) != 0, lanes.fill(0, course.start)
 
     t, at, here = course.start, zero, zero - 1  # `at` is the stop ahead, `here` the one that t is, or -1
+    course.inform(field)
     h, slope, status = _first_step(field, solver, control, course, lanes, y)
     u0 = course.lift(t, here) if course.lift else t
     carry = solver.init(field, u0, y, slope)
     counts = Counts(zero, zero, zero + field.calls, zero, zero)
     memory = (lanes.fill(1.0, t), lanes.fill(1.0, t), never)
+    read = torch.no_grad()(_read) if field.pure else _read
+    limits = _limits(course, y) if adaptive else None
+    size_of_y = y.detach().abs() if adaptive else y
+    differentiable = field.pure and torch.is_grad_enabled() and adaptive
+    solved: Any = None  # on fixed grids: whether all steps solved their equations, read at the end
     failures, behind = zero, never  # tries in a row that were not finite or not solved; whether t is a jump
     alive = bool((status == Status.RUNNING).any()) if lanes.per_sample else status == Status.RUNNING
     for _ in range(course.max_steps):
@@ -215,15 +230,18 @@ def advance(
         calls = field.calls
         step = solver.step(field, u0, u1, y, carry)
 
-        error, ok, tried = _read(
-            field, course, lanes, step, y, probe and (lambda y=y, t=t, t1=t1, y1=step.y1: probe(t, y, t1, y1, None))
-        )
+        attempt = probe and (lambda y=y, t=t, t1=t1, y1=step.y1: probe(t, y, t1, y1, None))
+        error, ok, tried, size_of_y1 = read(course, lanes, step, size_of_y, limits, attempt)
+        if not adaptive and step.ok is not None:
+            solved = step.ok if solved is None else solved & step.ok
         fine = (error < math.inf) & ok
         accepted = live & fine & (error <= 1)
         if control.force:
             accepted = accepted | (live & fine & (size <= control.min_step))
         y0, y = y, lanes.merge(accepted, step.y1, y)
-        carry = lanes.merge(accepted, step.carry, carry if step.again is None else step.again)
+        if step.measured is None:
+            size_of_y = lanes.merge(accepted, size_of_y1, size_of_y)
+        carry0, carry = carry, lanes.merge(accepted, step.carry, carry if step.again is None else step.again)
         hit = accepted & last
         t0, t = t, where(accepted, t1, t)
         spent = field.calls - calls
@@ -253,12 +271,17 @@ def advance(
         here, at = where(accepted, there, here), lanes.low(at + hit, last_stop)
         if lanes.per_sample:
             facts = [(status == Status.RUNNING).any()[None], (behind & hit).any()[None]]
+            facts += [(live & no(fine)).any()[None]] if differentiable else []
             facts += [probe(t0, y0, t, y, accepted)] if probe else []
             alive, restart, *tried = torch.cat([fact.double() for fact in facts]).tolist()
+            if differentiable and tried.pop(0):  # zero times the derivative of what is not finite is not zero
+                again = solver.step(field, u0, where(fine, u1, u0), y0, carry0)
+                y, carry = lanes.merge(accepted, again.y1, y0), lanes.merge(accepted, again.carry, carry0)
+                step = again
         else:
             alive, restart = status == Status.RUNNING, behind and hit
         calls = field.calls
-        halt = yield Move(t0, t1, u0, u1, y0, y, accepted, step, tried, counts)
+        halt = yield Move(t0, t1, u0, u1, y0, y, accepted, step, tried, counts, carry)
         if field.calls > calls:  # for dense output
             counts = counts._replace(nfe=counts.nfe + accepted * (field.calls - calls))
         if halt is not None:
@@ -270,31 +293,71 @@ def advance(
             carry = lanes.merge(behind & hit, solver.init(field, _nudged(u0, None, sign, behind, field), y), carry)
             counts = counts._replace(nfe=counts.nfe + (behind & hit) * (field.calls - calls))
     status = where(status == Status.RUNNING, zero + Status.MAX_STEPS, status)
+    if not adaptive:
+        status, t = _verdict(field, status, t, y, solved)
     return End(status, t, y, counts)
 
 
 @torch.no_grad()
+def _verdict(field: Field, status: Any, t: float, y: Tensor, solved: Tensor | None) -> tuple[Any, Any]:
+    """Status and time at the end of fixed steps, (batch,) in per-sample mode: their only read-back.
+
+    What is not finite stays so up to the end. torch.func's transforms can read nothing: there NaN is left to be seen.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(y):  # type: ignore[attr-defined]
+        return status, t
+    finite = torch.isfinite(y).flatten(field.layout.lead).all(-1)
+    if solved is not None:
+        finite = torch.stack([finite, solved.expand_as(finite)])
+    flags = finite.tolist()
+    unsolved, broken = Status.NEWTON_FAILED, Status.NON_FINITE
+    if not field.layout.per_sample:
+        fine, ok = (flags, True) if solved is None else flags
+        return (status if fine and ok else broken if ok else unsolved), t
+    pairs = [(f, True) for f in flags] if solved is None else zip(*flags, strict=True)
+    each = [status if fine and ok else broken if ok else unsolved for fine, ok in pairs]
+    times = torch.full((len(each),), t, dtype=clock(y.device), device=y.device)
+    return torch.tensor(each, dtype=torch.int64, device=y.device), times
+
+
+def _limits(course: Course, y: Tensor) -> tuple[Tensor, Any]:
+    """atol as a tensor, and rtol."""
+    atol = course.atol
+    return atol if isinstance(atol, Tensor) else torch.full((), atol, dtype=y.abs().dtype, device=y.device), course.rtol
+
+
 def _read(
-    field: Field, course: Course, lanes: Lanes, step: Step, y: Tensor, probe: Callable[[], Tensor] | None
-) -> tuple[Any, Any, list[float]]:
-    """The error in units of the tolerance, whether the step was solved, and what was probed: one read-back."""
-    if course.norm is None or step.error is None:
-        error = torch.zeros((), device=y.device)
+    course: Course,
+    lanes: Lanes,
+    step: Step,
+    before: Tensor,
+    limits: tuple[Tensor, Any] | None,
+    probe: Callable[[], Tensor] | None,
+) -> tuple[Any, Any, list[float], Tensor]:
+    """The error in units of the tolerance, whether the step was solved, what was probed: one read-back; |y1|."""
+    after, norm = before, course.norm
+    if step.measured is not None:
+        error = step.measured.detach()
+    elif limits is None or norm is None or step.error is None:
+        error = torch.zeros((), device=before.device) if lanes.per_sample else None
     else:
-        scale = torch.maximum(y.detach().abs(), step.y1.detach().abs()).mul_(course.rtol).add_(course.atol)
-        error = course.norm(step.error.detach() / scale)
+        (atol, rtol), after = limits, step.y1.abs()
+        most = torch.maximum(before, after)
+        scale = torch.addcmul(atol, rtol, most) if isinstance(rtol, Tensor) else torch.add(atol, most, alpha=rtol)
+        error = norm(step.error / scale)
     if lanes.per_sample:
-        return error.to(clock(y.device)), (error == error) | True if step.ok is None else step.ok, []
-    facts = [] if course.norm is None else [error[None]]
-    facts += [step.ok[None]] if step.ok is not None and course.norm is not None else []
-    facts += [probe()] if probe else []
-    values: list[Any] = []
-    if facts:
-        values = (facts[0] if len(facts) == 1 else torch.cat([fact.double() for fact in facts])).tolist()
-    if course.norm is None:
-        return 0.0, True, values
-    ok = step.ok is None or bool(values.pop(1))
-    return values[0], ok, values[1:]
+        assert error is not None
+        return error.to(clock(error.device)), (error == error) | True if step.ok is None else step.ok, [], after
+    facts = [] if error is None else [error]
+    facts += [step.ok] if step.ok is not None and error is not None else []
+    if not facts and probe is None:
+        return 0.0, True, [], after
+    if len(facts) == 1 and probe is None:
+        return facts[0].item(), True, [], after
+    flat = [fact.double().reshape(1) for fact in facts] + ([probe().double()] if probe else [])
+    values = torch.cat(flat).tolist()
+    first = 0.0 if error is None else values[0]
+    return first, len(facts) < 2 or bool(values[1]), values[len(facts) :], after
 
 
 def _first_step(
@@ -308,7 +371,12 @@ def _first_step(
     slope = field(field.time(t), y).clone()  # fields may use one buffer for all their results
     with torch.no_grad():
         here, f = y.detach(), slope.detach()
-        scale = here.abs() * course.rtol + course.atol
+        atol, rtol = _limits(course, y)
+        scale = (
+            torch.addcmul(atol, rtol, here.abs())
+            if isinstance(rtol, Tensor)
+            else torch.add(atol, here.abs(), alpha=rtol)
+        )
         d0, d1 = _host(lanes, course.norm(here / scale), course.norm(f / scale))
         known = lanes.where((d0 < math.inf) & (d1 < math.inf), running, running - Status.RUNNING + Status.NON_FINITE)
         small = (d0 < 1e-5) | (d1 < 1e-5)

@@ -84,7 +84,8 @@ class PerSampleOutputs:
         span = move.u1 - move.u0
         theta = torch.where(valid, (times - move.u0) / torch.where(span == 0, 1.0, span), 0.0)
         at_end = (times == move.t1) | ~valid
-        values = torch.where(at_end[..., None], move.y, move.step.dense(theta))
+        only_end = len(self.ts) == 2  # a step's end, for which dense output would be evaluated in vain
+        values = move.y[None] if only_end else torch.where(at_end[..., None], move.y, move.step.dense(theta))
         rows = sum(len(block) for block in self.blocks) + steps.expand_as(index)
         self.source.scatter_(0, torch.where(valid, index, 0), torch.where(valid, rows, 0))
         self.blocks.append(values)

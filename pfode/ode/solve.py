@@ -1,8 +1,9 @@
 """`solve`: look everything up, check it, run the loop, hand back a `Solution`."""
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,16 +11,52 @@ import torch
 from torch import Tensor
 
 from pfode.errors import NumericalError, UsageError, integer, number, unknown
-from pfode.ode import tables
+from pfode.ode import checks, tables
+from pfode.ode.adjoint import (
+    Adjoint,
+    Direct,
+    Problem,
+    Sighting,
+    Sources,
+    Tape,
+    Work,
+    attach,
+    detached,
+    sources,
+    transformed,
+)
+from pfode.ode.continuous import Backsolve, Interpolated
 from pfode.ode.control import PID
+from pfode.ode.events import Events, Hits, Watch
 from pfode.ode.explicit import RungeKutta
+from pfode.ode.fixed import Implicit
+from pfode.ode.implicit import implicit_solvers
 from pfode.ode.loop import Counts, Course, End, Joint, Lanes, Move, PerSample, Status, advance
+from pfode.ode.multistep import ADAMS
 from pfode.ode.outputs import JointOutputs, PerSampleOutputs, outputs
-from pfode.ode.solver import Solver, clock
+from pfode.ode.replay import Checkpoint, CheckpointTape, Reversible, lift
+from pfode.ode.reversible import Coupled, ReversibleHeun
+from pfode.ode.scipy import Scipy
+from pfode.ode.solver import RMS, Solver, clock
 from pfode.ode.state import Field, Layout, Tree, leaves
+from pfode.ode.symplectic import SYMPLECTIC
 
-SOLVERS: dict[str, Solver] = {tableau.name: RungeKutta(tableau) for tableau in tables.EXPLICIT}
-ADJOINTS = ("direct",)
+SOLVERS: dict[str, Solver] = {
+    **{tableau.name: RungeKutta(tableau) for tableau in tables.EXPLICIT},
+    **implicit_solvers(),
+}
+SOLVERS.update({solver.name: solver for solver in ADAMS})
+PAIRED: dict[str, Solver] = {solver.name: solver for solver in SYMPLECTIC}  # for states that are pairs (q, p)
+SOLVERS["reversible-heun"] = ReversibleHeun()
+SOLVERS.update({c.name: c for c in (Coupled(RungeKutta(t)) for t in (tables.MIDPOINT, tables.RK4, tables.DOPRI5))})
+ADJOINTS: dict[str, Adjoint | Direct] = {
+    "direct": Direct(),
+    "checkpoint": Checkpoint(),
+    "reversible": Reversible(),
+    "backsolve": Backsolve(),
+    "interpolated": Interpolated(),
+    "implicit": Implicit(),
+}
 _MESSAGES = {
     Status.MAX_STEPS: (
         "max_steps = {max_steps} attempts were not enough",
@@ -35,7 +72,8 @@ class Stats(NamedTuple):
     """Work of a solve: ints, or shape (batch,) with batch="per-sample".
 
     Fields: steps attempted, accepted and rejected; nfe: evaluations of the field (of a sample that was still running);
-    jacobians; iterations (Newton's).
+    jacobians; iterations (Newton's); backward: what backward passes have done so far (its `nfe`, its `steps`), which
+    grows when they run.
     """
 
     steps: Any
@@ -44,6 +82,7 @@ class Stats(NamedTuple):
     nfe: Any
     jacobians: Any
     iterations: Any
+    backward: Work
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +95,7 @@ class Solution:
         status: a Status, or shape (batch,) of their numbers in per-sample mode.
         t, y: where the solve ended (of every sample, in per-sample mode) and the state there.
         stats: the work done.
+        events: where each event was met; the solve ended at the last hit of one that is terminal.
     """
 
     ts: Any
@@ -64,16 +104,7 @@ class Solution:
     t: Any
     y: Tree
     stats: Stats
-
-
-class _Setup(NamedTuple):
-    field: Field
-    solver: Solver
-    control: PID
-    course: Course
-    lanes: Lanes
-    y: Tensor
-    ts: Tensor
+    events: tuple[Hits, ...] = ()
 
 
 def solve(
@@ -84,10 +115,12 @@ def solve(
     method: str | Solver = "dopri5",
     rtol: Any = 1e-6,
     atol: Any = 1e-8,
-    adjoint: str = "direct",
+    adjoint: str | Adjoint | Direct = "checkpoint",
+    params: Iterable[Tensor] | None = None,
     batch: str = "joint",
     args: tuple[Any, ...] = (),
-    controller: PID | None = None,
+    events: Events | None = None,
+    controller: PID | str | None = None,
     step_size: float | None = None,
     grid: Tensor | Sequence[float] | None = None,
     step_t: Tensor | Sequence[float] | None = None,
@@ -95,6 +128,7 @@ def solve(
     norm: Callable[[Tree], Tensor] | None = None,
     max_steps: int = 100_000,
     throw: bool = True,
+    **unknown_options: Any,
 ) -> Solution:
     """Solve dy/dt = f(t, y, *args), y(ts[0]) = y0, for the states at ts.
 
@@ -105,9 +139,14 @@ def solve(
         ts: times, rising or falling, shape (times,); in per-sample mode also (batch, times). Gradients flow to them.
         method: a name or a Solver.
         rtol, atol: a step is accepted if its error is at most atol + rtol |y|, in the norm: numbers, or trees like y0.
-        adjoint: how gradients are made: "direct" records every operation.
+        adjoint: how gradients are made, a name or a value (see pfode.ode.adjoint). "checkpoint" takes accepted steps
+            again, "direct" records every operation: it can be differentiated twice, and is what solves with events
+            and torch.func transforms use. "reversible", "backsolve", "interpolated"; "implicit" for fixed points.
+        params: tensors that the field uses, for gradients; default: found (ditto).
         batch: "joint", one step size for the whole state, or "per-sample", one for each entry of the first dimension.
-        controller: of the step size, with its limits; default PID(), the integral controller.
+        events: an Event or several; a function (t, y, *args) is one that ends the solve where it is zero. Outputs
+            after that are NaN.
+        controller: of the step size, with its limits: "I" (the default), "PI", "PID", or a PID.
         step_size: fixed steps of this size (the last one may be shorter).
         grid: fixed steps between these times, from ts[0] to ts[-1]. Methods that estimate no error step from one
             output time to the next if neither is given.
@@ -115,20 +154,63 @@ def solve(
         norm: of an error in units of the tolerance, given as a tree like y0; default the root mean square.
         max_steps: attempts allowed; beyond them the solution is partial.
         throw: raise where a solve does not succeed; else `status` says so.
+        unknown_options: refused by name, with what to write instead.
 
     Raises:
         UsageError: anything that cannot be carried out as written.
         NumericalError: with throw, a solve that did not get to its end.
     """
-    wants_gradient = torch.is_grad_enabled()
-    if adjoint not in ADJOINTS:
-        raise unknown("adjoint", adjoint, ADJOINTS)
+    checks.refuse(unknown_options, solve.__kwdefaults__ or ())
+    how = ADJOINTS.get(adjoint) if isinstance(adjoint, str) else adjoint
+    if how is None or (not isinstance(how, Direct) and not hasattr(how, "tape")):
+        raise unknown("adjoint", adjoint if isinstance(adjoint, str) else type(adjoint).__name__, ADJOINTS)
+    args = args if isinstance(args, tuple) else (args,)
     options = {"step_size": step_size, "grid": grid, "step_t": step_t, "jump_t": jump_t}
-    setup = _setup(
-        f, y0, ts, method, rtol, atol, batch, args, controller, norm, max_steps, options, pure=wants_gradient
-    )
-    out, end = _run(setup)
-    return _finish(setup, ts, out, end, throw)
+    recording, inside = torch.is_grad_enabled(), transformed()
+    setup = _setup(f, y0, ts, method, rtol, atol, batch, args, controller, norm, max_steps, options, pure=True)
+    if inside == "vmap" and setup.course.norm is not None:
+        raise UsageError(
+            "torch.func.vmap: adaptive steps cannot be chosen inside it", 'batch="per-sample" outside it, or step_size='
+        )
+    found = sources(f, args, params) if recording and not inside else Sources([], [], 0, False)
+    if inside or events is not None or not recording or isinstance(how, Direct):
+        depends = any(t.requires_grad for t in (setup.y, setup.ts, *found.tensors))
+        opaque = params is None and not isinstance(f, torch.nn.Module)
+        setup.field.pure = bool(inside) or (recording and (depends or opaque))
+        if setup.field.pure and setup.lanes.per_sample and events is None and not inside:
+            return _twice(setup, ts, throw)
+        with torch.set_grad_enabled(setup.field.pure and recording):
+            course = setup.course
+            watch = None if events is None else Watch(events, setup.field, course.sign, course.start, setup.y)
+            out, end = _run(setup, watch)
+            solution = _finish(setup, ts, out, end, throw)
+            return solution if watch is None else dataclasses.replace(solution, events=watch.result())
+    with torch.no_grad():
+        bare = _bare(setup, found.places, how.pure)
+        tape, sight = how.tape(bare), Sighting(f)
+        if found.searched:
+            bare.field.f = sight
+        out, end = _run(bare, None, tape)
+        bare.field.f = f
+    ys, y, work = attach(bare, tape, found, sight.found, setup.y, setup.ts, out, end.y)
+    return _finish(setup, ts, ys, end._replace(y=y), throw, work)
+
+
+def _bare(setup: Problem, places: Sequence[int], pure: bool) -> Problem:
+    """The same solve without anything that requires a gradient."""
+    field = Field(setup.field.f, setup.field.layout, detached(setup.field.args, places), pure)
+    course = dataclasses.replace(setup.course, lift=None)
+    return setup._replace(field=field, course=course, y=setup.y.detach(), ts=setup.ts.detach())
+
+
+def _twice(setup: Problem, ts: Any, throw: bool) -> Solution:
+    """Per-sample steps, found without a graph and taken again with it: what is rejected leaves no trace."""
+    with torch.no_grad():
+        bare = _bare(setup, (), False)
+        tape = CheckpointTape(bare, None)
+        _, end = _run(bare, None, tape)
+    ys, y = tape.graph(setup)
+    return _finish(setup, ts, ys, end._replace(y=y), throw)
 
 
 def steps(
@@ -139,13 +221,14 @@ def steps(
     method: str | Solver = "dopri5",
     rtol: Any = 1e-6,
     atol: Any = 1e-8,
+    batch: str = "joint",
     args: tuple[Any, ...] = (),
-    controller: PID | None = None,
+    controller: PID | str | None = None,
     max_steps: int = 100_000,
     **options: Any,
 ) -> Generator["Point", None, End]:
-    """Yield the accepted steps of `solve` in joint mode, as they are made, for ts = (t0, ..., t1)."""
-    setup = _setup(f, y0, ts, method, rtol, atol, "joint", args, controller, None, max_steps, options, pure=True)
+    """Yield the accepted steps of `solve` as they are made, for ts = (t0, ..., t1); per sample, those of any sample."""
+    setup = _setup(f, y0, ts, method, rtol, atol, batch, args, controller, None, max_steps, options, pure=True)
     moves = advance(*setup[:4], setup.y, setup.lanes)
     tree = setup.field.layout.tree
     while True:
@@ -153,57 +236,80 @@ def steps(
             move = next(moves)
         except StopIteration as stop:
             return stop.value
-        if move.accepted:
+        if bool(move.accepted.any()) if isinstance(move.accepted, Tensor) else move.accepted:
             yield Point(move.t0, move.t1, tree(move.y, cast=False), move, setup)
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """An accepted step from t0 to t1, where the state is y; `at(t)` is the state in between."""
+    """An accepted step from t0 to t1, where the state is y; `at(t)` is the state in between.
 
-    t0: float
-    t1: float
+    Per sample, t0 and t1 have shape (batch,); they are equal where a sample is done or its step was rejected.
+    """
+
+    t0: Any
+    t1: Any
     y: Tree
     _move: Move
-    _setup: _Setup
+    _setup: Problem
 
-    def at(self, t: float) -> Tree:
-        """Dense output at a time between t0 and t1."""
-        theta = torch.tensor([(t - self.t0) / (self.t1 - self.t0)], dtype=self._setup.ts.dtype)
-        flat = self._move.step.dense(theta.to(self._setup.ts.device))[0]
+    def at(self, t: Any) -> Tree:
+        """Dense output at a time between t0 and t1; per sample also at times of shape (batch,)."""
+        move, ts = self._move, self._setup.ts
+        if isinstance(self.t0, Tensor):
+            span = move.u1 - move.u0
+            theta = torch.where(move.accepted, (t - move.u0) / torch.where(span == 0, 1.0, span), 0.0)[None]
+            flat = torch.where(move.accepted[:, None], move.step.dense(theta)[0], move.y)
+        else:
+            theta = torch.tensor([(t - self.t0) / (self.t1 - self.t0)], dtype=ts.dtype).to(ts.device)
+            flat = move.step.dense(theta)[0]
         return self._setup.field.layout.tree(flat, cast=False)
 
 
-def _run(setup: _Setup) -> tuple[Tensor, End]:
-    """The loop with its outputs: states at the times, and how it ended."""
+def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -> tuple[Tensor, End]:
+    """The loop with its outputs, events and tape: states at the times, and how it ended."""
     field, solver, control, course, lanes, y, ts = setup
     out = outputs(ts, course.sign, lanes, field.layout.batch)
     out.start(y)
     if len(ts) == 1:
         zero = torch.zeros(field.layout.batch, dtype=torch.int64, device=y.device) if lanes.per_sample else 0
-        return out.result(), End(zero + Status.SUCCESS, course.start, y, Counts(zero, zero, zero, zero, zero))
-    if isinstance(out, PerSampleOutputs):
-        passing = out
+        end = End(zero + Status.SUCCESS, course.start, y, Counts(zero, zero, zero, zero, zero))
+        if tape:
+            tape.finish(y[None], end)
+        return y[None], end
+    passing = isinstance(out, PerSampleOutputs) and len(ts) > 2
 
-        def probe(t0: Any, y0: Tensor, t1: Any, y1: Tensor, accepted: Any) -> Tensor:
-            return torch.where(accepted, passing.passed(t1), 0).max()[None]
+    def probe(t0: Any, y0: Tensor, t1: Any, y1: Tensor, accepted: Any) -> Tensor:
+        facts = []
+        if isinstance(out, PerSampleOutputs) and passing:
+            facts.append(torch.where(accepted, out.passed(t1), 0).max()[None].double())
+        if watch:
+            facts.append(watch.probe(t0, y0, t1, y1, accepted))
+        return torch.cat(facts)
 
-        many = len(ts) > 2
-        moves = advance(field, solver, control, course, y, lanes, probe if many else None)
-    else:
-        moves = advance(field, solver, control, course, y, lanes)
+    moves = advance(field, solver, control, course, y, lanes, probe if passing or watch else None)
+    halt = None
     while True:
         try:
-            move = next(moves)
+            move = moves.send(halt)
         except StopIteration as stop:
-            end: End = stop.value
+            end = stop.value
             break
         if isinstance(out, JointOutputs):
+            passed = out.done
             if move.accepted:
                 out.add(move)
+            passed = out.done - passed
         else:
-            out.add(move, int(move.tried[0]) if move.tried else 1)
-    return out.result(), end
+            passed = int(move.tried[0]) if passing else 1
+            out.add(move, passed)
+        if tape:
+            tape.add(move, passed)
+        halt = watch.add(move, move.tried[passing:]) if watch else None
+    ys = out.result()
+    if tape:
+        tape.finish(ys, end)
+    return (ys, end) if watch is None else (watch.cut(ts, ys), watch.end(end))
 
 
 def _setup(
@@ -215,23 +321,21 @@ def _setup(
     atol: Any,
     batch: str,
     args: Any,
-    controller: PID | None,
+    controller: PID | str | None,
     norm: Callable[[Tree], Tensor] | None,
     max_steps: int,
     options: dict[str, Any],
     pure: bool,
-) -> _Setup:
+) -> Problem:
     """Look up and check everything."""
-    if not callable(f):
-        raise UsageError(f"f: need a function (t, y, *args), got {type(f).__name__}")
+    args = args if isinstance(args, tuple) else (args,)
+    checks.field(f, args)
     if batch not in ("joint", "per-sample"):
         raise unknown("batch", batch, ("joint", "per-sample"))
-    for name in options:
-        if name not in ("step_size", "grid", "step_t", "jump_t"):
-            raise unknown("option", name, ("step_size", "grid", "step_t", "jump_t"))
-    solver = SOLVERS.get(method) if isinstance(method, str) else method
-    if solver is None:
-        raise unknown("method", method, SOLVERS)
+    taken = ("step_size", "grid", "step_t", "jump_t")
+    checks.refuse({name: value for name, value in options.items() if name not in taken}, taken)
+    max_steps = integer("max_steps", max_steps, 1)
+    solver = _solver(method)
     layout = Layout(y0, batch == "per-sample")
     y = layout.flat(y0)
     times = _times(ts, layout)
@@ -241,13 +345,19 @@ def _setup(
     lanes: Lanes = PerSample() if layout.per_sample and not fixed else Joint()
     if floats is None and not lanes.per_sample:
         raise UsageError("ts of shape (batch, times) needs adaptive steps", "leave step_size and grid out")
+    for name in ("step_t", "jump_t"):
+        if floats is None and options.get(name) is not None:
+            raise UsageError(
+                f"{name}: got {options[name]!r:.60} with ts of shape (batch, times)", "ts of shape (times,)"
+            )
     if floats is None:
         sign: Any = torch.sign(times[-1] - times[0]).detach()
         start: Any = times[0].detach()
     else:
         sign = 1.0 if floats[-1] >= floats[0] else -1.0
         start = floats[0]
-    stops, jumps = _stops(floats, sign, fixed, options) if floats is not None else ([], ())
+    whole = isinstance(solver, Scipy)  # one step to the end
+    stops, jumps = _stops(floats, sign, fixed, whole, options, max_steps) if floats is not None else ([], ())
     stop_source: Any = stops
     if lanes.per_sample:
         start = (
@@ -257,81 +367,95 @@ def _setup(
             times[-1:].detach() if floats is None else torch.tensor(stops, dtype=times.dtype, device=times.device)
         )
         jumps = jumps or (False,)
+    relative, absolute = _tolerance("rtol", rtol, layout), _tolerance("atol", atol, layout)
+    if not fixed and bool((torch.as_tensor(relative == 0) & torch.as_tensor(absolute == 0)).any()):
+        raise UsageError(f"rtol and atol: no step has an error of at most 0 (rtol={rtol}, atol={atol})", "atol=1e-8")
+    if isinstance(absolute, float) and absolute == 0:
+        absolute = torch.finfo(layout.real).tiny  # a state of 0 with an error of 0 is accepted
     course = Course(
         start,
         stop_source,
         jumps,
         sign,
-        _tolerance("rtol", rtol, layout),
-        _tolerance("atol", atol, layout),
+        relative,
+        absolute,
         None if fixed else _norm(norm, layout),
-        integer("max_steps", max_steps, 1),
-        _lift(times, floats, stops) if times.requires_grad and floats is not None else None,
+        max_steps,
+        (lambda t, _: lift(times, t)) if times.requires_grad or transformed() else None,
     )
-    args = args if isinstance(args, tuple) else (args,)
-    return _Setup(Field(f, layout, args, pure), solver, controller or PID(), course, lanes, y, times)
+    return Problem(Field(f, layout, args, pure), solver, checks.controller(controller), course, lanes, y, times)
+
+
+def _solver(method: str | Solver) -> Solver:
+    """A method by its name, or as it is."""
+    if not isinstance(method, str):
+        return checks.solver(method)
+    if method.startswith("scipy:"):
+        return Scipy(method.removeprefix("scipy:"))
+    known = {**SOLVERS, **PAIRED}
+    if method not in known:
+        raise unknown("method", method, known)
+    return known[method]
 
 
 def _times(ts: Any, layout: Layout) -> Tensor:
     """ts on the state's device in the clock's dtype, (times,) or (times, batch), checked."""
-    times = ts if isinstance(ts, Tensor) else torch.as_tensor(ts, dtype=torch.float64)
-    if not times.is_floating_point():
-        times = times.to(torch.float64) if not times.is_complex() else times
+    times = checks.reals("ts", ts, "[0.0, 1.0]")
+    times = times if times.is_floating_point() else times.to(torch.float64)
     shapes = "(times,) or (batch, times)" if layout.per_sample else "(times,)"
-    if times.is_complex() or times.ndim not in ((1, 2) if layout.per_sample else (1,)) or not times.shape[-1]:
-        raise UsageError(f"ts: need real times of shape {shapes}, got {times.dtype} of shape {tuple(times.shape)}")
+    if times.ndim not in ((1, 2) if layout.per_sample else (1,)) or not times.shape[-1]:
+        each = times.ndim == 2 and not layout.per_sample
+        hint = 'batch="per-sample" for times of every sample' if each else "ts=[0.0, 1.0]"
+        raise UsageError(f"ts: need times of shape {shapes}, got shape {tuple(times.shape)}", hint)
     if times.ndim == 2 and len(times) != layout.batch:
-        raise UsageError(f"ts: {len(times)} rows of times for a batch of {layout.batch}")
+        raise UsageError(f"ts: {len(times)} rows of times for a batch of {layout.batch}", "one row per sample")
     times = times.to(layout.device, clock(layout.device))
     times = times.mT if times.ndim == 2 else times
     gaps = times.detach().diff(dim=0)
     if not torch.isfinite(times).all() or not ((gaps > 0).all(0) | (gaps < 0).all(0)).all():
-        raise UsageError(f"ts: need finite times that rise or fall strictly, got {times.tolist()!r:.80}")
+        raise UsageError(f"ts: need finite times that rise or fall strictly, got {times.tolist()!r:.80}", "sort them")
     return times
 
 
 def _stops(
-    floats: list[float], sign: float, fixed: bool, options: dict[str, Any]
+    floats: list[float], sign: float, fixed: bool, whole: bool, options: dict[str, Any], max_steps: int
 ) -> tuple[list[float], tuple[bool, ...]]:
     """Times that steps must end at, and whether the field jumps there."""
     first, last = floats[0], floats[-1]
     step_size, grid = options.get("step_size"), options.get("grid")
     if step_size is not None and grid is not None:
-        raise UsageError("step_size and grid: give one of them")
+        raise UsageError(f"step_size = {step_size!r} and grid = {grid!r:.60}: both say the steps", "give one of them")
     stops = [last]
     if step_size is not None:
         h = number("step_size", step_size, 0.0)
         if h == 0:
-            raise UsageError("step_size: need a positive number, got 0")
-        n = max(1, math.ceil(abs(last - first) / h * (1 - 1e-9)))
+            raise UsageError("step_size: need a positive number, got 0", f"step_size={abs(last - first) / 100:g}")
+        n = max(1, math.ceil(min(abs(last - first) / h * (1 - 1e-9), 1e18)))
+        if n > max_steps:
+            hint = f"step_size={abs(last - first) / max_steps:g}, or max_steps={n}"
+            raise UsageError(f"step_size: {h:g} makes {n} steps, more than max_steps = {max_steps}", hint)
         stops = [first + sign * h * k for k in range(1, n)] + [last]
     elif grid is not None:
-        nodes = torch.as_tensor(grid, dtype=torch.float64).tolist()
+        nodes = checks.finite_times("grid", grid)
         rising = all((b - a) * sign > 0 for a, b in itertools.pairwise(nodes))
         if len(nodes) < 2 or nodes[0] != first or nodes[-1] != last or not rising:
-            raise UsageError(f"grid: need times from ts[0] = {first:g} on to ts[-1] = {last:g}, got {nodes!r:.80}")
+            problem = f"grid: need times from ts[0] = {first:g} on to ts[-1] = {last:g}, got {nodes!r:.80}"
+            raise UsageError(problem, "in that order, each once")
         stops = nodes[1:]
-    elif fixed:
+    elif fixed and not whole:
         stops = floats[1:]
-    marks: dict[float, bool] = dict.fromkeys(stops, False)
+    wanted: dict[float, bool] = {}
     for name in ("step_t", "jump_t"):
         if options.get(name) is not None:
-            for t in torch.as_tensor(options[name], dtype=torch.float64).flatten().tolist():
+            for t in checks.finite_times(name, options[name]):
                 if (t - first) * sign >= 0 and (last - t) * sign >= 0 and t != first:
-                    marks[t] = marks.get(t, False) or name == "jump_t"
+                    wanted[t] = wanted.get(t, False) or name == "jump_t"
+    if step_size is not None:  # a multiple of it that is one of these but for rounding
+        near = 1e-9 * number("step_size", step_size, 0.0)
+        stops = [t for t in stops if t == last or not any(0 < abs(t - other) < near for other in wanted)]
+    marks = {**dict.fromkeys(stops, False), **wanted}
     ordered = sorted(marks, key=lambda t: t * sign)
     return ordered, tuple(marks[t] for t in ordered)
-
-
-def _lift(times: Tensor, floats: list[float], stops: list[float]) -> Callable[[float, int], Tensor]:
-    """Times as tensors: an end of a step that is an output time moves with it, any other with ts[0]."""
-    index = {t: i for i, t in enumerate(floats)}
-
-    def lift(t: float, stop: int) -> Tensor:
-        i = index.get(stops[stop]) if stop >= 0 else 0
-        return times[i] if i and stop >= 0 else times[0] + (t - floats[0])
-
-    return lift
 
 
 def _tolerance(name: str, value: Any, layout: Layout) -> Any:
@@ -340,35 +464,40 @@ def _tolerance(name: str, value: Any, layout: Layout) -> Any:
         return number(name, value, 0.0)
     if any(isinstance(v, Tensor) and v.requires_grad for v in leaves(value)):
         raise UsageError(f"{name}: cannot have a gradient", f"{name}={name}.detach()")
-    parts = list(leaves(value))
+    parts = [checks.reals(name, v, "1e-6").to(layout.device, layout.real) for v in leaves(value)]
     if len(parts) == 1:
         parts = parts * len(layout.shapes)
     if len(parts) != len(layout.shapes):
-        raise UsageError(f"{name}: need a number or a tree like y0, got {len(parts)} leaves for {len(layout.shapes)}")
-    shaped = [
-        torch.as_tensor(v, dtype=layout.real, device=layout.device).expand(shape)
-        for v, shape in zip(parts, layout.shapes, strict=True)
-    ]
+        problem = f"{name}: need a number or a tree like y0, got {len(parts)} leaves for {len(layout.shapes)}"
+        raise UsageError(problem, f"{name}=1e-6")
+    for v, shape in zip(parts, layout.shapes, strict=True):
+        if not _expands(v.shape, shape):
+            raise UsageError(f"{name}: shape {tuple(v.shape)} does not fit y0, of shape {tuple(shape)}", f"{name}=1e-6")
+    shaped = [v.expand(shape) for v, shape in zip(parts, layout.shapes, strict=True)]
     if any(bool((v < 0).any() | ~torch.isfinite(v).all()) for v in shaped):
-        raise UsageError(f"{name}: need finite numbers of at least 0")
+        raise UsageError(f"{name}: need finite numbers of at least 0, got {value!r:.60}", f"{name}=1e-6")
     flat = [v.reshape(layout.batch, -1) if layout.lead else v.reshape(-1) for v in shaped]
     return torch.cat(flat, layout.lead)
 
 
+def _expands(small: torch.Size, shape: torch.Size) -> bool:
+    """Whether a tensor of one shape broadcasts to the other."""
+    return len(small) <= len(shape) and all(a in (1, b) for a, b in zip(small[::-1], shape[::-1], strict=False))
+
+
 def _norm(norm: Callable[[Tree], Tensor] | None, layout: Layout) -> Callable[[Tensor], Tensor]:
     if norm is not None:
-        return lambda error: norm(layout.tree(error, cast=False))
-    root = math.sqrt(sum(layout.sizes))
-    if layout.per_sample:
-        return lambda error: torch.linalg.vector_norm(error, dim=1) / root
-    return lambda error: torch.linalg.vector_norm(error) / root
+        measured = checks.norm(norm, (layout.batch,) if layout.per_sample else ())
+        return lambda error: measured(layout.tree(error, cast=False))
+    return RMS(sum(layout.sizes), 1 if layout.per_sample else None)
 
 
-def _finish(setup: _Setup, ts: Any, flat: Tensor, end: End, throw: bool) -> Solution:
+def _finish(setup: Problem, ts: Any, flat: Tensor, end: End, throw: bool, work: Work | None = None) -> Solution:
     """The solution, or the error it amounts to."""
     tree, counts = setup.field.layout.tree, end.counts
+    rejected = counts.steps - counts.accepted
     stats = Stats(
-        counts.steps, counts.accepted, counts.steps - counts.accepted, counts.nfe, counts.jacobians, counts.iterations
+        counts.steps, counts.accepted, rejected, counts.nfe, counts.jacobians, counts.iterations, work or Work()
     )
     solution = Solution(ts, tree(flat, cast=False), end.status, end.t, tree(end.y, cast=False), stats)
     if throw:
@@ -376,7 +505,7 @@ def _finish(setup: _Setup, ts: Any, flat: Tensor, end: End, throw: bool) -> Solu
     return solution
 
 
-def _check(setup: _Setup, end: End) -> None:
+def _check(setup: Problem, end: End) -> None:
     """Raise NumericalError unless every sample succeeded or met its event."""
     status, t = end.status, end.t
     where = ""
@@ -390,6 +519,13 @@ def _check(setup: _Setup, end: End) -> None:
         problem, hint = _MESSAGES[Status(status)]
         name = setup.solver.name
         text = problem.format(max_steps=setup.course.max_steps)
+        if status == Status.NON_FINITE and setup.course.norm and _vanishes(setup.course.atol, setup.field.layout.real):
+            hint = f"atol=1e-8, as with atol = 0 a state of 0 allows no error; else {hint}"
         raise NumericalError(
             f"{name} stopped at t = {t:.6g}{where}: {text}", f"{hint}; throw=False returns what there is"
         )
+
+
+def _vanishes(atol: Any, real: torch.dtype) -> bool:
+    """Whether the absolute tolerance was given as 0 somewhere."""
+    return bool((torch.as_tensor(atol) <= torch.finfo(real).tiny).any())

@@ -9,7 +9,9 @@ in a sample whose field is finite. A carry is a tree of tensors (or None) that b
 tensors have the batch first, so that samples which reject their step keep their part of it.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +20,19 @@ from torch import Tensor
 from pfode.ode.state import Field
 
 Time = float | Tensor
+
+
+@dataclass(frozen=True)
+class RMS:
+    """The root mean square over `count` numbers, of each sample with `dim` = 1."""
+
+    count: int
+    dim: int | None = None
+
+    def __call__(self, error: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(error, dim=self.dim) / math.sqrt(self.count)
+
+
 Dense = Callable[[Tensor], Tensor]
 
 
@@ -33,6 +48,7 @@ class Step(NamedTuple):
         again: what it may use if this one is rejected; None: the carry this one began with.
         ok: whether the step solved its equations, a boolean tensor of shape () or (batch,); None: nothing to solve.
         jacobians, iterations: counted work, an int or shape (batch,).
+        measured: the error in units of the field's tolerance, in its norm, if the solver knows it already.
     """
 
     y1: Tensor
@@ -43,6 +59,7 @@ class Step(NamedTuple):
     ok: Tensor | None = None
     jacobians: int | Tensor = 0
     iterations: int | Tensor = 0
+    measured: Tensor | None = None
 
 
 class Solver(Protocol):
@@ -78,7 +95,8 @@ def hermite(h: Time, y0: Tensor, f0: Tensor, y1: Tensor, f1: Tensor) -> Dense:
     """Cubic dense output from states and slopes at both ends; keeps a method's order up to 4."""
 
     def dense(theta: Tensor) -> Tensor:
-        x = theta[..., None].to(y0.real.dtype if y0.is_complex() else y0.dtype)
+        x = theta.reshape(theta.shape + (1,) * (y0.ndim + 1 - theta.ndim))
+        x = x.to(y0.real.dtype if y0.is_complex() else y0.dtype)
         h00, h10, h01, h11 = (
             (1 + 2 * x) * (1 - x) ** 2,
             x * (1 - x) ** 2,

@@ -6,9 +6,10 @@ float32 or better, complex if a leaf is; the field sees every leaf in its own dt
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from pfode.errors import UsageError
 
 Tree = Any
+T = TypeVar("T")
 
 
 def leaves(tree: Tree) -> Iterator[Any]:
@@ -24,6 +26,20 @@ def leaves(tree: Tree) -> Iterator[Any]:
         yield from leaves(child)
     if _children(tree) is None:
         yield tree
+
+
+def _aligned(example: Tree, tree: Tree) -> Iterator[Any]:
+    """The leaves of a tree in the order of an example of its form, dicts by their keys; where it has another, it."""
+    children, found = _children(example), _children(tree)
+    if isinstance(example, dict) and isinstance(tree, dict) and example.keys() == tree.keys():
+        found = [tree[key] for key in example]
+    elif isinstance(example, dict) or isinstance(tree, dict):
+        found = None
+    if children is None or found is None or len(children) != len(found):
+        yield tree
+        return
+    for child, other in zip(children, found, strict=True):
+        yield from _aligned(child, other)
 
 
 def rebuild(tree: Tree, values: Iterator[Any]) -> Tree:
@@ -66,9 +82,10 @@ class Layout:
         for part in parts:
             if not isinstance(part, Tensor) or not (part.is_floating_point() or part.is_complex()):
                 got = part.dtype if isinstance(part, Tensor) else type(part).__name__
-                raise UsageError(f"y0: need floating-point or complex tensors, got {got}", "y0=y0.float()")
+                hint = "y0=y0.float()" if isinstance(part, Tensor) else "y0=torch.tensor([1.0])"
+                raise UsageError(f"y0: need floating-point or complex tensors, got {got}", hint)
         if not parts or not sum(part.numel() for part in parts):
-            raise UsageError("y0: an empty state cannot be integrated")
+            raise UsageError(f"y0: an empty state cannot be integrated, got {y0!r:.40}", "y0=torch.tensor([1.0])")
         if len({part.device for part in parts}) > 1:
             raise UsageError(f"y0: its tensors lie on several devices: {sorted({str(p.device) for p in parts})}")
         batches = {part.shape[:1] for part in parts}
@@ -99,13 +116,36 @@ class Layout:
         Raises:
             UsageError: another structure or other shapes; `name` says whose.
         """
-        parts = list(leaves(tree))
-        if [getattr(part, "shape", None) for part in parts] != self.shapes:
-            raise UsageError(f"{name}: need {_form(self.shapes)} as y0, got {_form(parts)}")
+        parts = self.leaves(tree, name)
         flat = [part.reshape(self.batch, -1) if self.lead else part.reshape(-1) for part in parts]
         if len(flat) == 1:
             return flat[0] if flat[0].dtype == self.dtype else flat[0].to(self.dtype)
         return torch.cat([part.to(self.dtype) for part in flat], self.lead)
+
+    def pair(self) -> list[int] | None:
+        """The sizes of the two parts of a state that is a pair of trees; None for any other."""
+        parts = _children(self.example)
+        if parts is None or len(parts) != 2:
+            return None
+        first = sum(self.sizes[: len(list(leaves(parts[0])))])
+        return [first, sum(self.sizes) - first]
+
+    def leaves(self, tree: Tree, name: str = "y0") -> list[Tensor]:
+        """The leaves of a tree of this form, checked as in `flat`."""
+        parts = list(_aligned(self.example, tree))
+        if [part.shape if isinstance(part, Tensor) else None for part in parts] != self.shapes:
+            hint = "it returns dy/dt, a tree like y0" if name != "y0" else ""
+            raise UsageError(f"{name}: need {_form(self.shapes)} as y0, got {_form(parts)}", hint)
+        for part, dtype in zip(parts, self.dtypes, strict=True):
+            if part.is_complex() > dtype.is_complex or not (part.is_complex() or part.is_floating_point()):
+                raise UsageError(f"{name}: need {dtype} as y0, got {part.dtype}", "give both the same dtype")
+        return parts
+
+    def parts(self, stack: Tensor) -> list[tuple[Tensor, ...]]:
+        """Of each of a stack of flat states the leaves, as views of it and of its dtype."""
+        pieces = stack.split(self.sizes, -1) if len(self.sizes) > 1 else [stack]
+        views = [piece.view(-1, *shape).unbind() for piece, shape in zip(pieces, self.shapes, strict=True)]
+        return list(zip(*views, strict=True))
 
     def tree(self, flat: Tensor, cast: bool = True) -> Tree:
         """The tree of a flat state of shape (..., n) or (..., batch, d).
@@ -123,12 +163,19 @@ class Layout:
             part = part.real
         if cast and part.dtype != dtype:
             part = part.to(dtype)
-        return part.reshape(*ahead, *shape)
+        return part.reshape((*ahead, *shape))
 
 
 def _form(parts: Any) -> str:
     shapes = [tuple(getattr(p, "shape", p)) if isinstance(p, Tensor | torch.Size) else type(p).__name__ for p in parts]
-    return f"a tensor of shape {shapes[0]}" if len(shapes) == 1 else f"tensors of shapes {shapes}"
+    if len(shapes) == 1:
+        return shapes[0] if isinstance(shapes[0], str) else f"a tensor of shape {shapes[0]}"
+    return f"tensors of shapes {shapes}"
+
+
+@functools.lru_cache(256)
+def _shares(at: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(at, dtype=dtype).to(device)
 
 
 class Field:
@@ -139,13 +186,28 @@ class Field:
         layout: of the state.
         args: further arguments of f.
         pure: no operation in place, no scratch: for gradients, transforms and steps that are kept.
+
+    Attributes:
+        tolerance: rtol and atol of the loop's steps, None on fixed grids: how exactly equations are to be solved.
+        norm: in which the loop measures errors, None on fixed grids.
+        limits: rtol and atol as asked for, for solvers that choose steps of their own.
+        edges: times beyond which nothing is evaluated, a list of floats or shape (edges,) or (edges, batch).
+        jacobians: how many were made; `way`: which way of making them the field allows.
     """
+
+    tolerance: tuple[Any, Any] | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
+    limits: tuple[Any, Any] = (0.0, 0.0)
+    edges: Any = ()
+    jacobians: int = 0
+    way: int = 0
 
     def __init__(self, f: Callable[..., Tree], layout: Layout, args: tuple[Any, ...] = (), pure: bool = True):
         self.f, self.layout, self.args, self.pure = f, layout, args, pure
         self.calls = 0
         self._plain_shape = layout.shapes[0] if layout.plain else None
-        self._scratch: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._real, self._device = layout.real, layout.device
+        self._lent: dict[Any, Any] = {}
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         self.calls += 1
@@ -156,8 +218,27 @@ class Field:
             return self.layout.flat(slope, "the field's result")
         return slope.reshape(y.shape)
 
-    def times(self, t0: float | Tensor, t1: float | Tensor, at: Tensor) -> tuple[Tensor, ...]:
-        """Times between t0 and t1 as the field wants them; `at` has shape (s,), 0 is exactly t0 and 1 exactly t1."""
+    def fill(self, parts: Sequence[Tensor], t: Tensor, y: Tensor) -> None:
+        """Write dy/dt into the leaves of a flat tensor, `Layout.parts`."""
+        self.calls += 1
+        shape = self._plain_shape
+        slope = self.f(t, self.layout.tree(y) if shape is None else y.view(shape), *self.args)
+        if shape is not None and isinstance(slope, Tensor) and slope.shape == shape and slope.dtype == y.dtype:
+            parts[0].copy_(slope)
+            return
+        for part, leaf in zip(parts, self.layout.leaves(slope, "the field's result"), strict=True):
+            part.copy_(leaf)
+
+    def times(self, t0: float | Tensor, t1: float | Tensor, at: Tensor | tuple[float, ...]) -> Sequence[Tensor]:
+        """Times between t0 and t1 as the field wants them, at shares `at` of the way: 0 is exactly t0, 1 exactly t1."""
+        if not (isinstance(at, Tensor) or isinstance(t0, Tensor) or isinstance(t1, Tensor)):
+            times, last, h = list[Tensor](), math.nan, t1 - t0
+            for share in at:  # neighbours that are equal share a tensor
+                times.append(times[-1] if share == last else self.time(t1 if share == 1 else t0 + share * h))
+                last = share
+            return times
+        if not isinstance(at, Tensor):
+            at = _shares(at, next(t.dtype for t in (t0, t1) if isinstance(t, Tensor)), self.layout.device)
         if not isinstance(t0, Tensor):
             t0 = torch.full((), t0, dtype=at.dtype, device=at.device)
         if not isinstance(t1, Tensor):
@@ -168,16 +249,15 @@ class Field:
     def time(self, t: float | Tensor) -> Tensor:
         """One time as the field wants it."""
         if not isinstance(t, Tensor):
-            t = torch.full((), t, dtype=self.layout.real, device=self.layout.device)
+            time = torch.full((), t, dtype=self._real, device=self._device)
+            return time.expand(self.layout.batch) if self.layout.per_sample else time
         return t.expand(self.layout.batch) if self._expands(t) else t.to(self.layout.device, self.layout.real)
 
     def _expands(self, t: Tensor) -> bool:
         return self.layout.per_sample and not t.ndim
 
-    def scratch(self, y: Tensor, stages: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Memory for stages: tensors like y, and the first 0 ... of them as columns of a matrix (n, i)."""
-        if stages not in self._scratch:
-            k = y.new_empty((stages, *y.shape))
-            columns = k.view(stages, -1).T
-            self._scratch[stages] = (list(k.unbind()), [columns[:, :i] for i in range(stages + 1)])
-        return self._scratch[stages]
+    def lend(self, key: Any, make: Callable[[], T]) -> T:
+        """Memory that solvers of this solve write over, made once."""
+        if key not in self._lent:
+            self._lent[key] = make()
+        return self._lent[key]

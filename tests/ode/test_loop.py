@@ -6,9 +6,13 @@ import math
 import pytest
 import torch
 
+from pfode import ode
 from pfode.errors import NumericalError, UsageError
-from pfode.ode import PI, PID, SOLVERS, Status, solve, steps
+from pfode.ode import PI, PID, Status, solve, steps
+from pfode.ode.implicit import implicit_solvers
 from tests.ode import problems
+
+SOLVERS = {name: s for name, s in ode.SOLVERS.items() if name not in implicit_solvers()}  # those: test_implicit.py
 
 ADAPTIVE = [name for name, solver in SOLVERS.items() if solver.error_order]
 f64 = torch.float64

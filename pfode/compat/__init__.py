@@ -1,0 +1,1 @@
+"""Other libraries' faces: modules with their names and arguments, pfode's solvers behind them."""

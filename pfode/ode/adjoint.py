@@ -1,0 +1,368 @@
+"""Adjoints: how the gradient of a solution is made, as values passed to `solve`.
+
+    Direct        record every operation. Exact; can be differentiated again; memory grows with every evaluation.
+    Checkpoint    (default) keep the accepted steps and some states; go back step by step, taking each again with its
+                  graph. Exact: the gradient of the numbers that were computed (replay.py).
+    Reversible    the same, the states computed backwards by a solver that can; memory does not grow (replay.py).
+    Interpolated  keep the dense output; solve the adjoint equation along it (continuous.py).
+    Backsolve     keep the output states only; solve state and adjoint backwards (Chen et al. 2018; continuous.py).
+    Implicit      the solution is a fixed point; apply the implicit-function theorem there (fixed.py).
+
+Every one but Direct solves first, in place and without gradients, with a `Tape` that looks on; then `attach` makes the
+numbers depend on what they came from. A gradient goes to the state, to the times, to the tensors in args, and to
+parameters. These are, unless params= names them,
+
+* those of modules, and leaf tensors, that the field is or holds: as the owner of a bound method, in a closure, a
+  functools.partial, a container, as an attribute, or under a global name that the function uses;
+* leaf tensors in the graph of the first evaluation of the field, wherever it has them from.
+
+The evaluations of the first chunk that the backward pass takes again are searched too: a leaf that was not found
+before is an error, never a missing gradient. Gradients of parameters are ordinary outputs of one autograd node, so that
+what listens to their accumulation (DistributedDataParallel) hears one; `Tensor.register_hook` on a parameter itself
+hears every step.
+
+Inside torch.func transforms and forward-mode differentiation every operation is seen anyway: `direct` is used.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pfode.errors import UsageError
+from pfode.ode.control import PID
+from pfode.ode.loop import Course, End, Lanes, Move
+from pfode.ode.solver import Solver
+from pfode.ode.state import Field, Tree, leaves, rebuild
+
+_DEPTH = 4  # containers, closures and attributes are searched for parameters this deep
+
+
+class Problem(NamedTuple):
+    """A solve, checked: what `advance` takes, and the output times."""
+
+    field: Field
+    solver: Solver
+    control: PID
+    course: Course
+    lanes: Lanes
+    y: Tensor
+    ts: Tensor
+
+
+@dataclass
+class Work:
+    """What backward passes did so far. `nfe`: evaluations of the field; `steps`: steps taken back."""
+
+    nfe: int = 0
+    steps: int = 0
+
+
+class Inputs(NamedTuple):
+    """What a solution depends on, all detached or leaves; `tensors`: those in args, then parameters."""
+
+    y: Tensor
+    ts: Tensor
+    tensors: tuple[Tensor, ...]
+    args: tuple[Any, ...]
+    searched: bool
+
+
+class Cotangents(NamedTuple):
+    """Gradients of the loss with respect to the states at the output times and at the end."""
+
+    ys: Tensor
+    end: Tensor
+
+
+class Tape(Protocol):
+    """What an adjoint keeps of one solve."""
+
+    def add(self, move: Move, passed: int) -> None:
+        """Look at an attempted step; `passed`: output times that it passed (at most, over samples)."""
+        ...
+
+    def finish(self, ys: Tensor, end: End) -> None:
+        """See the states at the output times, and how it ended."""
+        ...
+
+    def pull(self, problem: Problem, inputs: Inputs, given: Cotangents, work: Work) -> list[Tensor | None]:
+        """Gradients with respect to the state, the times and `inputs.tensors`; those not required may be None."""
+        ...
+
+
+class Adjoint(Protocol):
+    """A way to make gradients. `pure`: steps must stay valid, so the solve makes them without in-place operations."""
+
+    @property
+    def pure(self) -> bool: ...
+
+    def tape(self, problem: Problem) -> Tape: ...
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Record every operation."""
+
+
+def transformed() -> str | None:
+    """Whether differentiation or batching by transforms is going on: "vmap", "other" or None."""
+    stack: Any = torch._C._functorch.get_interpreter_stack()  # type: ignore[attr-defined]  # no public way to ask
+    kinds = [str(interpreter.key()) for interpreter in stack or ()]
+    if kinds:
+        return "vmap" if any("Vmap" in kind for kind in kinds) else "other"
+    return "other" if torch.autograd.forward_ad._current_level >= 0 else None
+
+
+# ------------------------------------------------------------------------------------------------ finding parameters
+
+
+def parameters(f: Any, depth: int = _DEPTH) -> list[Tensor]:
+    """Leaf tensors that require gradients and that a field is or holds (see the module's text)."""
+    found: dict[int, Tensor] = {}
+    _search(f, depth, found, set())
+    return list(found.values())
+
+
+def _search(value: Any, depth: int, found: dict[int, Tensor], seen: set[int]) -> None:
+    if id(value) in seen or depth < 0:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if value.requires_grad and value.is_leaf:
+            found[id(value)] = value
+        return
+    if isinstance(value, torch.nn.Module):
+        found.update({id(p): p for p in value.parameters() if p.requires_grad})
+    for held in _held(value):
+        _search(held, depth - 1, found, seen)
+
+
+def _held(value: Any) -> Iterator[Any]:
+    if isinstance(value, types.ModuleType | type | str | bytes | int | float):
+        return
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list | tuple | set):
+        yield from value
+    elif isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, types.MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # a name not bound yet
+                continue
+        yield from value.__defaults__ or ()
+        yield from vars(value).values()
+        for name in value.__code__.co_names:
+            held = value.__globals__.get(name)
+            if isinstance(held, Tensor | torch.nn.Module | types.FunctionType):
+                yield held
+    elif hasattr(value, "__dict__"):
+        yield from (held for name, held in vars(value).items() if name not in ("_parameters", "_modules", "_buffers"))
+
+
+def leaves_behind(values: Iterable[Tensor]) -> list[Tensor]:
+    """Leaf tensors in the graphs of tensors."""
+    found, nodes = [], [value.grad_fn for value in values if value.grad_fn is not None]
+    found += [value for value in values if value.grad_fn is None and value.requires_grad]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)  # type: ignore[attr-defined]
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                nodes.append(after)
+    return found
+
+
+class Sighting:
+    """A field whose first evaluation is made with its graph, to see which leaf tensors it uses."""
+
+    def __init__(self, f: Callable[..., Tree]):
+        self.f, self.found, self.due = f, list[Tensor](), True
+
+    def __call__(self, t: Tensor, y: Tree, *args: Any) -> Tree:
+        if not self.due or transformed():
+            return self.f(t, y, *args)
+        self.due = False
+        with torch.enable_grad():
+            slope = self.f(t, y, *args)
+        parts = list(leaves(slope))
+        if not any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+            return slope
+        self.found = leaves_behind([part for part in parts if isinstance(part, Tensor)])
+        return rebuild(slope, iter([part.detach() if isinstance(part, Tensor) else part for part in parts]))
+
+
+class Sources(NamedTuple):
+    """Where gradients may have to go; `declared`: how many of `tensors` get zeros rather than None; `searched`: whether
+    parameters were looked for."""
+
+    tensors: list[Tensor]
+    places: list[int]
+    declared: int
+    searched: bool
+
+
+def sources(f: Any, args: tuple[Any, ...], params: Iterable[Tensor] | None) -> Sources:
+    """Tensors in args that require gradients, by their places among the leaves of args, and parameters.
+
+    Raises:
+        UsageError: params that are no tensors.
+    """
+    parts = list(leaves(args))
+    places = [i for i, part in enumerate(parts) if isinstance(part, Tensor) and part.requires_grad]
+    tensors = [parts[i] for i in places]
+    if params is not None:
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for p in params:
+            if not isinstance(p, Tensor):
+                raise UsageError(f"params: need tensors, got {type(p).__name__}", "params=tuple(module.parameters())")
+        tensors += [p for p in params if p.requires_grad]
+        return Sources(tensors, places, len(tensors), False)
+    if isinstance(f, torch.nn.Module):
+        tensors += [p for p in f.parameters() if p.requires_grad]
+    declared = len(tensors)
+    known = {id(t) for t in tensors}
+    tensors += [
+        p for p in [*parameters(f), *parameters([p for p in parts if not isinstance(p, Tensor)])] if id(p) not in known
+    ]
+    return Sources(tensors, places, declared, True)
+
+
+def again(problem: Problem, args: tuple[Any, ...], pure: bool) -> Field:
+    """The field of a solve with other arguments, that counts from 0."""
+    made = Field(problem.field.f, problem.field.layout, args, pure)
+    problem.course.inform(made)
+    made.way = problem.field.way
+    return made
+
+
+def detached(args: tuple[Any, ...], places: Sequence[int], values: Sequence[Tensor] | None = None) -> tuple[Any, ...]:
+    """args with the tensors at some places detached, or replaced by values."""
+    if not places:
+        return args
+    parts = list(leaves(args))
+    for i, place in enumerate(places):
+        parts[place] = parts[place].detach() if values is None else values[i]
+    return rebuild(args, iter(parts))
+
+
+# ------------------------------------------------------------------------------------------------- one autograd node
+
+
+@dataclass
+class _Solve:
+    """What the node needs: a solve that was made, its tape, and the surroundings it was made in."""
+
+    problem: Problem
+    tape: Tape
+    sources: Sources
+    ys: Tensor
+    end: Tensor
+    work: Work
+    autocast: Any = field(default_factory=lambda: None)
+
+    def __post_init__(self) -> None:
+        kind = self.ys.device.type
+        self.autocast = functools.partial(
+            torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        )
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, solve: _Solve, y: Tensor, ts: Tensor, *tensors: Tensor) -> Any:  # type: ignore[override]
+        ctx.solve = solve
+        ctx.save_for_backward(y, ts, *tensors)  # refuses tensors that were changed in place meanwhile
+        ctx.set_materialize_grads(False)
+        ctx.shape, (ys, end) = solve.ys.shape, (solve.ys, solve.end)
+        del solve.ys, solve.end
+        return ys.detach(), end.clone()  # the tape keeps these, which must not hold the node, nor be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, ys: Tensor | None, end: Tensor | None) -> Any:  # type: ignore[override]
+        solve: _Solve = ctx.solve
+        y, ts, *tensors = ctx.saved_tensors
+        twice = torch.is_grad_enabled()
+        given = Cotangents(
+            y.new_zeros(ctx.shape) if ys is None else ys.detach(),
+            y.new_zeros(y.shape) if end is None else end.detach(),
+        )
+        need = ctx.needs_input_grad[1:]
+        count = len(solve.sources.places)
+        used = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:count]] + tensors[count:]
+        args = detached(solve.problem.field.args, solve.sources.places, used[:count])
+        inputs = Inputs(
+            y.detach().requires_grad_(need[0]),
+            ts.detach().requires_grad_(need[1]),
+            tuple(used),
+            args,
+            solve.sources.searched,
+        )
+        with torch.no_grad(), solve.autocast():
+            made = solve.tape.pull(solve.problem, inputs, given, solve.work)
+        made = [g if n else None for g, n in zip(made, need, strict=True)]
+        for i in range(2, 2 + solve.sources.declared):
+            made[i] = torch.zeros_like(tensors[i - 2]) if made[i] is None and need[i] else made[i]
+        if twice:
+            made = [None if g is None else _Once.apply(g, *given, y, ts, *tensors) for g in made]
+        return None, *made
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated, and says so."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:  # type: ignore[override]
+        raise UsageError("this adjoint makes gradients that cannot be differentiated again", 'adjoint="direct"')
+
+
+def attach(
+    problem: Problem, tape: Tape, found: Sources, seen: Sequence[Tensor], y: Tensor, ts: Tensor, ys: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor, Work]:
+    """The states ys at the output times and at the end, depending on what they came from.
+
+    Args:
+        problem, tape: the solve, made without gradients, and what was kept of it.
+        found, seen: sources of gradients, and leaf tensors that a Sighting met.
+        y, ts: the initial state and the output times, with their graphs.
+    """
+    if found.searched:
+        known = {id(t) for t in found.tensors}
+        found.tensors.extend(t for t in {id(t): t for t in seen}.values() if id(t) not in known)
+    work = Work()
+    if not any(t.requires_grad for t in (y, ts, *found.tensors)):
+        return ys, end, work
+    ys, end = _Node.apply(_Solve(problem, tape, found, ys, end, work), y, ts, *found.tensors)  # type: ignore[misc]
+    return ys, end, work
+
+
+def refuse_unknown(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> None:
+    """Raise where graphs have leaves that gradients would not reach.
+
+    Raises:
+        UsageError: the field uses tensors that were not found.
+    """
+    ids = {id(t) for t in known}
+    for leaf in leaves_behind(outputs):
+        if id(leaf) not in ids:
+            raise UsageError(
+                f"the field uses a tensor of shape {tuple(leaf.shape)} that needs a gradient and was not found at its "
+                "first evaluation",
+                'name it in params= or args=, or take adjoint="direct"',
+            )

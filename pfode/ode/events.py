@@ -1,0 +1,304 @@
+"""Events: zeros of functions along a solution, found on the dense output of the step that crosses them.
+
+Every component of every condition keeps its side, the sign it had last; a step crosses it where the sign at its end is
+another. The signs are compared on the device and read with the loop's own facts (`Watch.probe`), the crossing is
+located by Chandrupatla's method (1997) on theta in [0, 1], in all samples at once.
+
+A condition that is zero at the start, to rounding, has the side that the flow takes it to: the sign of
+g_t + g_y f. So a solve that goes on from an event does not meet it again.
+
+With G(theta, p) = g(t(theta), y(theta; p)), the implicit function theorem gives d theta / dp = -G_p / G_theta. Two
+Newton steps from the root, recorded, have this derivative and the right second one, for whatever p the condition, the
+state and the ends of the step depend on.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pfode.errors import UsageError
+from pfode.ode.loop import End, Move, Status
+from pfode.ode.solver import clock
+from pfode.ode.state import Field, Tree
+
+_ULPS = 64  # a condition counts as zero at the start within this rounding of its arguments
+_NEWTON = 2
+
+
+@dataclass(frozen=True)
+class Event:
+    """A zero to look for.
+
+    Args:
+        condition: (t, y, *args) -> a real tensor, of shape () or (k,) in joint mode, (batch,) or (batch, k) in
+            per-sample mode; a change of sign of any component is met. A step that crosses it twice does not see it:
+            limit max_step.
+        terminal: whether it ends the solve, in per-sample mode that of its sample.
+        direction: 1 for zeros that the condition passes rising (in the direction of the solve), -1 falling, 0 for both.
+        gradient: whether its time has a gradient. Without, it is a constant at which the state is differentiated.
+
+    Raises:
+        UsageError: no function, or another direction.
+    """
+
+    condition: Callable[..., Tensor]
+    terminal: bool = True
+    direction: int = 0
+    gradient: bool = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.condition):
+            raise UsageError(f"events: need a function (t, y, *args), got {type(self.condition).__name__}")
+        if self.direction not in (-1, 0, 1):
+            raise UsageError(f"direction: need -1, 0 or 1, got {self.direction!r}")
+
+
+class Hits(NamedTuple):
+    """Where a solution met an event, in the order of the solve.
+
+    Fields:
+        t: times, shape (hits,), or (hits, batch) in per-sample mode, NaN where a sample had fewer.
+        y: the states there, a tree like y0 with the hits first.
+    """
+
+    t: Tensor
+    y: Tree
+
+
+Events = Event | Callable[..., Tensor] | Sequence[Event | Callable[..., Tensor]]
+
+
+class Watch:
+    """The events of one solve.
+
+    Args:
+        events: what to look for; functions are terminal events.
+        field: its field.
+        sign: its direction, a float or shape (batch,).
+        t, y: its start, as the field takes it.
+    """
+
+    def __init__(self, events: Events, field: Field, sign: Any, t: Any, y: Tensor):
+        listed = list(events) if isinstance(events, Sequence) else [events]
+        self.events = [event if isinstance(event, Event) else Event(event) for event in listed]
+        if not self.events:
+            raise UsageError("events: need at least one", "events=None")
+        self.field, self.sign, self.batched = field, sign, field.layout.per_sample
+        kind: dict[str, Any] = {"dtype": clock(y.device), "device": y.device}
+        with torch.no_grad():
+            parts = [self._condition(i, t, y) for i in range(len(self.events))]
+        self.parts = [(i, j) for i, part in enumerate(parts) for j in range(len(part))]  # event and component
+        self.before = torch.cat(parts)
+        directions = torch.tensor([self.events[i].direction for i, _ in self.parts], device=y.device)
+        self.direction = directions[:, None] if self.batched else directions
+        self.side = self._first_sides(t, y)
+        lane = self.before.shape[1:]
+        self.ended = torch.zeros(lane, dtype=torch.bool, device=y.device)
+        self.which = torch.full(lane, -1, dtype=torch.int64, device=y.device)
+        self.t, self.y = torch.full(lane, math.nan, **kind), y
+        self.hits: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.events]
+
+    def _condition(self, index: int, t: Any, y: Tensor) -> Tensor:
+        """The components of an event at a flat state, (k,) or (k, batch), in the clock's dtype."""
+        field = self.field
+        value = self.events[index].condition(field.time(t), field.layout.tree(y), *field.args)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise UsageError(f"events: a condition must return a real tensor, got {got}")
+        need = "() or (k,)" if not self.batched else "(batch,) or (batch, k)"
+        if value.ndim - self.batched not in (0, 1) or (self.batched and len(value) != field.layout.batch):
+            raise UsageError(f"events: a condition must have shape {need}, got {tuple(value.shape)}")
+        value = value.to(clock(y.device))
+        return value.reshape(field.layout.batch, -1).T if self.batched else value.reshape(-1)
+
+    def _first_sides(self, t: Any, y: Tensor) -> Tensor:
+        """Signs at the start; of a zero the sign that it is about to have."""
+        field, sides = self.field, self.before.sign()
+        time = field.time(t).detach()
+        real = y.detach()
+        scale = real.abs().amax(-1) if real.numel() else real.abs().sum(-1)
+        slope = None
+        for row, (i, j) in enumerate(self.parts):
+            with torch.enable_grad():
+                at, state = time.clone().requires_grad_(), real.clone().requires_grad_()
+                value = self._condition(i, at, state)[j]
+                g_t, g_y = _gradient(value.sum(), at), _gradient(value.sum(), state)
+            with torch.no_grad():
+                room = g_y.abs().sum(-1) * scale + (g_t * time).abs()
+                near = self.before[row].abs() <= _ULPS * torch.finfo(field.layout.real).eps * room
+                if not near.any():
+                    continue
+                if slope is None:
+                    slope = field(field.time(t), y.detach())
+                ahead = ((g_y.conj() * slope).real.sum(-1) + g_t) * self.sign
+                sides[row] = torch.where(near & (ahead != 0), ahead.sign().to(sides.dtype), sides[row])
+        return sides
+
+    @torch.no_grad()
+    def probe(self, t0: Any, y0: Tensor, t1: Any, y1: Tensor, accepted: Any) -> Tensor:
+        """In how many samples a step crosses each component, shape (components,)."""
+        self.after = torch.cat([self._condition(i, t1, y1) for i in range(len(self.events))])
+        sign = self.after.sign()
+        crossed = (self.side * sign <= 0) & (self.side != 0) & (self.after == self.after) & ~self.ended
+        crossed &= (self.direction == 0) | (self.direction == -self.side)
+        self.crossed = crossed if accepted is None else crossed & accepted
+        return (self.crossed.sum(1) if self.batched else self.crossed).double()
+
+    def add(self, move: Move, counts: list[float]) -> Any:
+        """Locate what an attempted step crossed; returns what ends the solve there, as `advance` takes it, or None."""
+        if not isinstance(move.accepted, Tensor) and not move.accepted:
+            return None
+        crossed = self.crossed
+        rows = [row for row, count in enumerate(counts) if count]
+        if rows:
+            move.step.dense(torch.full_like(self.t, 0.5)[None])  # what it evaluates once, it does with gradients
+        found = {row: self._locate(row, move) for row in rows}
+        with torch.no_grad():
+            stop = torch.full_like(self.t, math.inf)
+            for row, (theta, crosses) in found.items():
+                if self.events[self.parts[row][0]].terminal:
+                    earlier = crosses & (theta < stop)
+                    stop, self.which = torch.where(earlier, theta, stop), torch.where(earlier, row, self.which)
+            ends = stop < math.inf
+        for row, (theta, crosses) in found.items():
+            valid = crosses & (theta <= stop)
+            t, y = self._point(row, move, torch.where(valid, theta, 0.5), valid)
+            self.hits[self.parts[row][0]].append((t, y, valid))
+            now = valid & ends & (self.which == row)
+            self.t, self.y = torch.where(now, t, self.t), torch.where(now[..., None], y, self.y)
+        moved = move.accepted if isinstance(move.accepted, Tensor) else torch.ones_like(self.ended)
+        self.before, self.side = (
+            torch.where(moved, self.after, self.before),
+            torch.where(moved & (self.after == self.after), self.after.sign(), self.side),
+        )
+        if not rows or not bool(crossed.any()):
+            return None
+        self.ended = self.ended | ends
+        if isinstance(move.accepted, Tensor):
+            return ends
+        return bool(self.ended.all()) or None  # on a fixed grid samples end together
+
+    @torch.no_grad()
+    def _locate(self, row: int, move: Move) -> tuple[Tensor, Tensor]:
+        """theta of the crossing, and in which samples there is one."""
+        i, j = self.parts[row]
+        crossed, side = self.crossed[row], self.side[row]
+
+        def g(theta: Tensor) -> Tensor:
+            t, y = _at(move, theta)
+            return self._condition(i, t, y)[j]
+
+        low, at_low = torch.zeros_like(self.t), self.before[row]
+        for halvings in range(1, 50):  # a side that the flow was to take begins after the start
+            late = crossed & (at_low.sign() != side)
+            if not late.any():
+                break
+            low = torch.where(late, 0.5**halvings, low)
+            at_low = torch.where(late, g(low), at_low)
+        crossed = crossed & (at_low.sign() == side)
+        high, at_high = torch.ones_like(low), self.after[row]
+        return chandrupatla(g, low, high, at_low, at_high, crossed), crossed
+
+    def _point(self, row: int, move: Move, theta: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """The time and the state at theta; with gradients if anything has them."""
+        i, j = self.parts[row]
+        t, y = _at(move, theta)
+        if not (self.field.pure and torch.is_grad_enabled()):
+            return t, y
+        if not self.events[i].gradient:
+            span = move.u1 - move.u0
+            theta = (t.detach() - move.u0) / (torch.where(span == 0, 1.0, span) if isinstance(span, Tensor) else span)
+            return t.detach(), move.step.dense(theta[None])[0]
+        if not (t.requires_grad or y.requires_grad or self._condition(i, t, y)[j].requires_grad):
+            return t, y
+        theta = theta.detach().requires_grad_()
+        for _ in range(_NEWTON):
+            g = self._condition(i, *_at(move, theta))[j]
+            slope = torch.where(valid, _gradient(g.sum(), theta, create_graph=True), 1.0)
+            slope = torch.where(slope == 0, math.inf, slope)  # a time that does not move with the state
+            theta = theta - torch.where(valid, g, 0.0) / slope
+        return _at(move, theta)
+
+    def cut(self, ts: Tensor, ys: Tensor) -> Tensor:
+        """States at the output times, NaN after the event that ended the solve."""
+        t = self.t.detach()
+        times = ts if ts.ndim > t.ndim else ts[:, None]
+        beyond = (times - t) * self.sign > 0
+        return torch.where(beyond[..., None], math.nan, ys) if bool(beyond.any()) else ys
+
+    def end(self, end: End) -> End:
+        """The end of the solve: at the events where there were any."""
+        if not bool(self.ended.any()):
+            return end
+        y = torch.where(self.ended[..., None], self.y, end.y)
+        if not self.batched:
+            return end._replace(status=Status.EVENT, t=float(self.t.detach()), y=y)
+        status = torch.where(self.ended, int(Status.EVENT), end.status)
+        return end._replace(status=status, t=torch.where(self.ended, self.t.detach(), end.t), y=y)
+
+    def result(self) -> tuple[Hits, ...]:
+        """The hits of every event."""
+        return tuple(self._sorted(hits) for hits in self.hits)
+
+    def _sorted(self, hits: list[tuple[Tensor, Tensor, Tensor]]) -> Hits:
+        tree = self.field.layout.tree
+        if not hits:
+            empty = self.t.new_empty((0, *self.t.shape))
+            return Hits(empty, tree(self.y.detach().new_empty((0, *self.y.shape)), cast=False))
+        t, y, valid = (torch.stack(part) for part in zip(*hits, strict=True))
+        t = torch.where(valid, t, math.nan)
+        order = (t.detach() * self.sign).argsort(dim=0, stable=True)[: int(valid.sum(0).max())]
+        y = torch.where(valid[..., None], y, math.nan)
+        return Hits(t.gather(0, order), tree(y.gather(0, order[..., None].expand(*order.shape, y.shape[-1])), False))
+
+
+def chandrupatla(
+    g: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, at_a: Tensor, at_b: Tensor, where: Tensor
+) -> Tensor:
+    """Zeros of g between a and b, elementwise, where its signs there differ (`where`); b elsewhere.
+
+    Inverse quadratic interpolation where it is safe, else bisection: T. R. Chandrupatla, "A new hybrid
+    quadratic/bisection algorithm for finding the zero of a nonlinear function without using derivatives" (1997).
+    """
+    eps = torch.finfo(a.dtype).eps
+    first = a
+    a, b, at_a, at_b = b, a, at_b, at_a  # a is the newest point, b the other end of the bracket
+    part = torch.full_like(a, 0.5)
+    done = ~where | (at_a == 0)
+    best = a
+    for _ in range(100):
+        if bool(done.all()):
+            break
+        x = torch.where(done, a, a + part * (b - a))
+        at_x = torch.where(done, at_a, g(x))
+        same = at_x.sign() == at_a.sign()
+        c, at_c = torch.where(same, a, b), torch.where(same, at_a, at_b)
+        b, at_b = torch.where(same, b, a), torch.where(same, at_b, at_a)
+        a, at_a = x, at_x
+        best = torch.where(done, best, torch.where(at_a.abs() < at_b.abs(), a, b))
+        least = (2 * eps * best.abs() + eps * first.abs() + torch.finfo(a.dtype).tiny) / (b - a).abs()
+        done = done | (at_a == 0) | ~(least <= 0.5)
+        xi, phi = (a - b) / (c - b), (at_a - at_b) / (at_c - at_b)
+        smooth = (phi**2 < xi) & ((1 - phi) ** 2 < 1 - xi)
+        inverse = at_a / (at_b - at_a) * at_c / (at_b - at_c)
+        inverse = inverse + (c - a) / (b - a) * at_a / (at_c - at_a) * at_b / (at_c - at_b)
+        part = torch.where(smooth, inverse, 0.5)
+        part = torch.where(part < least, least, torch.where(part > 1 - least, 1 - least, part))
+    return best
+
+
+def _at(move: Move, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Time and flat state at theta of a step, shape () or (batch,)."""
+    return move.u0 + theta * (move.u1 - move.u0), move.step.dense(theta[None])[0]
+
+
+def _gradient(value: Tensor, of: Tensor, create_graph: bool = False) -> Tensor:
+    """d value / d of, zero where it does not depend on it."""
+    if not value.requires_grad:
+        return torch.zeros_like(of)
+    (found,) = torch.autograd.grad(value, of, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(of) if found is None else found

@@ -1,0 +1,613 @@
+"""Implicit Runge-Kutta methods: every step solves its stages by Newton's method.
+
+The unknowns are increments, h times derivatives (one stage after the other) or Y - y0 (all stages at once), so that
+nothing is divided by h and a step of size 0 stays where it is. A Jacobian, and on equal steps its factors, are kept for
+as long as the iteration converges quickly with them. Collocation methods are solved in the eigenvectors of A^-1: a
+real or complex system of the state's size for each, instead of one of `stages` times that size (Hairer & Wanner 1996,
+IV.8).
+
+Gradients follow from the implicit-function theorem: the equations are solved without a graph, then one Newton step
+with the exact Jacobian, as a number, and the residual, with its graph, has the derivatives of the solution. A second
+one has its second derivatives, too.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pfode.ode.implicit_tables import IMPLICIT, KVAERNO5, RADAU5
+from pfode.ode.newton import Factors, Found, Jacobian, Rows, damped, factor, jacobian, newton, tolerance
+from pfode.ode.solver import Dense, Step, Time, clock, column
+from pfode.ode.state import Field, leaves, rebuild
+from pfode.ode.tableau import Tableau
+
+_SIMPLIFIED = 8  # iterations with a Jacobian that is kept
+_EXACT = 24  # with one of their own, where a fixed step would fail otherwise
+_SLOW = 1e-3  # a rate of convergence from which a Jacobian is not kept
+
+
+class _Weights(NamedTuple):
+    """A tableau on a device: b, the error's weights, and the nodes after the first in the clock's dtype."""
+
+    b: Tensor
+    error: Tensor | None
+    nodes: Tensor
+
+
+@functools.lru_cache(256)
+def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> _Weights:
+    b = torch.tensor(tableau.b, dtype=torch.float64).to(device, dtype)
+    error = torch.tensor(tableau.error, dtype=torch.float64).to(device, dtype) if len(tableau.error) else None
+    return _Weights(b, error, torch.tensor(tableau.c[1:], dtype=clock(device), device=device))
+
+
+class _Spectrum(NamedTuple):
+    """A and A^-1 = sum of Re(column shift row), a term for each real eigenvalue and each pair of complex ones.
+
+    `nodes` are powers of c: the inverse of their matrix makes polynomials through the stages.
+    """
+
+    a: Tensor
+    back: Tensor
+    shifts: tuple[complex, ...]
+    columns: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
+    nodes: Tensor
+
+
+@functools.lru_cache(256)
+def _spectrum(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> _Spectrum:
+    a, c = tableau.matrix[1:, 1:], np.array(tableau.c[1:])
+    back = np.linalg.inv(a)
+    values, vectors = np.linalg.eig(back)
+    shifts: list[complex] = []
+    columns, rows = [], []
+
+    def put(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x.copy()).to(device, dtype.to_complex() if np.iscomplexobj(x) else dtype)
+
+    for value, column_, row in zip(values, vectors.T, np.linalg.inv(vectors), strict=True):
+        if abs(value.imag) < 1e-9:
+            scale = column_[abs(column_).argmax()]  # makes both real
+            shifts.append(float(value.real))
+            columns.append(put((column_ / scale).real))
+            rows.append(put((row * scale).real))
+        elif value.imag > 0:
+            shifts.append(complex(value))
+            columns.append(put(2 * column_))
+            rows.append(put(row))
+    powers = np.linalg.inv(c[:, None] ** np.arange(1, len(c) + 1))
+    return _Spectrum(put(a), put(back), tuple(shifts), tuple(columns), tuple(rows), torch.from_numpy(powers).to(device))
+
+
+@functools.lru_cache(256)
+def _extension(tableau: Tableau, device: torch.device) -> tuple[tuple[tuple[float, ...], ...], Tensor, Tensor]:
+    """Rows and nodes of further stages, and the matrix of the polynomials b_i(theta)."""
+    ext = tableau.extension
+    kind = {"dtype": clock(device), "device": device}
+    return ext.a, torch.tensor(ext.c, **kind), torch.from_numpy(ext.p.copy()).to(**kind)
+
+
+@functools.lru_cache(256)
+def _guess(tableau: Tableau, stage: int) -> tuple[tuple[int, float], ...]:
+    """A stage's derivative extrapolated from those before it: the latest three at different nodes."""
+    used: dict[float, int] = {}
+    for j in reversed(range(stage)):
+        if len(used) < 3:
+            used.setdefault(round(tableau.c[j], 12), j)
+    at = tableau.c[stage]
+    return tuple(
+        (j, math.prod((at - other) / (node - other) for other in used if other != node)) for node, j in used.items()
+    )
+
+
+def _mix(weights: Tensor, stages: Tensor) -> Tensor:
+    """sum_j w_ij k_j for weights (i, j) and stages (j, ...), in the dtype of the stages or the weights."""
+    kind = torch.promote_types(weights.dtype, stages.dtype)
+    return (weights.to(kind) @ stages.to(kind).flatten(1)).view(-1, *stages.shape[1:])
+
+
+class Carry(NamedTuple):
+    """What a step knows from those before it; () where there is nothing.
+
+    Fields:
+        slope: the derivative at the start of the step.
+        blocks: those of the last Jacobian.
+        stale: whether it is to be made anew, shape () or (batch,).
+        size: the last step size, shape () or (batch,); 0 at the start.
+        past: its increments Y - y0 of stages that are solved at once, stages last: a guess for the next ones.
+        factors: in joint steps, for the next one if it is of the same size.
+    """
+
+    slope: Any
+    blocks: Any
+    stale: Tensor
+    size: Tensor
+    past: Any
+    factors: Any
+
+
+@dataclass(frozen=True, eq=False)
+class ImplicitRungeKutta:
+    """An implicit Runge-Kutta method.
+
+    Args:
+        tableau: its first stage explicit; the others are solved one by one, with the same diagonal entry, or, where one
+            of them needs a later one, all at once.
+        inner: for a tableau with nodes beyond the step: the method for steps whose nodes would lie beyond the solve or
+            a jump.
+    """
+
+    tableau: Tableau
+    inner: "ImplicitRungeKutta | None" = None
+
+    @property
+    def name(self) -> str:
+        return self.tableau.name
+
+    @property
+    def order(self) -> int:
+        return self.tableau.order
+
+    @property
+    def error_order(self) -> int:
+        return self.tableau.error_order if len(self.tableau.error) else 0
+
+    @functools.cached_property
+    def sequential(self) -> bool:
+        """Whether the stages are solved one by one."""
+        return not np.triu(self.tableau.matrix, 1).any()
+
+    @functools.cached_property
+    def filter(self) -> float:
+        """1 / gamma: error estimates are multiplied by (1 - gamma h J)^-1, or 0: they are not.
+
+        This bounds them for stiff components (Hosea & Shampine 1996; Hairer & Wanner 1996, IV.8.20), as is not needed
+        where the embedded method is a stage. gamma is the real eigenvalue of A, or the mean size of complex ones.
+        """
+        a, error = self.tableau.matrix, np.array(self.tableau.error)
+        if not len(error) or (abs(a - (np.array(self.tableau.b) - error)).max(1) < 1e-12).any():
+            return 0.0
+        if self.sequential:
+            return float(1 / a[-1, -1])
+        values = np.linalg.eigvals(np.linalg.inv(a[1:, 1:]))
+        real = values.real[abs(values.imag) < 1e-9]
+        return float(real[0] if len(real) else abs(np.prod(values)) ** (1 / len(values)))
+
+    def init(self, field: Field, t: Time, y: Tensor, slope: Tensor | None = None) -> Carry:
+        if slope is None and self.tableau.fsal:
+            slope = field(field.time(t), y).clone()  # fields may use one buffer for all their results
+        known: Any = slope if self.tableau.fsal else ()
+        blocks: Any = ()
+        past: Any = ()
+        lanes, device = (), torch.device("cpu")
+        if field.layout.per_sample:
+            lanes, device = (len(y),), y.device
+            m = Rows(field.layout, len(y)).pack(y.detach()).shape[-1]
+            blocks = torch.zeros((len(y), m, m), dtype=field.layout.real, device=device)
+        if not self.sequential:
+            past = torch.zeros((*y.shape, self.tableau.stages - 1), dtype=y.dtype, device=y.device)
+        stale = torch.ones(lanes, dtype=torch.bool, device=device)
+        return Carry(known, blocks, stale, stale.to(clock(device)) * 0, past, ())
+
+    def step(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: Carry | None) -> Step:
+        carry = self.init(field, t0, y0) if carry is None else carry
+        if self.inner is None:
+            return self._step(field, t0, t1, y0, carry)
+        over = _over(field.edges, t0, t1, max(self.tableau.c))
+        if not isinstance(over, Tensor):
+            return self._inner(field, t0, t1, y0, carry) if over else self._step(field, t0, t1, y0, carry)
+        if not bool(over.any()):
+            return self._step(field, t0, t1, y0, carry)
+        far = self._step(field, t0, torch.where(over, t0, t1), y0, carry)  # a sample takes one of the two steps
+        near = self._inner(field, t0, torch.where(over, t1, t0), y0, carry)
+        return _either(over, near, far)
+
+    def _inner(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: Carry) -> Step:
+        """A step of the inner method, that takes no guess from this method's carry and leaves it none."""
+        assert self.inner is not None
+        step = self.inner._step(field, t0, t1, y0, carry._replace(size=carry.size * 0, factors=()))
+        return step._replace(carry=step.carry._replace(past=(), factors=()))
+
+    def _step(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: Carry) -> Step:
+        tableau, made = self.tableau, field.jacobians
+        weights = _weights(tableau, field.layout.real, y0.device)
+        times = field.times(t0, t1, weights.nodes)
+        slope = field(field.time(t0), y0).clone() if isinstance(carry.slope, tuple) else carry.slope
+        h: Any = column(t1 - t0, y0)
+        with torch.no_grad():
+            solve = _Solve(self, field, t0, t1, y0, slope, times, carry)
+            found, k = solve.run()
+            error = None if weights.error is None else solve.error(weights.error, k)
+        if torch.is_grad_enabled():
+            k = solve.attached(y0, h, slope, times, k)
+        y1 = y0 + _mix(weights.b[None], k)[0]
+        return Step(
+            y1,
+            error,
+            self._dense(field, t0, t1, y0, h, k, solve),
+            solve.following(found, slope, h, k),
+            carry._replace(blocks=solve.jacobian.blocks, stale=torch.zeros_like(carry.stale), factors=())
+            if solve.fresh
+            else None,
+            found.ok if solve.lanes else found.ok.all(),
+            field.jacobians - made,
+            found.iterations if solve.lanes else int(found.iterations.max()),
+        )
+
+    def _dense(self, field: Field, t0: Time, t1: Time, y0: Tensor, h: Any, k: Tensor, solve: "_Solve") -> Dense:
+        """The tableau's extension. What the derivative at the start adds to the other stages is a multiple of the error
+        estimate, and is filtered as that is: it would be large for stiff components.
+        """
+        weights = _weights(self.tableau, field.layout.real, y0.device).error
+
+        def dense(theta: Tensor) -> Tensor:
+            rows, nodes, p = _extension(self.tableau, y0.device)
+            stages = list(k)
+            for row, t in zip(rows, field.times(t0, t1, nodes) if rows else (), strict=True):
+                stages.append(field(t, y0 + sum(w * z for w, z in zip(row, stages, strict=False) if w)) * h)
+            powers = theta[..., None] ** torch.arange(1, p.shape[1] + 1, dtype=p.dtype, device=p.device)
+            at = (powers @ p.T).to(field.layout.real)
+            if self.filter and weights is not None and weights[0]:
+                share = at[..., :1] / weights[0]
+                at = torch.cat([at - share * weights, share], -1)
+                stages.append(_filtered(self, field, field.time(t0), y0, h, _mix(weights[None], k)[0], solve))
+            at = at.to(y0.dtype)
+            if theta.ndim == 1:
+                return y0 + _mix(at, torch.stack(stages))
+            return y0 + torch.einsum("mbs,sbd->mbd", at, torch.stack(stages))
+
+        return dense
+
+
+def _filtered(
+    solver: ImplicitRungeKutta, field: Field, t: Tensor, y0: Tensor, h: Any, error: Tensor, solve: "_Solve"
+) -> Tensor:
+    """(1 - gamma h J)^-1 error, J at the start of the step; where gradients are wanted, with them."""
+    if not torch.is_grad_enabled():
+        return solve.filtered(error)
+    system = _Filter(field, t, y0, h, error, solver.filter)
+    with torch.no_grad():
+        x = system.exact(error)(error.detach())
+    return _attach(system, x)
+
+
+def _over(edges: Any, t0: Time, t1: Time, most: float) -> Any:
+    """Whether an edge lies beyond the middle of a step, but before its node `most`; where times are of shape (batch,),
+    for each sample."""
+    if isinstance(t1, Tensor) and t1.ndim:
+        size = (t1 - t0).detach()
+        edges = edges if edges.ndim == 2 else edges[:, None]
+        at = (edges - t0) / torch.where(size == 0, 1, size)
+        return ((at > 0.5) & (at < most) & (size != 0)).any(0)
+    start, end = (float(t.detach()) if isinstance(t, Tensor) else t for t in (t0, t1))
+    return any(0.5 < (float(edge) - start) / (end - start) < most for edge in edges)
+
+
+def _either(mask: Tensor, a: Step, b: Step) -> Step:
+    """Samples of one step or of another."""
+
+    def pick(x: Any, y: Any) -> Any:
+        return torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, y)
+
+    def both(x: Any, y: Any) -> Any:
+        return rebuild(x, map(pick, leaves(x), leaves(y)))
+
+    return Step(
+        *both((a.y1, a.error), (b.y1, b.error)),
+        dense=lambda theta: torch.where(mask[:, None], a.dense(theta), b.dense(theta)),
+        carry=both(a.carry, b.carry),
+        again=None,
+        ok=both(a.ok, b.ok),
+        jacobians=a.jacobians + b.jacobians,
+        iterations=both(a.iterations, b.iterations),
+    )
+
+
+def implicit_solvers() -> dict[str, ImplicitRungeKutta]:
+    """The methods of implicit_tables by name; Radau's 5 helps where a node of Kvaerno's 5 would lie beyond the end."""
+    made = {tableau.name: ImplicitRungeKutta(tableau) for tableau in IMPLICIT}
+    return {**made, KVAERNO5.name: ImplicitRungeKutta(KVAERNO5, made[RADAU5.name])}
+
+
+class _Solve:
+    """One step's equations, without gradients, and the same with them."""
+
+    def __init__(
+        self,
+        solver: ImplicitRungeKutta,
+        field: Field,
+        t0: Time,
+        t1: Time,
+        y0: Tensor,
+        slope: Tensor,
+        times: Sequence[Tensor],
+        carry: Carry,
+    ):
+        self.tableau, self.solver, self.field, self.carry, self.t0 = solver.tableau, solver, field, carry, t0
+        self.y0, self.slope, self.times = y0.detach(), slope.detach(), [t.detach() for t in times]
+        size = (t1 - t0).detach() if isinstance(t1, Tensor) else t1 - t0
+        self.lanes = isinstance(size, Tensor) and size.ndim > 0
+        self.size: Any = size if self.lanes else float(size)
+        self.h: Any = column(self.size, self.y0)
+        self.fresh = False
+        self.tol = tolerance(field, self.y0)
+        if solver.sequential:
+            self.shifts: tuple[complex, ...] = (float(1 / self.tableau.matrix[-1, -1]),)
+        else:
+            self.spectrum = _spectrum(self.tableau, field.layout.real, y0.device)
+            self.shifts = self.spectrum.shifts
+        near = [i for i, shift in enumerate(self.shifts) if abs(shift - solver.filter) < 1e-9]
+        self.filter = near[0] if near else len(self.shifts)  # which of the shifts it is
+        if solver.filter and not near:
+            self.shifts = (*self.shifts, solver.filter)
+
+    def run(self) -> tuple[Found, Tensor]:
+        """The increments h k_i of all stages, shape (stages, *y.shape), and how they were found."""
+        carry = self.carry
+        if isinstance(carry.blocks, tuple) or bool(carry.stale.any()):
+            self.renew()
+        else:
+            self.jacobian = Jacobian(self.rows(carry.blocks), carry.blocks)
+            if carry.factors and abs(self.size / float(carry.size.max()) - 1) < 1e-6:
+                self.factors = carry.factors
+            else:
+                self.factorise()
+        found, k = self.attempt(_SIMPLIFIED)
+        if not self.fresh and not bool(found.ok.all()):
+            self.renew()
+            found, k = self.better(found, k, *self.attempt(_SIMPLIFIED))
+        if self.field.tolerance is None and not bool(found.ok.all()):
+            found, k = self.better(found, k, *self.attempt(_EXACT, exact=True))
+        return found, k
+
+    def rows(self, blocks: Tensor) -> Rows:
+        return Rows(self.field.layout, len(blocks))
+
+    def renew(self) -> None:
+        """Make the Jacobian at the start of the step."""
+        known = self.carry.blocks
+        most = None if isinstance(known, tuple) else len(known)
+        self.jacobian = jacobian(self.field, self.field.time(self.t0).detach(), self.y0, most)
+        self.fresh = True
+        self.factorise()
+
+    def factorise(self) -> None:
+        self.factors = tuple(self.jacobian.factors(shift, self.h) for shift in self.shifts)
+
+    def better(self, first: Found, k: Tensor, second: Found, other: Tensor) -> tuple[Found, Tensor]:
+        """The second attempt where the first one failed."""
+        keep = first.ok[:, None] if first.ok.ndim else first.ok
+        rate = torch.where(first.ok, first.rate, second.rate)
+        iterations = first.iterations + torch.where(first.ok, 0, second.iterations)
+        return Found(second.z, first.ok | second.ok, iterations, rate), torch.where(keep, k, other)
+
+    def attempt(self, most: int, exact: bool = False) -> tuple[Found, Tensor]:
+        """Solve all stages from their guesses."""
+
+        def solved(system: _Stage | _Stages, z: Tensor) -> Found:
+            if exact:
+                return damped(system.residual, system.exact, z, self.jacobian.rows, self.tol, most)
+            inverse = system.simplified(self)
+            return newton(lambda z: -inverse(system.residual(z)), z, self.tol, most)
+
+        if not self.solver.sequential:
+            stages = _Stages(self.field, self.times, self.y0, self.h, self.spectrum)
+            found = solved(stages, self.guess())
+            return found, torch.cat([(self.slope * self.h)[None], _mix(self.spectrum.back, found.z)])
+        found, k = None, [self.slope * self.h]
+        for i in range(1, self.tableau.stages):
+            guess = torch.stack([w * k[j] for j, w in _guess(self.tableau, i)]).sum(0)
+            this = solved(self.stage(i, self.y0, self.h, self.times, k), guess)
+            k.append(this.z)
+            if found is not None:
+                rate = torch.maximum(found.rate, this.rate)
+                this = Found(this.z, found.ok & this.ok, found.iterations + this.iterations, rate)
+            found = this
+            if not bool(found.ok.any()):
+                k += [this.z] * (self.tableau.stages - len(k))
+                break
+        assert found is not None
+        return found, torch.stack(k)
+
+    def stage(self, i: int, y0: Tensor, h: Any, times: Sequence[Tensor], k: list[Tensor]) -> "_Stage":
+        row = self.tableau.matrix[i]
+        base = y0 + sum(float(w) * z for w, z in zip(row, k, strict=False) if w)
+        return _Stage(self.field, times[i - 1], base, h, float(row[i]))
+
+    def guess(self) -> Tensor:
+        """Stages at once: the last step's polynomial, beyond its end; in the first step a straight line."""
+        carry, spectrum = self.carry, self.spectrum
+        c = torch.tensor(self.tableau.c[1:], dtype=spectrum.nodes.dtype, device=self.y0.device)
+        line = c.to(self.y0.dtype).view(-1, *[1] * self.y0.ndim) * (self.slope * self.h)
+        known = carry.size != 0
+        if not bool(known.any()):
+            return line
+        ratio = self.size / torch.where(known, carry.size, 1)
+        degrees = torch.arange(1, len(c) + 1, dtype=c.dtype, device=c.device)
+        ahead = (1 + ratio.to(c.device)[..., None] * c)[..., None] ** degrees - 1
+        moved = carry.past @ (ahead @ spectrum.nodes).mT.to(carry.past.dtype)
+        return torch.where(known[:, None] if known.ndim else known.to(c.device), moved.movedim(-1, 0), line)
+
+    def error(self, weights: Tensor, k: Tensor) -> Tensor:
+        """The estimate of the local error, filtered; where it is too large once more, with the slope it leads to."""
+        raw = _mix(weights[None], k)[0]
+        if not self.solver.filter:
+            return raw
+        error = self.filtered(raw)
+        large = self.tol.size(error, error) > 1
+        if self.field.tolerance is not None and bool(large.any()):
+            slope = self.field(self.field.time(self.t0).detach(), self.y0 - error)
+            again = self.filtered(raw + weights[0] * (slope * self.h - k[0]))
+            error = torch.where(large[:, None] if large.ndim else large, again, error)
+        return error
+
+    def filtered(self, error: Tensor) -> Tensor:
+        lu, rows = self.factors[self.filter], self.jacobian.rows
+        return rows.unpack(lu.solve(rows.pack(error)) * self.solver.filter)
+
+    def attached(self, y0: Tensor, h: Any, slope: Tensor, times: Sequence[Tensor], k: Tensor) -> Tensor:
+        """The same increments with their derivatives."""
+        if not self.solver.sequential:
+            stages = _Stages(self.field, times, y0, h, self.spectrum)
+            z = _attach(stages, _mix(self.spectrum.a, k[1:]))
+            return torch.cat([(slope * h)[None], _mix(self.spectrum.back, z)])
+        made = [slope * h]
+        for i in range(1, self.tableau.stages):
+            made.append(_attach(self.stage(i, y0, h, times, made), k[i]))
+        return torch.stack(made)
+
+    def following(self, found: Found, slope: Tensor, h: Any, k: Tensor) -> Carry:
+        """The carry after this step. A Jacobian with which the iteration was slow is made anew."""
+        last: Any = ()
+        if self.tableau.fsal:
+            still = self.h == 0
+            last = torch.where(still, slope, k[-1] / torch.where(still, 1, h)) if self.lanes else k[-1] / h
+        past: Any = ()
+        if not self.solver.sequential:
+            past = _mix(self.spectrum.a, k[1:].detach()).movedim(0, -1)
+        solves = self.tableau.stages - 1 if self.solver.sequential else 1
+        slow = (found.iterations > 2 * solves) & (found.rate > _SLOW)
+        old = self.carry
+        size = self.size if self.lanes else torch.full_like(old.size, self.size)
+        factors = () if self.lanes else self.factors
+        return Carry(last, self.jacobian.blocks, slow.to(old.stale.device), size, past, factors)
+
+
+class _Gate(torch.autograd.Function):
+    """The identity, whose first gradient is known to vanish: it is made only if that is to be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.again = False
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor | None:
+        ctx.again = ctx.again or torch.is_grad_enabled()
+        return grads[0] if ctx.again else None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].view_as(tangents[0])
+
+
+def _attach(system: "_Stage | _Stages | _Filter", z: Tensor) -> Tensor:
+    """A solution z of a system, with its first and second derivatives with respect to all that the system knows."""
+    residual = system.residual(z)
+    if not residual.requires_grad and torch.autograd.forward_ad.unpack_dual(residual).tangent is None:
+        return z
+    with torch.no_grad():
+        inverse = system.exact(z)
+    z = _Gate.apply(z - inverse(residual))
+    return z - inverse(system.residual(z))
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """z = h f(t, base + gamma z)."""
+
+    field: Field
+    t: Tensor
+    base: Tensor
+    h: Any
+    gamma: float
+
+    def residual(self, z: Tensor) -> Tensor:
+        return z - self.h * self.field(self.t, self.base + self.gamma * z)
+
+    def simplified(self, solve: _Solve) -> Callable[[Tensor], Tensor]:
+        return self._inverse(solve.jacobian.rows, solve.factors[0])
+
+    def exact(self, z: Tensor) -> Callable[[Tensor], Tensor]:
+        made = jacobian(self.field, self.t.detach(), (self.base + self.gamma * z).detach())
+        return self._inverse(made.rows, made.factors(1 / self.gamma, _number(self.h)))
+
+    def _inverse(self, rows: Rows, factors: Factors) -> Callable[[Tensor], Tensor]:
+        return lambda r: rows.unpack(factors.solve(rows.pack(r)) / self.gamma)
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """Z = h A F(y0 + Z), Z of shape (stages, *y.shape)."""
+
+    field: Field
+    times: Sequence[Tensor]
+    y0: Tensor
+    h: Any
+    spectrum: _Spectrum
+
+    def residual(self, z: Tensor) -> Tensor:
+        slopes = torch.stack([self.field(t, self.y0 + y).clone() for t, y in zip(self.times, z, strict=True)])
+        return z - self.h * _mix(self.spectrum.a, slopes)
+
+    def simplified(self, solve: _Solve) -> Callable[[Tensor], Tensor]:
+        rows, (_, back, shifts, columns, across, _) = solve.jacobian.rows, self.spectrum
+
+        def inverse(r: Tensor) -> Tensor:
+            x = _mix(back, rows.pack(r))
+            parts = []
+            for factors, column_, row in zip(solve.factors[: len(shifts)], columns, across, strict=True):
+                part = column_[:, None, None] * factors.solve(_mix(row[None], x)[0])
+                parts.append(part.real if part.is_complex() else part)
+            return rows.unpack(sum(parts[1:], parts[0]))
+
+        return inverse
+
+    def exact(self, z: Tensor) -> Callable[[Tensor], Tensor]:
+        at = [(t.detach(), (self.y0 + y).detach()) for t, y in zip(self.times, z, strict=True)]
+        made = [jacobian(self.field, *point) for point in at]
+        least = min(each.rows.number for each in made)
+        made = [j if j.rows.number == least else jacobian(self.field, *p, least) for j, p in zip(made, at, strict=True)]
+        rows, s = made[0].rows, len(z)
+        a, h = self.spectrum.a, _number(self.h)
+        blocks = torch.stack([each.blocks for each in made])  # (stages, rows, m, m)
+        m = blocks.shape[-1]
+        coupled = torch.einsum("ij,jrxy->rixjy", a, blocks).reshape(-1, s * m, s * m)
+        h = h[..., None] if isinstance(h, Tensor) else h
+        factors = factor(torch.eye(s * m, dtype=a.dtype, device=a.device) - h * coupled)
+
+        def inverse(r: Tensor) -> Tensor:
+            flat = rows.pack(r).movedim(0, 1).flatten(1)  # (rows, stages m)
+            return rows.unpack(factors.solve(flat).unflatten(1, (s, m)).movedim(1, 0))
+
+        return inverse
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """x = error + gamma h J x with the Jacobian at (t, y0)."""
+
+    field: Field
+    t: Tensor
+    y0: Tensor
+    h: Any
+    error: Tensor
+    shift: float
+
+    def residual(self, x: Tensor) -> Tensor:
+        moved = torch.func.jvp(lambda y: self.field(self.t, y), (self.y0,), (x,))[1]
+        return x - self.h / self.shift * moved - self.error
+
+    def exact(self, z: Tensor) -> Callable[[Tensor], Tensor]:
+        made = jacobian(self.field, self.t.detach(), self.y0)
+        factors = made.factors(self.shift, _number(self.h))
+        return lambda r: made.rows.unpack(factors.solve(made.rows.pack(r)) * self.shift)
+
+
+def _number(h: Any) -> Any:
+    """A step size without its graph: a float or of shape (rows, 1)."""
+    if isinstance(h, Tensor):
+        return h.detach() if h.ndim else float(h.detach())
+    return h

@@ -1,0 +1,307 @@
+"""Newton's method for implicit steps: Jacobians of the field, block by block, and the iteration.
+
+A field often acts on rows of the state: on samples, or on single elements. Its Jacobian then is block diagonal, costs
+as many products as a block has columns, and is factored block by block. In per-sample mode the samples are the rows, as
+is promised; in joint mode `jacobian` finds the rows itself, and proves them for every Jacobian by one more product with
+a vector that has no zero entry. Blocks are real: a complex element counts as two real ones, so that fields need not be
+holomorphic.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from pfode.ode.state import Field, Layout
+
+_HALVINGS = 12  # of a correction
+_CHUNK = 2**24  # elements of the products that are made at once
+
+
+class Rows(NamedTuple):
+    """How flat states lie in rows: (..., n) or (..., batch, d) as real numbers of shape (..., number, m)."""
+
+    layout: Layout
+    number: int
+
+    def pack(self, y: Tensor) -> Tensor:
+        if not self.layout.per_sample:
+            parts = [p.reshape(*p.shape[:-1], self.number, -1) for p in y.split(self.layout.sizes, -1)]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return torch.view_as_real(y).flatten(-2) if y.is_complex() else y
+
+    def unpack(self, x: Tensor) -> Tensor:
+        if self.layout.dtype.is_complex:
+            x = x.unflatten(-1, (-1, 2))
+            x = torch.complex(x[..., 0], x[..., 1])
+        if self.layout.per_sample:
+            return x
+        parts = x.split([size // self.number for size in self.layout.sizes], -1)
+        flat = [p.reshape(*p.shape[:-2], -1) for p in parts]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
+
+
+def _candidates(layout: Layout) -> list[int]:
+    """Numbers of rows that a field may act on, most first; the last one is the whole state as one row."""
+    if layout.per_sample:
+        return [layout.batch]
+    counts, count = [1], 1
+    for sizes in zip(*layout.shapes, strict=False):
+        if len(set(sizes)) > 1:
+            break
+        count *= sizes[0]
+        counts.append(count)
+    return sorted(set(counts), reverse=True)
+
+
+class Factors(NamedTuple):
+    """LU factors of matrices of shape (rows, m, m); numbers are kept as they are."""
+
+    lu: Tensor
+    pivots: Tensor
+
+    def solve(self, r: Tensor) -> Tensor:
+        """M^-1 r for r of shape (rows, m); not finite where M is singular."""
+        if self.lu.shape[-1] == 1:
+            return r / self.lu[..., 0]
+        return torch.linalg.lu_solve(self.lu, self.pivots, r[..., None])[..., 0]
+
+
+def factor(matrices: Tensor) -> Factors:
+    if matrices.shape[-1] == 1:
+        return Factors(matrices, torch.ones_like(matrices[..., 0], dtype=torch.int32))
+    return Factors(*torch.linalg.lu_factor_ex(matrices)[:2])
+
+
+class Jacobian(NamedTuple):
+    """df/dy as blocks of shape (rows, m, m)."""
+
+    rows: Rows
+    blocks: Tensor
+
+    def factors(self, shift: complex, h: Any) -> Factors:
+        """Those of shift - h J; h is a float or of shape (rows, 1)."""
+        blocks = self.blocks if isinstance(shift, float) else self.blocks.to(self.blocks.dtype.to_complex())
+        h = h[..., None] if isinstance(h, Tensor) else h
+        return factor(torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device) * shift - h * blocks)
+
+
+def jacobian(field: Field, t: Tensor, y: Tensor, most: int | None = None) -> Jacobian:
+    """The Jacobian of the field at (t, y), without gradients.
+
+    By forward mode; where the field does not allow it by reverse mode, and by differences where it allows neither.
+
+    Args:
+        most: the number of rows there are at most, from an earlier Jacobian.
+    """
+    y = y.detach()
+    field.jacobians += 1
+    counts = [count for count in _candidates(field.layout) if most is None or count <= most]
+    while True:
+        rows = Rows(field.layout, counts[0])
+        x = rows.pack(y)
+        try:
+            blocks, seen, meant = _WAYS[field.way](lambda x, rows=rows: rows.pack(field(t, rows.unpack(x))), x)
+        except Exception:
+            if field.way == len(_WAYS) - 1:
+                raise
+            field.way += 1
+            continue
+        if len(counts) == 1:
+            return Jacobian(rows, blocks)
+        exact = torch.finfo(x.dtype).eps ** (1 / 3 if field.way == len(_WAYS) - 1 else 2 / 3)
+        if bool((seen - meant).abs().amax() <= exact * meant.abs().amax()):
+            return Jacobian(rows, blocks)
+        counts.pop(0)
+
+
+Product = tuple[Tensor, Tensor, Tensor]  # the blocks if the rows are right; a product as it is, and by these blocks
+
+
+def _probe(x: Tensor) -> Tensor:
+    """A vector without zeros or pattern, like x."""
+    golden = (math.sqrt(5) - 1) / 2
+    values = torch.arange(1, x.numel() + 1, dtype=torch.float64, device="cpu") * golden % 1 + 0.5
+    return values.to(x.device, x.dtype).view(x.shape)
+
+
+@functools.cache
+def _forward_mode() -> None:
+    """Let torch load what its forward mode needs: that warns of torch's own use of TorchScript."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        vmap(lambda v: jvp(torch.tanh, (v,), (v,))[1])(torch.zeros(1))
+
+
+def _forward(g: Callable[[Tensor], Tensor], x: Tensor) -> Product:
+    _forward_mode()
+    m = x.shape[1]
+    probe = _probe(x)
+    columns = torch.eye(m, dtype=x.dtype, device=x.device)[:, None].expand(m, *x.shape)
+    at_once = max(1, _CHUNK // x.numel())
+    with torch.no_grad():
+        made = vmap(lambda v: jvp(g, (x,), (v,))[1], chunk_size=at_once)(torch.cat([columns, probe[None]]))
+    blocks = made[:-1].movedim(0, -1)
+    return blocks, made[-1], (blocks @ probe[..., None])[..., 0]
+
+
+def _reverse(g: Callable[[Tensor], Tensor], x: Tensor) -> Product:
+    probe = _probe(x)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        out = g(x)
+        if not out.requires_grad:
+            raise RuntimeError("the field's result does not depend on the state by operations with derivatives")
+        sums = [*out.sum(0), (out * probe).sum()]
+        made = [torch.autograd.grad(s, x, retain_graph=True, materialize_grads=True)[0] for s in sums]
+    blocks = torch.stack(made[:-1], 1)
+    return blocks, made[-1], (blocks.mT @ probe[..., None])[..., 0]
+
+
+def _differences(g: Callable[[Tensor], Tensor], x: Tensor) -> Product:
+    probe = _probe(x)
+    small = torch.finfo(x.dtype).eps ** 0.5 * x.abs().clamp(min=1e-5)
+    columns = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    with torch.no_grad():
+        here = g(x).clone()  # fields may use one buffer for all their results
+        made = [(g(x + small * c) - here) / (small * c).sum(1, keepdim=True) for c in columns]
+        blocks = torch.stack(made, -1)
+        seen = g(x + small * probe) - here
+    return blocks, seen, (blocks @ (small * probe)[..., None])[..., 0]
+
+
+_WAYS = (_forward, _reverse, _differences)
+
+
+class Found(NamedTuple):
+    """What Newton's iteration came to; `ok`, `iterations` and `rate` have the shape of its lanes, () or (batch,).
+
+    Fields:
+        z: the unknown.
+        ok: whether it solves the equations to the tolerance.
+        iterations: how many it took.
+        rate: the last ratio of two corrections.
+    """
+
+    z: Tensor
+    ok: Tensor
+    iterations: Tensor
+    rate: Tensor
+
+
+class Tolerance(NamedTuple):
+    """When corrections are small enough.
+
+    Fields:
+        size: (correction, unknown) -> its size, shape () or (batch,).
+        goal: of the sizes of all corrections to come.
+        floor: corrections of this size that fall no more are rounding errors.
+    """
+
+    size: Callable[[Tensor, Tensor], Tensor]
+    goal: float
+    floor: float
+
+
+def tolerance(field: Field, y0: Tensor) -> Tolerance:
+    """That of Hairer & Wanner 1996, IV.8: a part of the error that a step may make; on fixed grids, of rounding.
+
+    Sizes are root mean squares in units of the tolerance, or the largest in units of rounding; in per-sample mode per
+    sample.
+    """
+    real = torch.finfo(field.layout.real)
+    over = (-1,) if field.layout.per_sample else tuple(range(-y0.ndim, 0))
+
+    def lanes(x: Tensor) -> tuple[int, ...]:  # all dimensions but the batch
+        return tuple(i for i in range(x.ndim) if not field.layout.per_sample or i != x.ndim - 2)
+
+    if field.tolerance is None:
+        start = y0.abs().amax(over)
+
+        def units(d: Tensor, z: Tensor) -> Tensor:
+            most = (start + z.abs().amax(lanes(z))) * real.eps + real.tiny
+            return d.abs().amax(lanes(d)) / most
+
+        return Tolerance(units, 4.0, 30.0)
+    rtol, atol = field.tolerance
+    scale = y0.abs() * rtol + atol
+    least = max(float(torch.as_tensor(rtol).min()), 100 * real.eps)
+
+    def size(d: Tensor, z: Tensor) -> Tensor:
+        return (d.abs() / scale).square().mean(lanes(d)).sqrt()
+
+    return Tolerance(size, max(2 * real.eps / least, min(0.03, least**0.5)), 0.0)
+
+
+def newton(change: Callable[[Tensor], Tensor], z: Tensor, tol: Tolerance, most: int) -> Found:
+    """Add `change(z)` to z until what is still to come is small; lanes stop one by one, converged or hopeless.
+
+    With rate the ratio of two corrections, rate / (1 - rate) of the last one is still to come.
+    """
+    previous = active = ok = iterations = rate = torch.empty(0)
+    for k in range(most):
+        d = change(z)
+        size = tol.size(d, z)
+        if k == 0:
+            active = torch.ones_like(size, dtype=torch.bool)
+            ok, iterations, rate = ~active, torch.zeros_like(size, dtype=torch.int64), torch.zeros_like(size)
+            done, lost = size <= 1e-2 * tol.goal, ~(size < math.inf)
+        else:
+            rate = torch.where(active, size / previous, rate)
+            left = rate / (1 - rate) * size
+            done = (rate < 1) & (left <= tol.goal) | (rate > 0.5) & (size <= tol.floor)
+            lost = ~done & (~(rate < 1) | (left * rate ** (most - 1 - k) > tol.goal))
+        z = torch.where(active[:, None], z + d, z) if active.ndim else z + d
+        iterations = iterations + active
+        ok, active, previous = ok | active & done, active & ~(done | lost), size
+        if not bool(active.any()):
+            break
+    return Found(z, ok, iterations, rate)
+
+
+def damped(
+    residual: Callable[[Tensor], Tensor],
+    exact: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    z: Tensor,
+    rows: Rows,
+    tol: Tolerance,
+    most: int,
+) -> Found:
+    """Newton's method with a Jacobian of its own for every iteration, from any guess.
+
+    Corrections are halved, row by row, until the next one with the same Jacobian is smaller (the natural monotonicity
+    test of Deuflhard 2004, 3.3).
+    """
+
+    def length(d: Tensor) -> Tensor:
+        x = rows.pack(d)
+        return torch.linalg.vector_norm(x, dim=tuple(i for i in range(x.ndim) if i != x.ndim - 2))
+
+    previous = ok = iterations = torch.empty(0)
+    for k in range(most):
+        inverse = exact(z)
+        d = -inverse(residual(z))
+        size = tol.size(d, z)
+        if k == 0:
+            ok, previous = torch.zeros_like(size, dtype=torch.bool), torch.full_like(size, math.inf)
+            iterations = torch.zeros_like(size, dtype=torch.int64)
+        iterations = iterations + ~ok
+        ok = ok | (size <= tol.goal) | (size <= 10 * tol.floor) & (size > 0.5 * previous)
+        previous, before = size, length(d)
+        part, trial = torch.ones_like(before), z
+        for _ in range(_HALVINGS):
+            share = rows.unpack(part[:, None].expand_as(rows.pack(d)[..., :, :]))
+            trial = z + (share.real if share.is_complex() else share) * d
+            good = (length(inverse(residual(trial))) <= (1 - part / 4) * before) | (before == 0)
+            if bool((good | ok if ok.ndim else good.all() | ok).all()):
+                break
+            part = torch.where(good, part, part / 2)
+        z = trial
+        if bool(ok.all()):
+            break
+    return Found(z, ok, iterations, torch.zeros_like(previous))
