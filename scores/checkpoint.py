@@ -1,4 +1,4 @@
-"""Models as one self-contained safetensors file: the weights, and in the metadata everything else.
+"""Models as one self-contained safetensors file: the weights, and in the metadata everything else; and `load`.
 
 Metadata: `pfode.config` (JSON: architecture, process, prediction, labels and the card: data, licence, ...),
 `pfode.digest` (sha256 of everything), `modelspec.*` (https://github.com/Stability-AI/ModelSpec). Loading runs no code.
@@ -7,6 +7,7 @@ Metadata: `pfode.config` (JSON: architecture, process, prediction, labels and th
 import json
 import math
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,24 @@ from torch import Tensor, nn
 import pfode
 from pfode.errors import FileError, PfodeError, UsageError
 from pfode.files import Header, content_digest, read_header, write_atomic
-from pfode.prediction import PREDICTIONS
-from pfode.process import from_config
-from pfode.scores.denoiser import Denoiser
+from pfode.process import Process, from_config
+from pfode.scores import edm
+from pfode.scores.denoiser import KNOWN, Denoiser
 from pfode.scores.shipped import model_path
 from pfode.scores.unet import UNet, UNetConfig
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-NAMES = {dtype: name for name, dtype in FLOATS.items()}
+DTYPES = FLOATS | {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FIELDS = {"architecture", "process", "prediction", "sigma_data", "time_scale", "shape", "labels"}
 
 
 def save(
     den: Denoiser, path: str | os.PathLike[str], *, card: dict[str, Any], dtype: torch.dtype = torch.float16
 ) -> Path:
-    """Write a denoiser whose network is a `UNet`.
+    """Write a denoiser whose network pfode can build again: a `UNet`, or what `load` read.
 
     Args:
         card: JSON about the model: data, licence, command, ...; kept beside the configuration.
@@ -43,14 +47,17 @@ def save(
         UsageError: another network, weights that are not finite (in that dtype), or a card that is no JSON.
         WriteError: the file cannot be written; an older one is kept.
     """
-    if not isinstance(den.net, UNet):
-        raise UsageError(f"save: only networks of pfode can be saved, got {type(den.net).__name__}")
+    found = getattr(den.net, "architecture", None)
+    if not isinstance(den, Denoiser) or not isinstance(den.net, nn.Module) or not callable(found):
+        name = type(getattr(den, "net", den)).__name__
+        raise UsageError(f"save: only networks of pfode can be saved, got {name}", "torch.save(net.state_dict(), ...)")
+    architecture: Any = found()
     clash = FIELDS & set(card)
     if clash:
         raise UsageError(f"save: card: {sorted(clash)[0]!r} is a field of the model itself", "choose another key")
     config = {
         **card,
-        "architecture": {"name": "UNet", **den.net.config.to_json()},
+        "architecture": architecture,
         "process": den.process.config(),
         "prediction": den.prediction,
         "sigma_data": den.sigma_data,
@@ -74,7 +81,7 @@ def save(
         "pfode.version": pfode.__version__,
         "pfode.config": text,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "pfode/UNet",
+        "modelspec.architecture": f"pfode/{architecture['name']}",
         "modelspec.implementation": "pfode",
         "modelspec.title": str(card.get("name", Path(path).stem)),
         "modelspec.license": str(card.get("licence", "")),
@@ -86,22 +93,61 @@ def save(
 
 
 def load(
-    source: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    source: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    process: Process | None = None,
+    prediction: str | None = None,
 ) -> Denoiser:
-    """A shipped model by its name, or a file written by `save`.
+    """A model by its name, from a file or a folder, or from the Hugging Face hub.
+
+    Args:
+        source: a shipped model; a .safetensors file written by `save`; a folder of diffusers (a DDPM, DDIM, PNDM or DiT
+            pipeline, or its network alone) or of `Denoiser.save_pretrained`; a network pickle (.pkl) of EDM or EDM2; or
+            the name of such a folder on the hub, "owner/name" or "owner/name@revision", fetched unless it is cached.
+        device, dtype: of the network.
+        process, prediction: of a network of diffusers without a scheduler beside it.
 
     Nothing is executed: header, digest, configuration and every tensor are checked first.
 
     Raises:
-        UsageError: neither a name nor a file.
+        UsageError: nothing of that name. MissingError: the hub cannot be reached, or has no such model.
         FileError: missing, damaged, changed, or of another kind; the message names the file and the field.
     """
-    file = model_path(source)
+    den = _read(model_path(source), process, prediction)
+    network = den.net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    return den.with_network(network.eval().requires_grad_(False))
+
+
+def _read(path: Path, process: Process | None, prediction: str | None) -> Denoiser:
+    if path.is_dir():
+        from pfode.scores.folders import load_folder
+
+        return load_folder(path, process, prediction)
+    if process is not None or prediction is not None:
+        raise UsageError(f"{path}: the file says what its process and its prediction are", "leave them out")
+    if path.suffix == ".pkl":
+        from pfode.scores.edm_files import load_pickle
+
+        return load_pickle(path)
+    return load_file(path)
+
+
+def load_file(file: Path) -> Denoiser:
+    """The denoiser in a file of `save`, its network in the dtype of the file.
+
+    Raises:
+        FileError: see `load`.
+    """
     header = read_header(file)
     kind = header.metadata.get("pfode.kind")
     if kind != "model":
         what = f"a pfode {kind}" if kind else "not a pfode model"
-        raise FileError(f"{file}: metadata 'pfode.kind': this is {what}", "pfode info FILE shows what it holds")
+        hint = "pfode info FILE shows what it holds"
+        if (file.parent / "config.json").exists():
+            hint += "; for a model of diffusers give the folder"
+        raise FileError(f"{file}: metadata 'pfode.kind': this is {what}", hint)
     if "pfode.digest" not in header.metadata:
         raise FileError(f"{file}: metadata: no 'pfode.digest'", "the file is damaged: fetch or write it again")
     header.verify()
@@ -110,10 +156,29 @@ def load(
         den = _build(config)
     except PfodeError as error:
         raise FileError(f"{file}: metadata 'pfode.config': {error.message}", error.hint) from error
-    tensors = _tensors(header, den.net)
-    den.net.load_state_dict(tensors, assign=True)
-    network = den.net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
-    return den.with_network(network.eval().requires_grad_(False))
+    fill(den.net, _tensors(header), lambda name: file, uniform=False)
+    return den
+
+
+def build(architecture: dict[str, Any]) -> nn.Module:
+    """A network from the JSON object that its `architecture` gave, its parameters on the meta device.
+
+    Raises:
+        UsageError: an unknown network, or a broken configuration, named by its field.
+    """
+    name = architecture["name"]
+    fields = {key: value for key, value in architecture.items() if key != "name"}
+    with torch.device("meta"):
+        if name == "UNet":
+            return UNet(UNetConfig.from_json(fields))
+        if name in edm.NETWORKS:
+            return edm.NETWORKS[name](**fields)
+    from pfode.scores import folders
+
+    if name in folders.NETWORKS:
+        return folders.build(name, fields)
+    known = ", ".join(("UNet", *edm.NETWORKS, *folders.NETWORKS))
+    raise UsageError(f"architecture: unknown network {name!r:.60}", f"known: {known}")
 
 
 def _build(config: dict[str, Any]) -> Denoiser:
@@ -124,26 +189,22 @@ def _build(config: dict[str, Any]) -> Denoiser:
     for key, value in (("architecture", architecture), ("process", process)):
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             raise UsageError(f"{key}: expected an object with a name, got {value!r:.60}")
-    if architecture["name"] != "UNet":
-        raise UsageError(f"architecture: unknown network {architecture['name']!r:.60}", "known: UNet")
-    net = UNetConfig.from_json({key: value for key, value in architecture.items() if key != "name"})
+    network: Any = build(architecture)
     prediction = config["prediction"]
-    if not isinstance(prediction, str) or prediction not in ("edm", *PREDICTIONS):
+    if not isinstance(prediction, str) or prediction not in KNOWN:
         raise UsageError(f"prediction: unknown {prediction!r:.60}")
     for key in ("sigma_data", "time_scale"):
         value = config[key]
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise UsageError(f"{key}: expected a positive number, got {value!r:.60}")
-    shape = [net.channels, net.size, net.size]
+    shape = None if network.shape is None else list(network.shape)
     if config["shape"] != shape:
         raise UsageError(f"shape: expected {shape}, as the architecture says, got {config['shape']!r:.60}")
-    labels = config["labels"]
+    labels, classes = config["labels"], network.classes
     named = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
-    if (labels is not None and not named) or len(labels or ()) != net.classes:
-        raise UsageError(f"labels: expected {net.classes} names, as the architecture says, got {labels!r:.60}")
+    if (labels is not None and not named) or len(labels or ()) != classes:
+        raise UsageError(f"labels: expected {classes} names, as the architecture says, got {labels!r:.60}")
     _scalars(process)
-    with torch.device("meta"):
-        network = UNet(net)
     return Denoiser(
         network,
         from_config(process),
@@ -163,27 +224,44 @@ def _scalars(process: dict[str, Any]) -> None:
             raise UsageError(f"process: {key}: expected a number, got {value!r:.60}")
 
 
-def _tensors(header: Header, network: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the file, exactly those the network has, floating point and finite."""
-    file, expected = header.path, {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    for name in sorted(set(expected) ^ set(header.entries)):
-        raise FileError(
-            f"{file}: tensor {name!r} is {'missing' if name in expected else 'unknown'}", "the file is of another model"
-        )
-    for name, shape in expected.items():
-        entry = header.entries[name]
-        if entry.shape != shape:
-            raise FileError(f"{file}: tensor {name!r}: shape {list(entry.shape)}, expected {list(shape)}")
-        if entry.dtype not in FLOATS:
-            raise FileError(f"{file}: tensor {name!r}: dtype {entry.dtype}, expected one of {', '.join(FLOATS)}")
+def _tensors(header: Header) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
     try:
-        tensors = parse(file.read_bytes())
+        return parse(header.path.read_bytes())
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{file}: cannot be read: {error}") from error
-    for name, value in tensors.items():
+        raise FileError(f"{header.path}: cannot be read: {error}") from error
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], where: Callable[[str], Path], uniform: bool = True) -> None:
+    """Give a network exactly its tensors.
+
+    Args:
+        network: its parameters may be on the meta device.
+        tensors: by the names of its state dict.
+        where: the file of a tensor, for messages.
+        uniform: refuse a tensor whose dtype is another than that of most.
+
+    Raises:
+        FileError: a tensor is missing, unknown, of another shape or dtype, or not finite.
+    """
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    for name in sorted(set(expected) ^ set(tensors)):
+        what = "missing" if name in expected else "unknown"
+        raise FileError(f"{where(name)}: tensor {name!r} is {what}", "the file is of another model, or damaged")
+    found = [tensors[name].dtype for name in expected]
+    usual = max(set(found), key=found.count)
+    for name, shape in expected.items():
+        value = tensors[name]
+        dtype = NAMES.get(value.dtype, str(value.dtype))
+        if tuple(value.shape) != shape:
+            raise FileError(f"{where(name)}: tensor {name!r}: shape {list(value.shape)}, expected {list(shape)}")
+        if dtype not in FLOATS:
+            raise FileError(f"{where(name)}: tensor {name!r}: dtype {dtype}, expected one of {', '.join(FLOATS)}")
+        if uniform and value.dtype != usual:
+            raise FileError(f"{where(name)}: tensor {name!r}: dtype {dtype}, the others have {NAMES.get(usual, usual)}")
         if not value.isfinite().all():
-            raise FileError(f"{file}: tensor {name!r}: not finite", "the training diverged, or the file is damaged")
-    return tensors
+            raise FileError(f"{where(name)}: tensor {name!r}: not finite", "the training diverged, or it is damaged")
+    network.load_state_dict(dict(tensors), assign=True)
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -2,7 +2,9 @@
 
 import copy
 import difflib
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from pfode.process import VP, Process, VPCosine, VPDiscrete
 from pfode.scores.guidance import guide
 
 VARIANCE_PRESERVING = (VP, VPCosine, VPDiscrete)
+KNOWN = ("edm", "ve", *PREDICTIONS)
 
 
 class Denoiser(Preconditioned):
@@ -24,13 +27,15 @@ class Denoiser(Preconditioned):
     Prediction "edm" is the preconditioning of Karras et al. 2022 (table 1) for any process: with s = sigma_data and
     r = sqrt(sigma^2 + alpha^2 s^2): c_in = 1/r, c_skip = alpha s^2/r^2, c_out = sigma s/r and
     c_noise = log(sigma/alpha)/4.
+    "ve" is that of the NCSN++ networks of Song et al. 2021 (the VE column of the same table), whose output is minus the
+    noise: c_in = 1/alpha, c_skip = 1/alpha, c_out = sigma/alpha and c_noise = log(sigma/alpha / 2).
     The others are rows of `pfode.prediction`, with c_noise = time_scale t and, where the process does not keep the
     variance at one, an input scaled by 1/hypot(alpha, sigma); "flow" networks see x itself.
 
     Args:
         network: called with x in the dtype of its parameters and c_noise of shape (batch,).
         process: the noise process it was trained for.
-        prediction: "edm", "x0", "eps", "score", "v" or "flow".
+        prediction: "edm", "ve", "x0", "eps", "score", "v" or "flow".
         sigma_data: standard deviation of the data ("edm" only), which the denoiser then declares as its `data_std`.
         shape: of one sample, without the batch.
         labels: names of the classes; the network then takes label= of shape (batch,), where len(labels) means none.
@@ -53,8 +58,8 @@ class Denoiser(Preconditioned):
         labels: Sequence[str] | None = None,
         time_scale: float = 1.0,
     ):
-        if prediction != "edm" and prediction not in PREDICTIONS:
-            raise UsageError(f"unknown prediction {prediction!r}", did_you_mean(prediction, ["edm", *PREDICTIONS]))
+        if prediction not in KNOWN:
+            raise UsageError(f"unknown prediction {prediction!r}", did_you_mean(prediction, KNOWN))
         if not sigma_data > 0 or not time_scale > 0:
             raise UsageError(f"sigma_data and time_scale must be positive, got {sigma_data} and {time_scale}")
         self.net: Any = network
@@ -75,7 +80,7 @@ class Denoiser(Preconditioned):
 
     def precondition(self, t: Tensor) -> Preconditioning:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        blind = self.prediction == "edm" or PREDICTIONS[self.prediction].blind
+        blind = self.prediction in ("edm", "ve") or PREDICTIONS[self.prediction].blind
         if blind and t.device.type == "cpu" and not torch.compiler.is_compiling() and bool((alpha == 0).any()):
             raise UsageError(
                 f"prediction {self.prediction!r} says nothing about the data where alpha = 0 (t = {float(t.max()):g})",
@@ -85,6 +90,8 @@ class Denoiser(Preconditioned):
         if self.prediction == "edm":
             c_in = torch.rsqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
             return Preconditioning(c_in, torch.log(sigma / alpha) / 4, c_skip, c_out)
+        if self.prediction == "ve":
+            return Preconditioning(1 / alpha, torch.log(0.5 * sigma / alpha), c_skip, c_out)
         plain = self.prediction == "flow" or isinstance(self.process, VARIANCE_PRESERVING)
         c_in = torch.ones_like(t) if plain else 1 / torch.hypot(alpha, sigma)
         return Preconditioning(c_in, self.time_scale * t, c_skip, c_out)
@@ -95,6 +102,8 @@ class Denoiser(Preconditioned):
         return (1 - c_skip * alpha) / c_out * x0 - c_skip * sigma / c_out * noise
 
     def _to_x0(self, alpha: Coefficient, sigma: Coefficient) -> Pair:
+        if self.prediction == "ve":
+            return 1 / alpha, sigma / alpha
         if self.prediction != "edm":
             return PREDICTIONS[self.prediction].to_x0(alpha, sigma)
         s = self.sigma_data
@@ -191,6 +200,54 @@ class Denoiser(Preconditioned):
     def guided(self, scale: float) -> DenoiserProtocol:
         """Classifier-free guidance: see `guide`."""
         return guide(self, scale)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        card: dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Write a folder as the Hugging Face hub has them: model.safetensors, config.json and README.md.
+
+        Args:
+            card, dtype: as for `pfode.scores.save`; the dtype is the network's where none is given.
+            options: of huggingface_hub's `ModelHubMixin.save_pretrained` (push_to_hub, repo_id, ...).
+
+        Raises:
+            UsageError: another network than those of pfode. WriteError: the folder cannot be written.
+        """
+        from pfode.scores.hub import HubModel
+
+        return HubModel(self, card or {}, dtype or self.dtype or torch.float32).keep(Path(folder), **options)
+
+    def push_to_hub(
+        self, repo_id: str, *, card: dict[str, Any] | None = None, dtype: torch.dtype | None = None, **options: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes to "owner/name", through huggingface_hub's mixin; returns the commit.
+
+        Args:
+            options: of `ModelHubMixin.push_to_hub` (private, token, branch, commit_message, create_pr, ...).
+        """
+        from pfode.scores.hub import HubModel
+
+        return HubModel(self, card or {}, dtype or self.dtype or torch.float32).push(repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], revision: str | None = None, **options: Any) -> "Denoiser":
+        """The denoiser of a folder of `save_pretrained`, on the disk or of the hub.
+
+        Args:
+            options: of `huggingface_hub.snapshot_download` (token, cache_dir, local_files_only, ...).
+
+        Raises:
+            FileError: damaged, or of another kind. MissingError: the hub cannot be reached or has no such model.
+        """
+        from pfode.scores.checkpoint import load
+        from pfode.scores.hub import from_pretrained
+
+        return load(from_pretrained(os.fspath(name), revision, **options))
 
     def __repr__(self) -> str:
         return f"Denoiser({type(self.net).__name__}, {self.process}, {self.prediction!r}, shape={self.shape})"

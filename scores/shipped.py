@@ -1,11 +1,15 @@
-"""The models that come with the package, found without importing torch."""
+"""What a model argument names, found without importing torch: a shipped model, a file, a folder, a model of the hub."""
 
 import os
+import re
 from pathlib import Path
 
 from pfode.errors import FileError, UsageError, did_you_mean
 
 WEIGHTS = Path(__file__).parent / "weights"
+SELF_CONTAINED = "model.safetensors"  # of a folder that pfode saved
+HUB_NAME = re.compile(r"(?:hf:)?([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,100}))?")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def shipped() -> dict[str, Path]:
@@ -14,18 +18,32 @@ def shipped() -> dict[str, Path]:
 
 
 def model_path(model: str | os.PathLike[str]) -> Path:
-    """The file behind a model argument: the name of a shipped model, or a path.
+    """What is behind a model argument, on the disk: a file, or a folder that pfode or diffusers saved.
 
     Raises:
-        UsageError: an unknown name. FileError: no such file, or a folder.
+        UsageError: an unknown name. FileError: no such file, or one that is not read.
+        MissingError: a model of the hub that is neither in the cache nor can be fetched.
     """
     known, name = shipped(), os.fspath(model)
     if name in known:
         return known[name]
+    if not name.isprintable():
+        raise UsageError(f"unknown model {name!r:.200}", did_you_mean(name, known))
+    if os.path.isdir(name):
+        own = Path(name) / SELF_CONTAINED
+        return own if own.is_file() else Path(name)
     if os.path.isfile(name):
-        return Path(name)
+        file = Path(name)
+        if file.suffix in PICKLES:
+            hint = "safetensors are read, and the network pickles (.pkl) of EDM and EDM2, without running anything"
+            raise FileError(f"{file}: is a pickle, which can run any code when read: refused", hint)
+        return file
+    found = None if os.path.exists(name) else HUB_NAME.fullmatch(name)
+    if found and not name.startswith((".", "/")) and not name.endswith((".safetensors", ".pkl", *PICKLES)):
+        from pfode.scores.hub import fetch
+
+        return model_path(fetch(found[1], found[2]))
     if not Path(name).suffix and not os.path.exists(name):
-        hint = f"{did_you_mean(name, known)} Or give the path of a .safetensors file."
+        hint = f"{did_you_mean(name, known)} Or give a .safetensors file, a folder, or owner/name on the hub."
         raise UsageError(f"unknown model {name!r:.200}", hint)
-    what = "is a folder: give the .safetensors file in it" if os.path.isdir(name) else "no such file"
-    raise FileError(f"{name!r:.200}: {what}", did_you_mean(name, known))
+    raise FileError(f"{name!r:.200}: no such file", did_you_mean(name, known))

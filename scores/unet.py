@@ -117,6 +117,8 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
+        self.shape = (config.channels, config.size, config.size)
+        self.classes = config.classes
         widths = config.widths
         embedding = 4 * widths[0]
         self.noise = nn.Sequential(Linear(2 * WAVES, embedding), nn.SiLU(), Linear(embedding, embedding))
@@ -153,6 +155,10 @@ class UNet(nn.Module):
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.5)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def architecture(self) -> dict[str, Any]:
+        """A JSON object of which `build` in `pfode.scores.checkpoint` makes the same network."""
+        return {"name": "UNet", **self.config.to_json()}
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         """x (batch, channels, size, size), c_noise (batch,), label (batch,) of integers; None: the null class.

@@ -13,7 +13,7 @@ from pfode.scores.denoiser import Denoiser
 from tests import problems
 from tests.scores.small import NAMES, denoiser, network
 
-ALL = ["edm", *PREDICTIONS]
+ALL = ["edm", "ve", *PREDICTIONS]
 
 
 def levels(process: pfode.Process, n: int = 7) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_inputs_are_scaled_where_the_process_is_not(prediction):
 def test_no_signal(prediction):
     den = Denoiser(lambda x, t: x, pfode.Flow(), prediction)
     x, t = torch.ones(2, 3), torch.tensor(1.0, dtype=torch.float64)
-    if prediction in ("edm", "eps", "score"):
+    if prediction in ("edm", "ve", "eps", "score"):
         with pytest.raises(UsageError, match=r"alpha = 0"):
             den(x, t)
     else:

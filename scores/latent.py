@@ -1,0 +1,99 @@
+"""Denoisers in the latent space of an autoencoder, which turns their samples into pictures."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfode.errors import UsageError
+from pfode.process import Process
+from pfode.scores.denoiser import Denoiser
+
+
+class Autoencoder:
+    """The decoder of a diffusers autoencoder, with the scale that its latents have in a diffusion model."""
+
+    def __init__(self, vae: Any):
+        config = vae.config
+        self.vae = vae
+        self.side = 2 ** (len(config.block_out_channels) - 1)  # pixels of a latent one
+        self.scaling = float(config.scaling_factor)
+        self.shift = float(getattr(config, "shift_factor", None) or 0.0)
+        self.mean = getattr(config, "latents_mean", None)
+        self.std = getattr(config, "latents_std", None)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (batch, channels, height, width) in [-1, 1] of latents (batch, channels, h, w), in their dtype.
+
+        A half-precision autoencoder that asks for it (`force_upcast`) runs in float32.
+        """
+        vae = self.vae
+        if vae.dtype == torch.float16 and vae.config.force_upcast:
+            vae = copy.deepcopy(vae).float()
+        scaled: Any = latents / self.scaling
+        if self.mean is not None and self.std is not None:
+            mean, std = (torch.tensor(v).to(latents).reshape(1, -1, 1, 1) for v in (self.mean, self.std))
+            scaled = latents * std / self.scaling + mean
+        scaled = scaled + self.shift
+        with torch.no_grad():
+            pictures = vae.decode(scaled.to(vae.device, vae.dtype), return_dict=False)[0]
+        return pictures.to(latents).clamp(-1, 1)
+
+    def to(self, device: Any) -> "Autoencoder":
+        """A copy on another device; this one stays as it is."""
+        if device is None or torch.device(device) == self.vae.device:
+            return self
+        return Autoencoder(copy.deepcopy(self.vae).to(device))
+
+
+class LatentDenoiser(Denoiser):
+    """A `Denoiser` whose samples are latents; `decode` makes pictures of them.
+
+    Args:
+        autoencoder: for `decode`; None: the samples are pictures themselves. The others are those of `Denoiser`.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        process: Process,
+        prediction: str = "eps",
+        *,
+        autoencoder: Autoencoder | None = None,
+        sigma_data: float = 0.5,
+        shape: Sequence[int] | None = None,
+        labels: Sequence[str] | None = None,
+        time_scale: float = 1.0,
+    ):
+        super().__init__(
+            network, process, prediction, sigma_data=sigma_data, shape=shape, labels=labels, time_scale=time_scale
+        )
+        self.autoencoder = autoencoder
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures (n, channels, height, width) in [-1, 1] of samples (n, *shape).
+
+        Raises:
+            UsageError: x has another shape.
+        """
+        if x.ndim != 4 or (self.shape is not None and tuple(x.shape[1:]) != self.shape):
+            raise UsageError(f"decode: need samples of shape (n, {_sides(self.shape)}), got {tuple(x.shape)}")
+        return x.clamp(-1, 1) if self.autoencoder is None else self.autoencoder.decode(x)
+
+    def with_network(self, network: Callable[..., Tensor]) -> "LatentDenoiser":
+        return LatentDenoiser(
+            network,
+            self.process,
+            self.prediction,
+            autoencoder=self.autoencoder,
+            sigma_data=self.sigma_data,
+            shape=self.shape,
+            labels=self.labels,
+            time_scale=self.time_scale,
+        )
+
+
+def _sides(shape: Sequence[int] | None) -> str:
+    return "channels, height, width" if shape is None else ", ".join(map(str, shape))
