@@ -1,11 +1,12 @@
 """The Hugging Face hub: fetching a model's files, saving and pushing ours through huggingface_hub's mixin."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -16,8 +17,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pfode.errors import FileError, MissingError, UsageError
-from pfode.files import read_header
+from pfode.errors import FileError, MissingError, PfodeError, UsageError, WriteError
+from pfode.files import read_header, write_atomic
 from pfode.scores.checkpoint import save
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.shipped import SELF_CONTAINED
@@ -33,7 +34,7 @@ TEMPLATE = """---
 
 # {{ title }}
 
-A score network for [pfode](https://pypi.org/project/pfode): `pfode.load("owner/name")`, `pfode sample --model owner/name`.
+A score network for pfode: `pfode.load("owner/name")` in Python, `pfode sample --model owner/name` on the command line.
 
 {{ summary }}
 """
@@ -101,11 +102,24 @@ class HubModel(
     def _save_pretrained(self, save_directory: Path) -> None:
         file = save(self.denoiser, save_directory / SELF_CONTAINED, card=self.card, dtype=self.dtype)
         config = read_header(file).config("pfode.config")
-        (save_directory / "config.json").write_text(json.dumps({"library_name": "pfode", **config}, indent=2))
+        write_atomic(save_directory / "config.json", json.dumps({"library_name": "pfode", **config}, indent=2).encode())
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README, with the licence that the card names."""
+        data = copy.deepcopy(self._hub_mixin_info.model_card_data)
+        if self.card.get("licence"):
+            data.license = str(self.card["licence"]).lower()
+        return ModelCard.from_template(card_data=data, template_str=TEMPLATE, **kwargs)
 
     def keep(self, folder: Path, **options: Any) -> str | None:
         """See `Denoiser.save_pretrained`."""
-        return self.save_pretrained(folder, model_card_kwargs=self._words(), **options)
+        try:
+            return self.save_pretrained(folder, model_card_kwargs=self._words(), **options)
+        except PfodeError:
+            raise
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise WriteError(f"{folder}: cannot be written: {reason}", "choose another path, or make room") from error
 
     def push(self, repo: str, **options: Any) -> str:
         """See `Denoiser.push_to_hub`."""
