@@ -15,7 +15,7 @@ __getattr__, __dir__ = lazy(
         "ode": ["solve"],
         "plan": ["Plan", "iterate", "run"],
         "samplers": ["decode", "encode", "make_plan", "sample"],
-        "scores": ["load"],
+        "scores": ["from_pipeline", "load"],
     },
 )
 
@@ -43,4 +43,5 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode.samplers import encode as encode
     from pfode.samplers import make_plan as make_plan
     from pfode.samplers import sample as sample
+    from pfode.scores import from_pipeline as from_pipeline
     from pfode.scores import load as load

@@ -12,6 +12,7 @@ __getattr__, __dir__ = lazy(
     {
         "denoiser": ["Denoiser"],
         "guidance": ["cfg_plus_plus", "guide"],
+        "pipelines": ["from_pipeline"],
         "wrapping": ["clip", "threshold"],
         "checkpoint": ["load", "save"],
         "exact": ["Empirical", "Gaussian", "GaussianMixture"],
@@ -27,5 +28,6 @@ if TYPE_CHECKING:  # the same names for type checkers
     from pfode.scores.exact import GaussianMixture as GaussianMixture
     from pfode.scores.guidance import cfg_plus_plus as cfg_plus_plus
     from pfode.scores.guidance import guide as guide
+    from pfode.scores.pipelines import from_pipeline as from_pipeline
     from pfode.scores.wrapping import clip as clip
     from pfode.scores.wrapping import threshold as threshold

@@ -41,12 +41,6 @@ class Autoencoder:
             pictures = vae.decode(scaled.to(vae.device, vae.dtype), return_dict=False)[0]
         return pictures.to(latents).clamp(-1, 1)
 
-    def to(self, device: Any) -> "Autoencoder":
-        """A copy on another device; this one stays as it is."""
-        if device is None or torch.device(device) == self.vae.device:
-            return self
-        return Autoencoder(copy.deepcopy(self.vae).to(device))
-
 
 class LatentDenoiser(Denoiser):
     """A `Denoiser` whose samples are latents; `decode` makes pictures of them.

@@ -287,6 +287,14 @@ def _set(arguments: tuple[Any, ...]) -> set[Any]:
     return {_key(value) for value in arguments[0]}
 
 
+def _latin1(arguments: tuple[Any, ...]) -> bytes:
+    """Bytes, as protocol 2 writes them."""
+    text, encoding = arguments
+    if type(text) is not str or encoding != "latin1":
+        raise TypeError
+    return text.encode("latin1")
+
+
 def _object(arguments: tuple[Any, ...]) -> Stored:
     """A class instance of torch_utils.persistence: its name and state are kept, its source code is not looked at."""
     (meta,) = arguments
@@ -391,6 +399,7 @@ CALLS: dict[Name, Callable[[tuple[Any, ...]], Any]] = {
     **dict.fromkeys(DICTS, _mapping),
     Name("builtins", "set"): _set,
     Name("__builtin__", "set"): _set,
+    Name("_codecs", "encode"): _latin1,
     Name("torch_utils.persistence", "_reconstruct_persistent_obj"): _object,
     Name("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Name("torch._utils", "_rebuild_parameter"): _parameter,

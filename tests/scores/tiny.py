@@ -56,3 +56,93 @@ def scheduler(name: str, **changes: Any) -> Any:
 def dit_pipeline(**changes: Any) -> Any:
     words = {i: f"class {i}" for i in range(1000)}
     return diffusers.DiTPipeline(dit(**changes), vae(), scheduler("DDIMScheduler", clip_sample=False), id2label=words)
+
+
+WORDS = 12  # width of the embeddings of a prompt
+POOLED = 6
+
+
+def latent_unet(**changes: Any) -> Any:
+    """The network of Stable Diffusion."""
+    config: dict[str, Any] = {
+        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": WORDS,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "attention_head_dim": 4, "norm_num_groups": 4,
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }  # fmt: skip
+    return randomised(diffusers.UNet2DConditionModel(**{**config, **changes}))
+
+
+def stable_diffusion(scheduler: Any, **parts: Any) -> Any:
+    made = {"vae": vae(), "text_encoder": None, "tokenizer": None, "unet": latent_unet(), **parts}
+    pipe = diffusers.StableDiffusionPipeline(
+        **made, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    return quiet(pipe)
+
+
+def sdxl(scheduler: Any) -> Any:
+    unet = latent_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + POOLED
+    )
+    nothing = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=vae(), unet=unet, scheduler=scheduler, add_watermarker=False, **nothing
+    )
+    return quiet(pipe)
+
+
+def sd3(scheduler: Any) -> Any:
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2,
+        joint_attention_dim=WORDS, caption_projection_dim=8, pooled_projection_dim=POOLED, out_channels=4,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    nothing = dict.fromkeys(f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3"))
+    decoder = vae(shift_factor=0.06)
+    return quiet(
+        diffusers.StableDiffusion3Pipeline(transformer=randomised(model), vae=decoder, scheduler=scheduler, **nothing)
+    )
+
+
+def flux(scheduler: Any, guidance_embeds: bool = True) -> Any:
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=WORDS, pooled_projection_dim=POOLED, axes_dims_rope=(2, 2, 4),
+        guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    nothing = dict.fromkeys(f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2"))
+    decoder = vae(shift_factor=0.06)
+    return quiet(diffusers.FluxPipeline(transformer=randomised(model), vae=decoder, scheduler=scheduler, **nothing))
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def words(seed: int) -> torch.Tensor:
+    """Embeddings of a prompt."""
+    return torch.randn(1, 5, WORDS, generator=torch.Generator().manual_seed(seed))
+
+
+def pooled(seed: int) -> torch.Tensor:
+    return torch.randn(1, POOLED, generator=torch.Generator().manual_seed(seed))
+
+
+def text_encoder(folder: Any) -> dict[str, Any]:
+    """A tokenizer of single letters and a text encoder."""
+    import json
+
+    import transformers
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    entries = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(entries)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.model_max_length = 16
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(entries), hidden_size=WORDS, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, eos_token_id=len(entries) - 1, bos_token_id=len(entries) - 2, pad_token_id=0,
+    )  # fmt: skip
+    return {"tokenizer": tokenizer, "text_encoder": randomised(transformers.CLIPTextModel(config))}
