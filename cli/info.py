@@ -22,14 +22,15 @@ LONG = 160  # characters of a value that are shown
 
 
 @click.command(cls=Command, name="info")
-@click.argument("what", metavar="MODEL|PLAN|PNG|models|config|env")
+@click.argument("what", metavar="MODEL|FOLDER|PLAN|PNG|models|config|env")
 @click.option("--verify", is_flag=True, help="Recompute the digest of a model or a plan.")
 @click.pass_context
 def command(ctx: click.Context, what: str, verify: bool) -> None:
     """Say what a model, a plan or a picture holds.
 
-    WHAT is a file, the name of a shipped model, or one of the words `models` (those that come with pfode), `config`
-    (every option's value and where it comes from) and `env` (versions, for a bug report).
+    WHAT is a file, a folder of diffusers or its name on the hub, the name of a shipped model, or one of the words
+    `models` (those that come with pfode), `config` (every option's value and where it comes from) and `env` (versions,
+    for a bug report).
     """
     words = {"models": _models, "config": _config, "env": _env}
     if what in words:
@@ -38,9 +39,19 @@ def command(ctx: click.Context, what: str, verify: bool) -> None:
         found, text = words[what](ctx)
     else:
         path = model_path(what)
-        found = _picture(path, verify) if _is_png(path) else _tensors(read_header(path), verify)
+        found = _file(path, verify)
         text = _lines(found)
     output(ctx).emit(found, text)
+
+
+def _file(path: Path, verify: bool) -> dict[str, Any]:
+    from pfode.cli import models
+
+    if path.is_dir() or path.suffix == ".pkl":
+        if verify:
+            raise UsageError(f"--verify: {path} has no digest", "only files written by pfode have one: pfode convert")
+        return models.folder(path) if path.is_dir() else models.pickle(path)
+    return _picture(path, verify) if _is_png(path) else _tensors(read_header(path), verify)
 
 
 def _is_png(path: Path) -> bool:

@@ -123,7 +123,7 @@ def _write(
 ) -> None:
     from pfode.cli import images
 
-    pixels = images.to_pixels(part.x)
+    pixels = job.pixels(part.x)
     spoilt = {bad.index: bad for bad in part.bad}
     for k, i in enumerate(indices):
         seed = job.seeds[i]
@@ -146,7 +146,7 @@ def _read(job: Job, folder: "Folder") -> "np.ndarray":
     from pfode.cli import images
 
     lines = folder.lines()
-    channels, *size = job.net.shape
+    channels, *size = job.shape
     pixels = np.empty((len(job.seeds), *size, *([3] if channels == 3 else [])), np.uint8)
     for place, seed in zip(pixels, job.seeds, strict=True):
         if seed not in lines:

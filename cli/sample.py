@@ -16,6 +16,7 @@ import click
 
 import pfode
 from pfode.cli.common import Command, Finite, Output, bar, output
+from pfode.cli.models import model_digest
 from pfode.cli.settings import (
     OF_THE_GUIDANCE,
     check_digest,
@@ -46,7 +47,11 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "flo
 
 @click.command(cls=Command, name="sample")
 @click.option(
-    "--model", default="emoji", show_default=True, metavar="NAME|FILE", help="`pfode info models`, or a file."
+    "--model",
+    default="emoji",
+    show_default=True,
+    metavar="NAME|FILE|FOLDER|ID",
+    help="`pfode info models`, a file, a folder of diffusers, or owner/name on the hub.",
 )
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, metavar="N", help="Number of steps.")
 @click.option("--nfe", type=click.IntRange(1), metavar="N", help="As many steps as fit in N denoiser calls.")
@@ -184,11 +189,24 @@ class Job:
 
     options: dict[str, Any]
     net: Any  # guided
+    model: Any  # as it was loaded
     plan: "Plan"
     init: "Tensor | None"
     digests: dict[str, str | None]  # of the files that model, sampler and init name
     device: "torch.device"
     seeds: list[int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one picture."""
+        return picture_shape(self.model)
+
+    def pixels(self, x: "Tensor") -> "np.ndarray":
+        """The pictures of samples, or of states of the variance of data."""
+        from pfode.cli import images
+
+        decode = getattr(self.model, "decode", None)
+        return images.to_pixels(x if decode is None else decode(x))
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -233,7 +251,7 @@ class Job:
         """Of the pictures on the sheet."""
         from pfode.cli import images
 
-        _, height, width = self.net.shape
+        _, height, width = self.shape
         return self.options["scale"] or images.default_scale(len(self.sheet.seeds), height, width, self.columns)
 
 
@@ -250,13 +268,15 @@ def prepare(options: dict[str, Any]) -> Job:
 
     device = find_device(options["device"])
     path = model_path(options["model"])
-    net = pfode.load(options["model"])
+    net: Any = pfode.load(path)
+    if hasattr(net, "decode"):
+        net = net.to(device)
     if options["dtype"]:
         net = net.to(dtype=getattr(torch, DTYPES[options["dtype"]]))
     digests: dict[str, str | None] = {"sampler": None, "init": None}
-    digests["model"] = read_header(path).metadata.get("pfode.digest") if path.is_file() else None
+    digests["model"] = model_digest(path)
     check_digest(options, "model", digests["model"])
-    shape: tuple[int, ...] = tuple(net.shape or ())
+    shape, model = picture_shape(net), net
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise UsageError(
             f"model {options['model']!r}: samples of shape {shape} are no pictures", "use pfode.sample in Python"
@@ -268,6 +288,8 @@ def prepare(options: dict[str, Any]) -> Job:
         raise UsageError(f"--brownian: {plan.name} draws no noise", "leave it out, or see the samplers that do")
     init = None
     if options["init"] is not None:
+        if shape != model.shape:
+            raise UsageError(f"--init: model {options['model']!r} draws latents, not pictures", "leave --init out")
         raw = images.read_picture(options["init"])
         init = images.from_picture(options["init"], raw, shape)
         digests["init"] = hashlib.sha256(raw).hexdigest()
@@ -276,13 +298,18 @@ def prepare(options: dict[str, Any]) -> Job:
         options = {**options, "label": "all"}
     n = options["n"] or (len(net.labels) if options["label"] == "all" and net.labels else 16)
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
-    job = Job(options, net, plan, init, digests, device, seeds)
+    job = Job(options, net, model, plan, init, digests, device, seeds)
     shown = len(job.sheet.seeds)
     size = images.sheet_size(shown, *shape[1:], job.scale, job.columns)
     if options["trajectory"] is not None and size[0] * size[1] * (plan.steps + 1) > 4 * images.MAX_PIXELS:
         frames = f"{plan.steps + 1} frames of twice {size[1]} x {size[0]} pixels"
         raise UsageError(f"--trajectory: {frames} are too many", "a smaller --n or --scale")
     return job
+
+
+def picture_shape(net: Any) -> tuple[int, ...]:
+    """The shape of one picture of a model."""
+    return tuple(getattr(net, "picture_shape", net.shape) or ())
 
 
 def settings(job: Job, evals: int, index: int | None = None) -> dict[str, Any]:
@@ -322,7 +349,7 @@ def settings(job: Job, evals: int, index: int | None = None) -> dict[str, Any]:
         "steps": plan.steps,
         "nfe": plan.nfe,
         "evals": evals,
-        "shape": list(job.net.shape),
+        "shape": list(job.shape),
         "process": job.net.process.config(),
     }
 
@@ -474,10 +501,8 @@ def non_finite(flaws: list[tuple[int, int, float]], job: Job, hint: str) -> Nume
 
 def write(job: Job, result: Any) -> list[str]:
     """Write everything that was asked for; the sheet comes first in the list and last on the disk."""
-    from pfode.cli import images
-
     films = [write_film(job, result)] if job.options["trajectory"] is not None else []
-    return [write_sheet(job, images.to_pixels(result.x), result.evals), *films]
+    return [write_sheet(job, job.pixels(result.x), result.evals), *films]
 
 
 def write_sheet(job: Job, pixels: "np.ndarray", evals: int) -> str:
@@ -507,7 +532,7 @@ def _frame(job: Job, result: Any, k: int) -> "np.ndarray":
 
     level = math.hypot(*(float(level[job.plan.node][k]) for level in (job.plan.alpha, job.plan.sigma)))
     seen = result.preview[k] if k < len(result.preview) else result.x
-    pixels = [images.to_pixels(x) for x in (result.trajectory[k] / level, seen)]
+    pixels = [job.pixels(x) for x in (result.trajectory[k] / level, seen)]
     views = [images.contact_sheet(part, job.scale, job.columns) for part in pixels]
     between = np.full_like(views[0][:, : 4 * images.GAP], 255)
     return np.concatenate([views[0], between, views[1]], axis=1)

@@ -95,7 +95,7 @@ def save(
 def load(
     source: str | os.PathLike[str],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     *,
     process: Process | None = None,
     prediction: str | None = None,
@@ -106,7 +106,7 @@ def load(
         source: a shipped model; a .safetensors file written by `save`; a folder of diffusers (a DDPM, DDIM, PNDM or DiT
             pipeline, or its network alone) or of `Denoiser.save_pretrained`; a network pickle (.pkl) of EDM or EDM2; or
             the name of such a folder on the hub, "owner/name" or "owner/name@revision", fetched unless it is cached.
-        device, dtype: of the network.
+        device, dtype: of the network; None: the dtype it was saved in.
         process, prediction: of a network of diffusers without a scheduler beside it.
 
     Nothing is executed: header, digest, configuration and every tensor are checked first.

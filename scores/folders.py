@@ -166,6 +166,7 @@ def load_folder(folder: Path, process: Process | None = None, prediction: str | 
         UsageError: a process for a folder that states one.
     """
     index, place, scheduler = parts(folder)
+    read_json(place / "config.json")
     given = process is not None or prediction is not None
     if given and scheduler is not None:
         raise UsageError(f"{folder}: process and prediction are stated by {scheduler}", "leave them out")

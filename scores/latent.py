@@ -41,6 +41,12 @@ class Autoencoder:
             pictures = vae.decode(scaled.to(vae.device, vae.dtype), return_dict=False)[0]
         return pictures.to(latents).clamp(-1, 1)
 
+    def to(self, device: torch.device | str | None) -> "Autoencoder":
+        """A copy on another device; this one stays as it is."""
+        if device is None or torch.device(device) == self.vae.device:
+            return self
+        return Autoencoder(copy.deepcopy(self.vae).to(device))
+
 
 class LatentDenoiser(Denoiser):
     """A `Denoiser` whose samples are latents; `decode` makes pictures of them.
@@ -65,6 +71,21 @@ class LatentDenoiser(Denoiser):
             network, process, prediction, sigma_data=sigma_data, shape=shape, labels=labels, time_scale=time_scale
         )
         self.autoencoder = autoencoder
+
+    @property
+    def picture_shape(self) -> tuple[int, ...] | None:
+        """The shape of one picture that `decode` makes."""
+        if self.shape is None or self.autoencoder is None:
+            return self.shape
+        side = self.autoencoder.side
+        return (self.autoencoder.vae.config.out_channels, *(side * length for length in self.shape[1:]))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
+        """See `Denoiser.to`; the autoencoder goes along to the device."""
+        moved = super().to(device, dtype)
+        if isinstance(moved, LatentDenoiser) and moved is not self and moved.autoencoder is not None:
+            moved.autoencoder = moved.autoencoder.to(device)
+        return moved
 
     def decode(self, x: Tensor) -> Tensor:
         """Pictures (n, channels, height, width) in [-1, 1] of samples (n, *shape).

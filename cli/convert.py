@@ -1,0 +1,62 @@
+"""pfode convert: a model of another library as one self-contained file of pfode."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+import pfode
+from pfode.cli.common import Command, output
+from pfode.errors import UsageError
+from pfode.files import read_header
+from pfode.scores.shipped import model_path
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+@click.command(cls=Command, name="convert")
+@click.argument("source", metavar="FOLDER|ID|FILE")
+@click.argument("target", metavar="FILE.safetensors")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the weights in the file; by default the source's.")
+@click.option("--name", metavar="TEXT", help="What the model is called; by default the name of the file.")
+@click.option("--licence", metavar="TEXT", help="The licence of the weights, as it is to stand in the file.")
+@click.pass_context
+def command(ctx: click.Context, source: str, target: str, **options: str | None) -> None:
+    """Write a model as one self-contained file.
+
+    The source is a folder of diffusers (a DDPM, DDIM, PNDM or DiT pipeline, or its network), a network pickle of EDM or
+    EDM2, the name of a folder on the Hugging Face hub, or a file of pfode. Nothing in it is executed; every tensor and
+    field is checked. Then `pfode sample --model FILE.safetensors` needs the file alone.
+    """
+    import torch
+
+    from pfode.scores import save
+
+    if Path(target).suffix != ".safetensors":
+        raise UsageError(f"{target}: the file is a safetensors file", f"{Path(target).stem}.safetensors")
+    path = model_path(source)
+    dtype = options["dtype"]
+    net: Any = pfode.load(path, dtype=getattr(torch, DTYPES[dtype]) if dtype else None)
+    card = {
+        "name": options["name"] or Path(target).stem,
+        "licence": options["licence"] or "",
+        "source": os.path.basename(os.path.normpath(source)),
+    }
+    file = save(net, target, card=card, dtype=net.dtype)
+    if getattr(net, "autoencoder", None) is not None:
+        output(ctx).note("its samples are latents; the autoencoder that makes pictures of them is not in the file")
+    header = read_header(file)
+    config = header.config("pfode.config")
+    found = {
+        "out": target,
+        "architecture": config["architecture"]["name"],
+        "process": config["process"]["name"],
+        "prediction": config["prediction"],
+        "shape": config["shape"],
+        "parameters": header.parameters,
+        "dtypes": sorted({entry.dtype for entry in header.entries.values()}),
+        "bytes": file.stat().st_size,
+        "digest": header.metadata["pfode.digest"],
+    }
+    output(ctx).emit(found, target)

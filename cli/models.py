@@ -1,0 +1,83 @@
+"""Models of other libraries: what `pfode info` says of them, and the digests that `pfode sample` keeps."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pfode.errors import FileError
+from pfode.files import read_header
+
+CHUNK = 1 << 20
+
+
+def folder(path: Path) -> dict[str, Any]:
+    """What a folder of diffusers says; diffusers is not imported.
+
+    Raises:
+        FileError: it is none, or something in it is broken.
+    """
+    from pfode.compat.schedules import stated
+    from pfode.scores import folders
+
+    index, place, scheduler = folders.parts(path)
+    config = folders.read_json(place / "config.json")
+    files, _, _ = folders.weight_files(place)
+    headers = [read_header(file) for file in files]
+    found: dict[str, Any] = {"file": str(path), "kind": "diffusers folder", "pipeline": index.get("_class_name")}
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    found["architecture"] = {"name": str(config.get("_class_name")), **public}
+    if scheduler is not None:
+        about = folders.read_json(scheduler)
+        try:
+            known = stated(about)
+        except ValueError as error:
+            raise FileError(f"{scheduler}: {getattr(error, 'message', error)}", getattr(error, "hint", "")) from error
+        found |= {"scheduler": about["_class_name"], "process": known.process.config(), "prediction": known.prediction}
+    return found | {
+        "autoencoder": "vae" if "vae" in index else None,
+        "files": [file.name for file in files],
+        "parameters": sum(header.parameters for header in headers),
+        "dtypes": sorted({entry.dtype for header in headers for entry in header.entries.values()}),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def pickle(path: Path) -> dict[str, Any]:
+    """What a network pickle of EDM or EDM2 holds; nothing in it is executed.
+
+    Raises:
+        FileError: it is none.
+    """
+    from pfode.scores.edm_files import load_pickle
+
+    den: Any = load_pickle(path)
+    weights = list(den.net.state_dict().values())
+    return {
+        "file": str(path),
+        "kind": "network pickle",
+        "architecture": den.net.architecture(),
+        "process": den.process.config(),
+        "prediction": den.prediction,
+        "shape": list(den.shape),
+        "classes": len(den.labels or ()),
+        "parameters": sum(value.numel() for value in weights),
+        "dtypes": sorted({str(value.dtype).removeprefix("torch.") for value in weights}),
+        "bytes": path.stat().st_size,
+    }
+
+
+def model_digest(path: Path) -> str | None:
+    """sha256 of a model: the one that a file of pfode records, else over the bytes of the file or of the folder."""
+    if path.is_file() and path.suffix != ".pkl":
+        return read_header(path).metadata.get("pfode.digest")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".json", ".safetensors"))
+    digest = hashlib.sha256()
+    try:
+        for file in files:
+            digest.update(str(file.relative_to(path)).encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(CHUNK):
+                    digest.update(chunk)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
