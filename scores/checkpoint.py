@@ -47,11 +47,7 @@ def save(
         UsageError: another network, weights that are not finite (in that dtype), or a card that is no JSON.
         WriteError: the file cannot be written; an older one is kept.
     """
-    found = getattr(den.net, "architecture", None)
-    if not isinstance(den, Denoiser) or not isinstance(den.net, nn.Module) or not callable(found):
-        name = type(getattr(den, "net", den)).__name__
-        raise UsageError(f"save: only networks of pfode can be saved, got {name}", "torch.save(net.state_dict(), ...)")
-    architecture: Any = found()
+    architecture = architecture_of(den)
     clash = FIELDS & set(card)
     if clash:
         raise UsageError(f"save: card: {sorted(clash)[0]!r} is a field of the model itself", "choose another key")
@@ -90,6 +86,20 @@ def save(
     raw = {name: (NAMES[dtype], tuple(value.shape), _bytes(value)) for name, value in tensors.items()}
     metadata["pfode.digest"] = content_digest(metadata, raw)
     return write_atomic(path, serialise(tensors, metadata=metadata))
+
+
+def architecture_of(den: Denoiser) -> dict[str, Any]:
+    """The JSON object of which `build` makes the denoiser's network.
+
+    Raises:
+        UsageError: a network that pfode cannot build.
+    """
+    net: Any = getattr(den, "net", den)
+    if not isinstance(den, Denoiser) or not isinstance(net, nn.Module) or not hasattr(net, "architecture"):
+        hint = "those that pfode.load or `pfode train` gives; of your own keep the code and net.state_dict()"
+        raise UsageError(f"save: only networks of pfode can be saved, got {type(net).__name__}", hint)
+    described: Any = net.architecture
+    return described()
 
 
 def load(

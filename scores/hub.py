@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from pfode.errors import FileError, MissingError, PfodeError, UsageError, WriteError
 from pfode.files import read_header, write_atomic
-from pfode.scores.checkpoint import save
+from pfode.scores.checkpoint import architecture_of, save
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.shipped import SELF_CONTAINED
 
@@ -97,6 +97,7 @@ class HubModel(
     """A denoiser as huggingface_hub's mixin handles it: model.safetensors (self-contained), config.json, README.md."""
 
     def __init__(self, denoiser: Denoiser, card: dict[str, Any], dtype: torch.dtype):
+        architecture_of(denoiser)
         self.denoiser, self.card, self.dtype = denoiser, card, dtype
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -219,8 +219,8 @@ def from_pipeline(
     for key, side in sides.items():
         if integer(key, side, factor) % factor:
             raise UsageError(f"{key}: need a multiple of {factor}, got {side}")
-    scales = number("guidance", scale), number("true_cfg", true_cfg)
-    return kind(Job(pipe, prompt, negative_prompt, *scales, *sides.values(), given, options))
+    scale, true_cfg = number("guidance", scale), number("true_cfg", true_cfg)
+    return kind(Job(pipe, prompt, negative_prompt, scale, true_cfg, sides["height"], sides["width"], given, options))
 
 
 def _side(pipe: Any, axis: int) -> int:
@@ -238,7 +238,7 @@ def _scheduler(pipe: Any, tokens: int | None = None) -> Stated:
         raise UsageError(f"pipe.scheduler: {error.message}", error.hint) from error
 
 
-def _encoded(job: Job, guided: bool) -> list[Tensor | None]:
+def _encoded(job: Job, guided: bool) -> list[Any]:
     """Embeddings in the order of `PROMPTS`, by the pipeline's own encoder where they are not given."""
     if job.prompt is None:
         if guided and "negative_prompt_embeds" not in job.embeds:

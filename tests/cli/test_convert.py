@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_sample(cli, models, name):
 def test_latents_become_pictures(cli, models):
     words = ["sample", "--model", models / "dit", "--steps", 2, "--label", "3", "--guidance", 2, "--n", 2]
     assert cli(*words, "--separate", "many", "--out", "a.png", "--trajectory", "a.gif").code == 0
-    net = pfode.load(models / "dit")
+    net: Any = pfode.load(models / "dit")
     drawn = pfode.sample(net, n=2, steps=2, label=3, guidance=2.0).x
     wanted = ((net.decode(drawn)[1] + 1) * 127.5).permute(1, 2, 0).numpy()
     found = pixels("many/000001.png")

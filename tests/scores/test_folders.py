@@ -431,7 +431,8 @@ def test_a_missing_shard(sharded):
 @pytest.mark.parametrize("field", DIT)
 def test_broken_fields_of_dit(saved_dit, tmp_path, field):
     folder = Path(shutil.copytree(saved_dit, tmp_path / "model"))
-    write_fields(folder / "transformer" / "config.json", **{field: {"a": 1}})
+    change: dict[str, Any] = {field: {"a": 1}}
+    write_fields(folder / "transformer" / "config.json", **change)
     refused(folder, "transformer/config.json", field)
 
 
@@ -459,7 +460,11 @@ def test_broken_dit(saved_dit, tmp_path, file, change, message):
 
 def test_dit_saved_by_its_older_name(saved_dit, tmp_path):
     folder = Path(shutil.copytree(saved_dit, tmp_path / "model"))
-    before = {"_class_name": "Transformer2DModel", "num_vector_embeds": None, "cross_attention_dim": None}
+    before: dict[str, Any] = {
+        "_class_name": "Transformer2DModel",
+        "num_vector_embeds": None,
+        "cross_attention_dim": None,
+    }
     write_fields(folder / "transformer" / "config.json", **before)
     write_fields(folder / INDEX, transformer=["diffusers", "Transformer2DModel"])
     cond = {"label": torch.tensor([1, 2])}

@@ -15,8 +15,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 STEPS = 4
 LATENTS = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-WORDS = {"prompt_embeds": tiny.words(1), "negative_prompt_embeds": tiny.words(2)}
-POOLED = {**WORDS, "pooled_prompt_embeds": tiny.pooled(1), "negative_pooled_prompt_embeds": tiny.pooled(2)}
+WORDS: dict[str, Any] = {"prompt_embeds": tiny.words(1), "negative_prompt_embeds": tiny.words(2)}
+POOLED: dict[str, Any] = {
+    **WORDS,
+    "pooled_prompt_embeds": tiny.pooled(1),
+    "negative_pooled_prompt_embeds": tiny.pooled(2),
+}
 
 
 def ddim(**changes: Any) -> Any:
@@ -123,7 +127,7 @@ def test_it_is_a_denoiser_like_others(tmp_path):
     """Encoding and decoding through a plan, another dtype, one forward for both prompts."""
     den: Any = pfode.from_pipeline(tiny.stable_diffusion(ddim()), guidance=2.0, **WORDS)
     x = pfode.sample(den, n=2, steps=20, sampler="ddim").x
-    latents = pfode.encode(den, x, steps=20)
+    latents: Any = pfode.encode(den, x, steps=20)
     assert latents.shape == x.shape
     sizes = []
     handle = den.net.model.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
@@ -148,7 +152,8 @@ def test_pipelines_without_prompts():
     dit: Any = pfode.from_pipeline(tiny.dit_pipeline())
     assert dit.labels[7] == "class 7"
     assert dit.decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 8, 8)
-    for given in ({"prompt": "a cat"}, {"guidance": 3.0}, {"prompt_embeds": tiny.words(1)}):
+    wrong: tuple[dict[str, Any], ...] = ({"prompt": "a cat"}, {"guidance": 3.0}, {"prompt_embeds": tiny.words(1)})
+    for given in wrong:
         with pytest.raises(UsageError, match="DDPMPipeline takes no prompt"):
             pfode.from_pipeline(pipe, **given)
 

@@ -1,5 +1,7 @@
 """Tiny networks and pipelines of diffusers with random weights, none of them zero."""
 
+import importlib
+import json
 import warnings
 from typing import Any
 
@@ -8,7 +10,7 @@ from torch import nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # diffusers under newer versions of what it imports
-    import diffusers
+    diffusers: Any = importlib.import_module("diffusers")
 
 UNET: dict[str, Any] = {
     "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1,
@@ -131,9 +133,7 @@ def pooled(seed: int) -> torch.Tensor:
 
 def text_encoder(folder: Any) -> dict[str, Any]:
     """A tokenizer of single letters and a text encoder."""
-    import json
-
-    import transformers
+    transformers: Any = importlib.import_module("transformers")
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     entries = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
