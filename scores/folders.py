@@ -112,6 +112,9 @@ DIT_BEFORE = {
 }  # fmt: skip
 
 
+ATTENTION_BEFORE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
 class Adapter(nn.Module):
     """A network of diffusers, called as pfode calls networks: (x, c_noise, label) -> out.
 
@@ -212,7 +215,9 @@ def parts(folder: Path) -> tuple[dict[str, Any], Path, Path | None]:
             entry = index.get(key)
             if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(e, str) for e in entry):
                 raise FileError(f"{index_file}: {key}: expected [library, class], got {shown(entry)}")
-        return index, folder / component, folder / "scheduler" / "scheduler_config.json"
+        # the oldest pipelines have no subfolders
+        network, scheduler = (folder / key if (folder / key).is_dir() else folder for key in (component, "scheduler"))
+        return index, network, scheduler / "scheduler_config.json"
     for place in (folder, folder / "unet", folder / "transformer"):
         if (place / "config.json").exists():
             near = [place, place.parent / "scheduler"]
@@ -272,7 +277,7 @@ def _same_class(file: Path, config: Mapping[str, Any], entry: Any) -> None:
 
 
 def _network(place: Path, index: Mapping[str, Any]) -> Adapter:
-    entry = index.get(place.name) if index else None
+    entry = index.get(PIPELINES[index["_class_name"]]) if index else None
     name = read_json(place / "config.json").get("_class_name")
     model, name, config = _component(place, "DiTTransformer2DModel" if name == "Transformer2DModel" else name, entry)
     if name not in NETWORKS:
@@ -300,8 +305,22 @@ def _component(place: Path, wanted: Any, entry: Any) -> tuple[Any, str, dict[str
     except UsageError as error:
         raise FileError(f"{file}: {error.message}", error.hint) from error
     tensors, where = read_weights(place)
-    fill(model, tensors, where)
+    expected, named = set(model.state_dict()), {}
+    for name, value in tensors.items():
+        if _renamed(name, expected) in named:
+            raise FileError(f"{where(name)}: tensor {name!r} stands there twice, under an older name too")
+        named[_renamed(name, expected)] = value
+    fill(model, named, where)
     return model, wanted, config
+
+
+def _renamed(name: str, expected: set[str]) -> str:
+    """The name that a weight of attention has today, where the file has that of diffusers before 0.18."""
+    if name in expected:
+        return name
+    parts = name.split(".")
+    new = ".".join(ATTENTION_BEFORE.get(part, part) for part in parts)
+    return new if new in expected else name
 
 
 def check_config(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

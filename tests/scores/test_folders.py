@@ -158,6 +158,24 @@ def test_shards_variants_and_components(tmp_path, saved):
         pfode.load(saved, process=whole.process)
 
 
+def test_the_oldest_pipelines(tmp_path, saved):
+    """No subfolders, and weights of attention under their names before diffusers 0.18."""
+    flat = tmp_path / "flat"
+    shutil.copytree(saved / "unet", flat)
+    shutil.copy(saved / SCHEDULER, flat)
+    shutil.copy(saved / INDEX, flat)
+    tensors = load_file(flat / f"{STEM}.safetensors")
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        tensors = {name.replace(f".{new}.", f".{old}."): value for name, value in tensors.items()}
+    assert "mid_block.attentions.0.proj_attn.bias" in tensors
+    save_file(tensors, flat / f"{STEM}.safetensors")
+    t = torch.tensor(300.0)
+    assert torch.equal(pfode.load(flat)(X, t), pfode.load(saved)(X, t))
+    save_file({**tensors, "mid_block.attentions.0.to_q.bias": torch.zeros(16)}, flat / f"{STEM}.safetensors")
+    with pytest.raises(FileError, match="stands there twice"):
+        pfode.load(flat)
+
+
 def test_half_precision_folders(tmp_path, saved):
     tiny.unet().half().save_pretrained(tmp_path / "m" / "unet")
     shutil.copytree(saved / "scheduler", tmp_path / "m" / "scheduler")
