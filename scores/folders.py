@@ -18,7 +18,7 @@ from pfode.compat.schedules import Stated, stated
 from pfode.errors import FileError, PfodeError, UsageError
 from pfode.fields import FLAG, REQUIRED, Field, checked, either, real, several, shown, whole, word
 from pfode.files import read_header
-from pfode.process import Process
+from pfode.process import Flow, Process
 from pfode.scores.checkpoint import fill
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.latent import Autoencoder, LatentDenoiser
@@ -176,7 +176,8 @@ def load_folder(folder: Path, process: Process | None = None, prediction: str | 
     if scheduler is not None:
         known = _scheduler(scheduler, index)
     elif process is not None:
-        known = Stated(process, prediction or "eps", 1.0, 0.5)
+        flow = isinstance(process, Flow)  # diffusers counts its time from 0 to 1000
+        known = Stated(process, prediction or ("flow" if flow else "eps"), 1000.0 if flow else 1.0, 0.5)
     else:
         message = f"{folder}: no scheduler_config.json: what noise the network was trained for is not known"
         raise FileError(message, "pfode.load(folder, process=pfode.VPDiscrete(...), prediction='eps')")

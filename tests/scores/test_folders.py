@@ -152,6 +152,8 @@ def test_shards_variants_and_components(tmp_path, saved):
     shutil.rmtree(tmp_path / "v" / "scheduler")
     alone = pfode.load(tmp_path / "v" / "unet", process=whole.process, prediction="eps")
     assert torch.equal(alone(X, t), whole(X, t))
+    flow = pfode.load(tmp_path / "v" / "unet", process=pfode.Flow())
+    assert (flow.prediction, flow.time_scale) == ("flow", 1000)
     with pytest.raises(FileError, match="what noise the network was trained for is not known"):
         pfode.load(tmp_path / "v" / "unet")
     with pytest.raises(UsageError, match="are stated by"):
