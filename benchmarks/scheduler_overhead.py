@@ -8,6 +8,7 @@ a network, turn by turn; of every step the median over all repeats, and of those
 """
 
 import argparse
+import importlib
 import json
 import platform
 import statistics
@@ -32,8 +33,7 @@ TARGETS = [("pfode dpm++2m", DPM, 0.25), ("pfode unipc2", UNIPC, 0.10), ("pfode 
 
 
 def contestants() -> dict[str, Any]:
-    import diffusers
-
+    schedulers = importlib.import_module("diffusers.schedulers")
     ours: dict[str, dict[str, Any]] = {
         "pfode dpm++2m": {"sampler": "dpm++2m"},
         "pfode unipc2": {"sampler": "unipc2"},
@@ -45,13 +45,13 @@ def contestants() -> dict[str, Any]:
     }
     return {
         **{name: PFODEScheduler(**config) for name, config in ours.items()},
-        DPM: diffusers.DPMSolverMultistepScheduler(),
-        UNIPC: diffusers.UniPCMultistepScheduler(),
-        "diffusers UniPC, order 3": diffusers.UniPCMultistepScheduler(solver_order=3),
-        "diffusers DDIM": diffusers.DDIMScheduler(clip_sample=False),
-        "diffusers EulerDiscrete": diffusers.EulerDiscreteScheduler(),
-        "diffusers HeunDiscrete": diffusers.HeunDiscreteScheduler(),
-        "diffusers FlowMatchEuler": diffusers.FlowMatchEulerDiscreteScheduler(),
+        DPM: schedulers.DPMSolverMultistepScheduler(),
+        UNIPC: schedulers.UniPCMultistepScheduler(),
+        "diffusers UniPC, order 3": schedulers.UniPCMultistepScheduler(solver_order=3),
+        "diffusers DDIM": schedulers.DDIMScheduler(clip_sample=False),
+        "diffusers EulerDiscrete": schedulers.EulerDiscreteScheduler(),
+        "diffusers HeunDiscrete": schedulers.HeunDiscreteScheduler(),
+        "diffusers FlowMatchEuler": schedulers.FlowMatchEulerDiscreteScheduler(),
     }
 
 

@@ -32,6 +32,8 @@ from pfode.grids import ROUNDING
 from pfode.prediction import prediction
 from pfode.process import Process, from_config
 
+Seeds = Sequence[int] | Callable[[int], Tensor] | None  # or a function: row k -> its noise; the init row is plan.nfe
+
 _TENSORS = ("t", "time", "alpha", "sigma", "r", "r_prev", "b", "c", "init", "step", "node", "first", "span")
 _WHOLE = {"step": torch.int64, "node": torch.bool}
 
@@ -285,7 +287,7 @@ def run(
     plan: Plan,
     denoiser: Denoiser,
     x: Tensor,
-    seeds: Sequence[int] | None = None,
+    seeds: Seeds = None,
     *,
     brownian: bool = False,
     checkpoint: bool = False,
@@ -295,7 +297,8 @@ def run(
 
     Args:
         x: shape (batch, ...). Half precision is raised to float32.
-        seeds: one per sample; needed by stochastic plans, whose row k draws noise (seed, k + 1).
+        seeds: one per sample; needed by stochastic plans, whose row k draws noise (seed, k + 1). Or a function that
+            gives the noise of row k, and of the row `init` as that of row plan.nfe.
         brownian: take the noise from one Brownian path per seed, by the rows' `span`: the same path for any steps.
         checkpoint: keep nothing of the denoiser's calls for the gradients but their input, and call again going back:
             the memory of one call at the price of a second one.
@@ -314,7 +317,7 @@ def iterate(
     plan: Plan,
     denoiser: Denoiser,
     x: Tensor,
-    seeds: Sequence[int] | None = None,
+    seeds: Seeds = None,
     *,
     brownian: bool = False,
     checkpoint: bool = False,
@@ -350,7 +353,7 @@ def find_bad(
     plan: Plan,
     denoiser: Denoiser,
     x: Tensor,
-    seeds: Sequence[int] | None = None,
+    seeds: Seeds = None,
     *,
     brownian: bool = False,
     **cond: Any,
@@ -372,7 +375,7 @@ def _walk(
     plan: Plan,
     denoiser: Denoiser,
     x: Tensor,
-    seeds: Sequence[int] | None,
+    seeds: Seeds,
     cond: dict[str, Any],
     brownian: bool,
     checkpoint: bool,
@@ -463,10 +466,12 @@ def _land(mean: Tensor, row: _Row, noises: list[Tensor], preview: bool) -> tuple
     return x, Landing(x, mean, row.fresh) if preview else None
 
 
-def _noise_source(plan: Plan, x: Tensor, seeds: Sequence[int] | None, brownian: bool) -> Callable[[int], Tensor]:
+def _noise_source(plan: Plan, x: Tensor, seeds: Seeds, brownian: bool) -> Callable[[int], Tensor]:
     """A function from the row to its noise."""
     if not plan.stochastic:
         return lambda k: x
+    if callable(seeds):
+        return seeds
     if seeds is None or len(seeds) != len(x):
         got = "none" if seeds is None else f"{len(seeds)}"
         raise UsageError(

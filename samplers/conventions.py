@@ -4,6 +4,7 @@ Every state is kept at the scale at which the network takes it: VP and flow stat
 c_in = 1/sqrt(sigma^2 + sigma_data^2). Then no pipeline has to scale anything, whichever of its ways it goes by.
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,9 @@ def translated(config: Config, own: set[str]) -> dict[str, Any]:
     strange = {key for key in found if not key.startswith("_")} - own - SAMPLER_KEYS
     for key in sorted(strange):
         if key not in MEANING_KEYS or found[key] != MEANING_KEYS[key]:
-            raise UsageError(f"{name}: {key} = {found[key]!r:.60} has no meaning here", f"leave {key} out of the config")
+            raise UsageError(
+                f"{name}: {key} = {found[key]!r:.60} has no meaning here", f"leave {key} out of the config"
+            )
     kind = name.removesuffix("Scheduler")
     if kind in LIKE_FLOW:
         found |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -87,7 +90,7 @@ class Convention(ABC):
     Levels are those of the state at the network's scale: x = alpha x_0 + sigma noise, both times `scale`.
     """
 
-    process: Process
+    process: Any  # VPDiscrete, Flow or EDM
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
@@ -220,7 +223,7 @@ def betas(config: Config) -> Tensor:
         made = torch.linspace(first**0.5, last**0.5, n, dtype=torch.float32) ** 2
     elif kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
         bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
-        made = torch.tensor([min(1 - b / a, 0.999) for a, b in zip(bar[:-1], bar[1:], strict=True)])
+        made = torch.tensor([min(1 - b / a, 0.999) for a, b in itertools.pairwise(bar)])
     elif kind == "sigmoid":
         made = torch.sigmoid(torch.linspace(-6, 6, n)) * (last - first) + first
     else:
@@ -341,7 +344,12 @@ def _placed(config: Config, kind: Convention, n: int) -> list[float]:
     if len(wanted) > 1:
         raise UsageError(f"more than one of {', '.join(flags)} is set", "set one of them")
     final = "denoise" if config["final_sigmas_type"] == "zero" else "stop"
-    spacings = {name: (config["spacing_drop"],) for name in ("leading", "linspace")} | {"trailing": ()}
+    drop = integer("spacing_drop", config["spacing_drop"], 0, 1)
+    spacings = {
+        "leading": lambda: grids.leading(config["steps_offset"], drop),
+        "linspace": lambda: grids.linspace(drop),
+        "trailing": grids.trailing,
+    }
     if config["grid"] is not None:
         rule: Any = config["grid"]
         rule = auto.choose(process, n, True).grid if rule == "auto" else rule
@@ -356,8 +364,7 @@ def _placed(config: Config, kind: Convention, n: int) -> list[float]:
         spacing = config["timestep_spacing"]
         if spacing not in spacings:
             raise unknown("timestep_spacing", spacing, spacings)
-        numbers = (config["steps_offset"],) if spacing == "leading" else ()
-        rule = grids.GRIDS[spacing](*numbers, *spacings[spacing])
+        rule = spacings[spacing]()
         final = final if config["set_alpha_to_one"] else "stop"
     high, low = (None if isinstance(kind, Scaled) else config[f"sigma_{end}"] for end in ("max", "min"))
     start, stop = (None if s is None else _time(kind, s) for s in (high, low))

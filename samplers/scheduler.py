@@ -157,7 +157,9 @@ class Run:
     def forget(self) -> None:
         self.past: list[Tensor] = []
         self.noises: list[Tensor] = []
-        self.previous = self.given = self.state = None
+        self.previous: Tensor | None = None
+        self.given: Tensor | None = None
+        self.state: Tensor | None = None
         self.version = 0
 
     def _from(self, i: int) -> Table:
@@ -439,7 +441,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: steps from node to node.
             timesteps, sigmas: the nodes instead, noise first; of flows the sigmas before their shift, and those evenly
-                spaced ones that pipelines pass of their own accord give way to `grid`. The 0 at the end may be left out.
+                spaced ones that pipelines pass by themselves give way to `grid`. The 0 at the end may be left out.
             mu: of this run's dynamic shift.
 
         Raises:
@@ -542,7 +544,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         out = model_output if model_output.dtype is x.dtype else model_output.to(x.dtype)
         if run.unusual:
             out = self._denoised_again(line, x, out)
-        noise = self._noise(run, x, generator) if line.draws else x
+        noise = self._noise(run, x, generator) if line.draws else x  # type: ignore[attr-defined]
         x = run.advance(line, x, out, noise)
         run.position += 1
         made = x if model_output.dtype is x.dtype else x.to(model_output.dtype)
@@ -569,12 +571,13 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
     def _bounded(self, x0: Tensor) -> Tensor:
         """Dynamic thresholding (Saharia et al. 2022, section 2.3), or clipping."""
         config = self.config
-        if not config.thresholding:
-            return x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-        largest = torch.quantile(x0.abs().flatten(1).float(), config.dynamic_thresholding_ratio, dim=1)
-        limit = largest.clamp(1, config.sample_max_value).to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))
+        if not config["thresholding"]:
+            return x0.clamp(-config["clip_sample_range"], config["clip_sample_range"])
+        largest = torch.quantile(x0.abs().flatten(1).float(), config["dynamic_thresholding_ratio"], dim=1)
+        limit = largest.clamp(1, config["sample_max_value"]).to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))
         return torch.clamp(x0, -limit, limit) / limit
 
+    @torch.compiler.disable
     def _noise(self, run: Run, x: Tensor, generator: Generators) -> Tensor:
         """The noise of the row that the run is at."""
         if generator is not None:

@@ -60,14 +60,19 @@ def parts(start: Node, target: Node, eta: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class AncestralMidpoint(Method):
-    """DPM-Solver++(SDE), k-diffusion's sample_dpmpp_sde: ancestral steps to the middle in log s, on with its D."""
+    """DPM-Solver++(SDE), k-diffusion's sample_dpmpp_sde: an ancestral step to the middle in log s, on with its D.
+
+    With r other than 1/2 the inner point is that part of the way, and D is extrapolated to the middle.
+    """
 
     eta: float = 1.0
     calls: int = 2
+    r: float = 0.5
     options: ClassVar[tuple[str, ...]] = ("eta",)
 
     def __post_init__(self) -> None:
         number("eta", self.eta, 0)
+        number("r", self.r, 1e-3, 1)
 
     @property
     def stochastic(self) -> bool:
@@ -77,8 +82,9 @@ class AncestralMidpoint(Method):
         n, start = trail.predict(), trail.node
         if target.sigma == 0 or not start.regular:
             return self._move(trail, target, n)
-        (middle,) = trail.space.between(start, target, 0.5)
-        return self._move(trail, target, trail.stage(self._move(trail, middle, n), middle)[1])
+        (inner,) = trail.space.between(start, target, self.r)
+        later, part = trail.stage(self._move(trail, inner, n), inner)[1], 0.5 / self.r
+        return self._move(trail, target, later * part + n * (1 - part))
 
     def _move(self, trail: Trail, target: Node, n: Linear) -> Linear:
         """An ancestral step from the node to a target with this D."""

@@ -39,7 +39,7 @@ CONFIGS: tuple[dict[str, Any], ...] = (
 )
 
 
-def common_test(checkout: Path) -> type[unittest.TestCase]:
+def common_test(checkout: Path) -> Any:
     """SchedulerCommonTest of a checkout, imported beside our own package `tests`."""
     folder = checkout / "tests"
     if not (folder / "schedulers" / "test_schedulers.py").is_file():
@@ -55,10 +55,10 @@ def common_test(checkout: Path) -> type[unittest.TestCase]:
     return importlib.import_module("upstream.schedulers.test_schedulers").SchedulerCommonTest
 
 
-def case(common: type[unittest.TestCase], recipe: str) -> type[unittest.TestCase]:
+def case(common: Any, recipe: str) -> type[unittest.TestCase]:
     """Its tests with one recipe, and one more that calls its two checks."""
 
-    class Checks(common):  # type: ignore[misc, valid-type]
+    class Checks(common):
         scheduler_classes = (PFODEScheduler,)
         forward_default_kwargs = (("num_inference_steps", 25),)  # or the checks do not set timesteps
 
