@@ -101,9 +101,7 @@ def test_every_recipe_is_there(name):
     if "noise_sampler" in inspect.signature(function).parameters:
         noise = {"noise_sampler": lambda *_: 0.5 * torch.ones_like(x)}
     ours = function(model, x, sigmas, disable=True, **options, **noise)
-    plan = make_plan(
-        name, pfode.EDM(sigmas[-2].item(), sigmas[0].item()), grid=sigmas, **({"churn": 0.0} if options else {})
-    )
+    plan = make_plan(name, pfode.EDM(sigmas[-2].item(), sigmas[0].item()), grid=sigmas, **same)
     expected = pfode.run(plan, denoiser, x, lambda k: 0.5 * torch.ones_like(x))
     assert torch.allclose(ours, expected, rtol=1e-12)
 
