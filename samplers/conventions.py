@@ -28,6 +28,7 @@ LIKE_DDIM += ("LCM", "TCD")
 LIKE_DPM = ("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "SASolver", "UniPCMultistep")
 LIKE_FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", "LTXEulerAncestralRF")
 LIKE_EDM = ("EDMEuler", "EDMDPMSolverMultistep")
+HURRIED = ("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "EDMDPMSolverMultistep")
 KNOWN = {f"{name}Scheduler" for name in (*LIKE_DDIM, *LIKE_DPM, *LIKE_FLOW, *LIKE_EDM)}
 OWN = "PFODEScheduler"
 SAMPLER_KEYS = {  # of shipped configs: they say which sampler was used there, for which `sampler` stands here
@@ -39,6 +40,7 @@ MEANING_KEYS = {"scale_factors": None, "quantization_config": None}  # others, a
 NAMES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 LEARNED = ("learned", "learned_range")
 _FLOW_MIN = 1e-3
+_FEW = 15  # the number of steps below which some heed lower_order_final
 
 
 def translated(config: Config, own: set[str]) -> dict[str, Any]:
@@ -70,6 +72,8 @@ def translated(config: Config, own: set[str]) -> dict[str, Any]:
         found |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     if kind in LIKE_DPM:
         found["spacing_drop"] = 1
+    if kind in HURRIED and found.get("lower_order_final") is True:
+        found["lower_order_final"] = _FEW
     return found
 
 
@@ -230,7 +234,7 @@ def betas(config: Config) -> Tensor:
         raise unknown("beta_schedule", kind, ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"))
     if config["rescale_betas_zero_snr"]:  # Lin et al. 2024, algorithm 1
         root = torch.cumprod(1 - made, 0).sqrt()
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         bar = root**2
         made = 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
     return made
@@ -350,6 +354,7 @@ def _placed(config: Config, kind: Convention, n: int) -> list[float]:
         "linspace": lambda: grids.linspace(drop),
         "trailing": grids.trailing,
     }
+    spaced = False
     if config["grid"] is not None:
         rule: Any = config["grid"]
         rule = auto.choose(process, n, True).grid if rule == "auto" else rule
@@ -364,12 +369,16 @@ def _placed(config: Config, kind: Convention, n: int) -> list[float]:
         spacing = config["timestep_spacing"]
         if spacing not in spacings:
             raise unknown("timestep_spacing", spacing, spacings)
-        rule = spacings[spacing]()
+        rule, spaced = spacings[spacing](), True
         final = final if config["set_alpha_to_one"] else "stop"
     high, low = (None if isinstance(kind, Scaled) else config[f"sigma_{end}"] for end in ("max", "min"))
     start, stop = (None if s is None else _time(kind, s) for s in (high, low))
     if config["lambda_min_clipped"] is not None and math.isfinite(config["lambda_min_clipped"]):
         start = min(start or process.t_max, process.time(2.0 * config["lambda_min_clipped"]))
+    if stop is None and final == "stop" and spaced:
+        inner = grids.times(process, rule, n, "denoise", start)[:-1]
+        if inner[-1] > process.t_min:
+            return [*inner, process.t_min]
     if stop is None:
         return grids.times(process, rule, n, final, start)
     if final == "stop":

@@ -22,7 +22,6 @@ from pfode.samplers import auto, conventions
 from pfode.samplers.catalogue import Recipe, make_plan, recipe
 from pfode.samplers.names import find
 
-_FEW = 15  # steps below which diffusers heeds lower_order_final
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -56,7 +55,7 @@ class Table:
         if not torch.isfinite(torch.stack([skip, out])).all():
             at = plan.t[~torch.isfinite(skip + out)][0].item()
             problem = f"a network that predicts the noise says nothing about the data where alpha = 0 (t = {at:g})"
-            raise UsageError(problem, "rescale_betas_zero_snr goes with v_prediction; or start lower: sigma_max=")
+            raise UsageError(problem, "a network of another prediction_type, or nodes that start below that time")
         p, q = row_affine(plan.prediction, alpha, sigma)
         scale = torch.as_tensor(kind.scale(plan.sigma), dtype=torch.float64).clone()
         if plan.sigma[-1] == 0:
@@ -269,7 +268,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         shift or flow_shift, use_dynamic_shifting, time_shift_type, shift_terminal, invert_sigmas: of flows;
             base_shift, max_shift, base_image_seq_len and max_image_seq_len are read by the pipelines.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: of the denoiser.
-        lower_order_final: orders fall at the end of fewer than 15 steps.
+        lower_order_final: orders fall at the end: always, or of fewer steps than this.
         sampler: a name of the catalogue or of a family ("unipc", "dpm++"), "auto", or the path of a saved plan.
         grid: one of pfode's ("karras", "beta(0.5,0.7)", "auto"), or the config's own where it is None.
         chart: of the recipe. options: of the recipe, {"eta": 0.5}.
@@ -321,7 +320,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
-        lower_order_final: bool = False,
+        lower_order_final: bool | int = False,
         sampler: str = "auto",
         grid: str | None = None,
         chart: str | None = None,
@@ -469,7 +468,9 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
                 name = config["sampler"]
                 found: str | Recipe = name if name == "auto" else find(name)
                 options = dict(config["options"] or {})
-                if config["lower_order_final"] and len(times) - 1 < _FEW and self._orders(found, process, times) > 1:
+                few = config["lower_order_final"]
+                low = few is True or (len(times) - 1 < few)
+                if low and self._orders(found, process, times) > 1:
                     options["lower_order_final"] = True
                 return make_plan(
                     found, process, len(nodes) - 1, grid=nodes, chart=config["chart"], guided=True, **options
@@ -614,6 +615,9 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         run = self._running()
         found = run.index(timestep)
         return run.nearest(timestep) if found is None else found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
