@@ -4,6 +4,9 @@ Every state is kept at the scale at which the network takes it: VP and flow stat
 c_in = 1/sqrt(sigma^2 + sigma_data^2). Then no pipeline has to scale anything, whichever of its ways it goes by.
 """
 
+import functools
+import importlib
+import inspect
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -22,6 +25,7 @@ from pfode.process import EDM, Flow, Process, VPDiscrete
 from pfode.samplers import auto
 
 Config = Mapping[str, Any]
+Levels = Sequence[float] | np.ndarray | Tensor
 LIKE_DDIM = ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete")
 LIKE_DDIM += ("EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 LIKE_DDIM += ("LCM", "TCD")
@@ -56,11 +60,12 @@ def translated(config: Config, own: set[str]) -> dict[str, Any]:
     """
     found, name = dict(config), config.get("_class_name") or _guessed(config)
     if name in (None, OWN):
-        return found
+        return {key: value for key, value in found.items() if key in own or key not in SAMPLER_KEYS}
     if name not in KNOWN:
         problem = f"{name}: its models are no denoisers of a process that pfode has, or its pipelines need that class"
         raise UsageError(problem, "supported: " + ", ".join(sorted(KNOWN)))
     found.pop("_use_default_values", None)
+    found["_class_name"] = name
     strange = {key for key in found if not key.startswith("_")} - own - SAMPLER_KEYS
     for key in sorted(strange):
         if key not in MEANING_KEYS or found[key] != MEANING_KEYS[key]:
@@ -78,14 +83,21 @@ def translated(config: Config, own: set[str]) -> dict[str, Any]:
 
 
 def _guessed(config: Config) -> str | None:
-    """The class of a config that was never saved, which then bears no name: as far as its keys tell."""
+    """The class of a config that was never saved, which bears no name then: the one whose keys it has."""
     if "sampler" in config:
         return OWN
-    if "sigma_schedule" in config:
-        return "EDMEulerScheduler"
-    if "prediction_type" not in config and "shift" in config:
-        return "FlowMatchEulerDiscreteScheduler"
-    return None
+    keys = frozenset(key for key in config if not key.startswith("_"))
+    return _classes().get(keys)
+
+
+@functools.cache
+def _classes() -> dict[frozenset[str], str]:
+    """The schedulers known here by the keys of their configs; of two that have the same, either."""
+    schedulers, found = importlib.import_module("diffusers.schedulers"), {}
+    for name in sorted(KNOWN, reverse=True):
+        taken = inspect.signature(getattr(schedulers, name).__init__).parameters
+        found[frozenset(taken) - {"self"}] = name
+    return found
 
 
 class Convention(ABC):
@@ -269,8 +281,8 @@ def nodes(
     config: Config,
     kind: Convention,
     steps: int | None,
-    timesteps: Sequence[float] | Tensor | None = None,
-    sigmas: Sequence[float] | Tensor | None = None,
+    timesteps: Levels | None = None,
+    sigmas: Levels | None = None,
     mu: float | None = None,
 ) -> tuple[Process, list[float]]:
     """The times of a plan's nodes, noise first, and the process, of which the ends may have to be wider.
@@ -305,7 +317,7 @@ def nodes(
     return process, grids.times(process, made, 0)
 
 
-def _list(values: Sequence[float] | Tensor | None) -> list[float] | None:
+def _list(values: Levels | None) -> list[float] | None:
     if values is None:
         return None
     return torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values).double().tolist()

@@ -431,8 +431,8 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         self,
         num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
-        timesteps: Sequence[float] | Tensor | None = None,
-        sigmas: Sequence[float] | Tensor | None = None,
+        timesteps: conventions.Levels | None = None,
+        sigmas: conventions.Levels | None = None,
         mu: float | None = None,
     ) -> None:
         """Make the plan of a run and begin it.
@@ -517,8 +517,8 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """The state after the next row.
+    ) -> Any:
+        """The state after the next row, as a SchedulerOutput or a tuple.
 
         Args:
             model_output: of the network for `sample`. timestep: the one that the network was told.

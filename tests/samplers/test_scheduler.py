@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfode
 from pfode.errors import UsageError
+from pfode.plan import Plan
 from pfode.process import Process
 from pfode.samplers import CATALOGUE, PFODEScheduler, make_plan
 from pfode.samplers import scheduler as module
@@ -87,10 +88,14 @@ def bed(scheduler: PFODEScheduler) -> problems.GaussianMixture:
     return problems.mixture(process(scheduler))
 
 
+def planned(scheduler: PFODEScheduler) -> Plan:
+    assert scheduler.plan is not None
+    return scheduler.plan
+
+
 def state(scheduler: PFODEScheduler, x: Tensor) -> Tensor:
     """Unit noise as a state of the process at the plan's first time."""
-    plan = scheduler.plan
-    assert plan is not None
+    plan = planned(scheduler)
     return x * (math.hypot(plan.alpha[0], plan.sigma[0]) if scheduler.config["sigma_data"] else 1.0)
 
 
@@ -106,7 +111,7 @@ def test_every_recipe_gives_what_run_gives(name):
     """On a VP network that predicts the noise, from timesteps that the network is told in float32."""
     scheduler = PFODEScheduler(sampler=name, seed=5)
     scheduler.set_timesteps(7)
-    plan, denoiser = scheduler.plan, bed(scheduler)
+    plan, denoiser = planned(scheduler), bed(scheduler)
     assert plan.name == name
     assert len(scheduler.timesteps) == plan.nfe
     assert len(scheduler.sigmas) == plan.nfe + 1
@@ -123,7 +128,7 @@ def test_on_flows_and_edm_networks_too(kind, name):
     scheduler.set_timesteps(12)
     denoiser = bed(scheduler)
     ours = drive(scheduler, network(scheduler, denoiser), unit())
-    assert relative(ours, pfode.run(scheduler.plan, denoiser, state(scheduler, unit()), SEEDS)) < 2e-6
+    assert relative(ours, pfode.run(planned(scheduler), denoiser, state(scheduler, unit()), SEEDS)) < 2e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -372,7 +377,9 @@ def test_a_sample_does_not_depend_on_its_batch(name, source):
         seed = {"seed": 3, "seeds": [3, 9, 1, 7][:n]}.get(source)
         scheduler = PFODEScheduler(sampler=name, seed=seed)
         scheduler.set_timesteps(6)
-        step = {"generator": [torch.Generator().manual_seed(i) for i in range(n)]} if source == "generators" else {}
+        step: dict[str, Any] = (
+            {"generator": [torch.Generator().manual_seed(i) for i in range(n)]} if source == "generators" else {}
+        )
         made.append(drive(scheduler, network(scheduler, bed(scheduler)), unit(n=n), **step))
     assert relative(made[0], made[1][:1]) < 1e-12
 
@@ -384,7 +391,7 @@ def test_generators_and_seeds_are_heeded():
     for name, seed, manual in (("a", 0, None), ("b", 0, None), ("c", 1, None), ("d", None, 0), ("e", None, 0)):
         scheduler.seed = seed
         scheduler.set_timesteps(6)
-        step = {} if manual is None else {"generator": torch.Generator().manual_seed(manual)}
+        step: dict[str, Any] = {} if manual is None else {"generator": torch.Generator().manual_seed(manual)}
         made[name] = drive(scheduler, call, unit(), **step)
     assert torch.equal(made["a"], made["b"])
     assert torch.equal(made["d"], made["e"])
@@ -515,7 +522,7 @@ def test_a_run_can_begin_at_any_node(name, told):
     if name in ("euler-a", "edm"):  # rows of one step are those of the whole run, and so is their noise
         assert (got - denoiser.sample(4, seed=2)).abs().max() < 3
         return
-    plan = make_plan(name, denoiser.process, grid=scheduler.plan.times[4:])
+    plan = make_plan(name, denoiser.process, grid=planned(scheduler).times[4:])
     assert relative(got, pfode.run(plan, denoiser, noised, SEEDS)) < 2e-6
 
 
@@ -674,7 +681,7 @@ def test_clipping_is_that_of_diffusers(name, theirs, config):
     made = []
     for scheduler in (ours, peer):
         scheduler.set_timesteps(10)
-        step = {"generator": torch.Generator().manual_seed(0)} if name == "ddpm" else {}
+        step: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)} if name == "ddpm" else {}
         made.append(
             drive(scheduler, lambda x, t: torch.sin(3 * x), torch.randn(2, 3, 8, 8, generator=seeded()), **step)
         )
@@ -683,7 +690,7 @@ def test_clipping_is_that_of_diffusers(name, theirs, config):
         loaded(theirs, clip_sample=False) if name == "ddpm" else loaded(theirs), sampler=name
     )
     free.set_timesteps(10)
-    step = {"generator": torch.Generator().manual_seed(0)} if name == "ddpm" else {}
+    step: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)} if name == "ddpm" else {}
     out = drive(free, lambda x, t: torch.sin(3 * x), torch.randn(2, 3, 8, 8, generator=seeded()), **step)
     assert relative(out, made[0]) > 0.1
 
@@ -717,7 +724,7 @@ def test_saving_and_loading(tmp_path):
         loaded("DDIMScheduler", beta_schedule="scaled_linear"), sampler="unipc", grid="karras(5)", options=None, seed=4
     )
     scheduler.save_pretrained(tmp_path)
-    again = PFODEScheduler.from_pretrained(tmp_path)
+    again: Any = PFODEScheduler.from_pretrained(tmp_path)
     for one in (scheduler, again):
         one.set_timesteps(6)
     assert again.plan == scheduler.plan
