@@ -4,8 +4,10 @@ The text encoders are left out and their embeddings given; the pipelines of text
 """
 
 import importlib
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,13 +69,18 @@ def vp(pipe: Any) -> Process:
 class Bench:
     """A pipeline, how to call it, and the same network as a denoiser.
 
-    Fields: pipe; call(**more) -> latents; denoiser(scheduler) -> the denoiser; recipe: the one that its own scheduler
-    is; unpacked: from a denoiser's states to what the pipeline returns.
+    Fields: pipe; own and kind: the config and the class of its scheduler, which is the recipe; shape: of its states.
     """
 
     pipe: Any
+    own: Any
+    kind: Any
     recipe = "ddim"
     shape: tuple[int, ...]
+
+    def start(self) -> Tensor:
+        """The noise it begins with."""
+        return noise(*self.shape)
 
     def call(self, **more: Any) -> Tensor:
         raise NotImplementedError
@@ -86,13 +93,9 @@ class Bench:
         self.pipe.scheduler = PFODEScheduler.from_config(self.own, **config)
         return self.pipe.scheduler
 
-    @property
-    def own(self) -> Any:
-        return self._own
-
     def begun(self, pipe: Any) -> "Bench":
         pipe.set_progress_bar_config(disable=True)
-        self.pipe, self._own = pipe, pipe.scheduler.config
+        self.pipe, self.own, self.kind = pipe, pipe.scheduler.config, type(pipe.scheduler)
         return self
 
 
@@ -230,9 +233,6 @@ class StableDiffusion(Bench):
     def pictures(self) -> dict[str, Any]:
         return {"height": 16, "width": 16, "latents": self.start()}
 
-    def start(self) -> Tensor:
-        return noise(*self.shape)
-
     def denoiser(self) -> Guided:
         words = torch.cat([self.none, self.words])
 
@@ -295,12 +295,13 @@ class Sdxl(StableDiffusion):
 
 
 class Sd3(StableDiffusion):
+    pipeline = "StableDiffusion3Pipeline"
     recipe = "euler"
     shifting: dict[str, Any] = {"shift": 3.0}
 
     def __init__(self):
         pipeline, transformer, vae, scheduler = diffusers(
-            "StableDiffusion3Pipeline", "SD3Transformer2DModel", "AutoencoderKL", "FlowMatchEulerDiscreteScheduler"
+            self.pipeline, "SD3Transformer2DModel", "AutoencoderKL", "FlowMatchEulerDiscreteScheduler"
         )
         network = made(
             transformer,
@@ -315,9 +316,9 @@ class Sd3(StableDiffusion):
             pooled_projection_dim=8,
             out_channels=4,
         )
-        parts = {name: None for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
-        parts |= {name: None for name in ("tokenizer", "tokenizer_2", "tokenizer_3")}
-        self.begun(pipeline(network, scheduler(**self.shifting), made(vae, **VAE), **parts))
+        parts = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"))
+        parts |= dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"))
+        self.begun(pipeline(network, scheduler(**self.shifting), made(vae, shift_factor=0.06, **VAE), **parts))
         self.words, self.none = noise(2, 5, 8, seed=2), noise(2, 5, 8, seed=3)
         self.pooled, self.pooled_none = noise(2, 8, seed=5), noise(2, 8, seed=6)
 
@@ -346,6 +347,17 @@ class Sd3(StableDiffusion):
         return Guided(pfode.Flow(), "flow", out, 1000.0)
 
 
+class Sd3ImageToImage(Sd3):
+    """Noises the picture by scale_noise."""
+
+    pipeline = "StableDiffusion3Img2ImgPipeline"
+
+    def pictures(self) -> dict[str, Any]:
+        more = super().pictures()
+        del more["latents"]
+        return {**more, "image": picture(), "strength": 0.5}
+
+
 class Flux(StableDiffusion):
     shape = (2, 16, 4)
     recipe = "euler"
@@ -366,7 +378,7 @@ class Flux(StableDiffusion):
             pooled_projection_dim=8,
             axes_dims_rope=[4, 4, 8],
         )
-        parts = {name: None for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+        parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         dynamic = scheduler(use_dynamic_shifting=True, base_image_seq_len=8, max_image_seq_len=32)
         self.begun(pipeline(dynamic, vae=made(vae, **{**VAE, "latent_channels": 1}), transformer=network, **parts))
         self.words, self.pooled = noise(2, 5, 8, seed=2), noise(2, 8, seed=5)
@@ -399,7 +411,10 @@ class Flux(StableDiffusion):
         return Guided(pfode.Flow(), "flow", out)
 
 
-BENCHES = {kind.__name__: kind for kind in (Ddpm, Dit, StableDiffusion, ImageToImage, Inpainting, Sdxl, Sd3, Flux)}
+BENCHES = {
+    kind.__name__: kind
+    for kind in (Ddpm, Dit, StableDiffusion, ImageToImage, Inpainting, Sdxl, Sd3, Sd3ImageToImage, Flux)
+}
 WHOLE = ["Ddpm", "Dit", "StableDiffusion", "Sdxl", "Sd3", "Flux"]  # from noise
 kept: dict[str, Bench] = {}
 
@@ -419,7 +434,7 @@ def near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
 @pytest.mark.parametrize("bench", BENCHES, indirect=True)
 def test_the_same_recipe_gives_the_same_latents(bench):
     """As diffusers' own scheduler: DDPM, DDIM, Euler and FlowMatchEuler."""
-    bench.pipe.scheduler = type(bench.pipe.scheduler).from_config(bench.own)
+    bench.pipe.scheduler = bench.kind.from_config(bench.own)
     with torch.no_grad():
         theirs = bench.call()
         scheduler = bench.use(sampler=bench.recipe)
@@ -428,7 +443,6 @@ def test_the_same_recipe_gives_the_same_latents(bench):
     assert scheduler.plan is not None
     assert scheduler.step_index == scheduler.plan.nfe
     assert near(ours, theirs)
-    bench.pipe.scheduler = importlib.import_module("diffusers").DDIMScheduler.from_config(bench.own)
 
 
 @pytest.mark.parametrize("bench", WHOLE, indirect=True)
@@ -449,7 +463,9 @@ def test_the_latents_are_those_of_sample(bench, name):
 
 
 @pytest.mark.parametrize("bench", BENCHES, indirect=True)
-@pytest.mark.parametrize("config", [{"sampler": "heun", "grid": "karras"}, {"sampler": "unipc3", "grid": "log-snr"}])
+@pytest.mark.parametrize(
+    "config", [{"sampler": "heun", "grid": "karras", "chart": "flow"}, {"sampler": "unipc3", "grid": "log-snr"}]
+)
 def test_other_grids_and_inner_stages(bench, config):
     scheduler = bench.use(**config)
     with torch.no_grad():
@@ -458,7 +474,7 @@ def test_other_grids_and_inner_stages(bench, config):
     assert scheduler.plan is not None
     assert scheduler.plan.steps == 8
     assert scheduler.step_index == len(scheduler.timesteps) == scheduler.plan.nfe
-    assert len(scheduler.timesteps) == (8 if config["sampler"] == "unipc3" else scheduler.plan.nfe)
+    assert scheduler.plan.nfe == (8 if config["sampler"] == "unipc3" else 15)
 
 
 @pytest.mark.parametrize("bench", ["StableDiffusion", "Flux", "Ddpm"], indirect=True)
@@ -490,7 +506,7 @@ def test_a_saved_plan_gives_the_pictures_of_sample(bench, tmp_path):
 
 @pytest.mark.parametrize("bench", ["Sd3"], indirect=True)
 def test_seeds_reach_where_pipelines_pass_no_generator(bench):
-    """The same seed gives the same latents, another one others, and a sample does not depend on its batch."""
+    """The same seed gives the same latents, another one others."""
     made_by = {}
     with torch.no_grad():
         for seed in (0, 0, 1):
@@ -515,7 +531,7 @@ def test_a_run_can_be_left_and_taken_up(bench):
 
 @pytest.mark.parametrize("bench", ["StableDiffusion"], indirect=True)
 def test_half_precision_pipelines(bench):
-    """The pipeline sees bfloat16, the state is float32: nearer to float32 than diffusers' scheduler."""
+    """The pipeline sees bfloat16, and its pictures are those of float32 but for the network's rounding."""
     bench.use(sampler="dpm++2m", timestep_spacing="trailing")
     with torch.no_grad():
         exact = bench.call()
@@ -528,3 +544,16 @@ def test_half_precision_pipelines(bench):
         bench.pipe.to(torch.float32)
     assert half.dtype == torch.bfloat16
     assert near(half.float(), exact, 0.2)
+
+
+def test_what_the_page_shows_works(tmp_path, monkeypatch):
+    """docs/pipelines.md, block after block."""
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "pipelines.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+    assert [info["i"] for info in names["seen"]] == [*range(20)]
+    assert torch.isfinite(names["out"]).all()
