@@ -58,7 +58,8 @@ def translated(config: Config, own: set[str]) -> dict[str, Any]:
     Raises:
         UsageError: a scheduler whose models are of another kind, or a key whose meaning is not known here.
     """
-    found, name = dict(config), config.get("_class_name") or _guessed(config)
+    found, name = dict(config), config.get("_class_name")
+    name = name if isinstance(name, str) else _guessed(config)
     if name in (None, OWN):
         return {key: value for key, value in found.items() if key in own or key not in SAMPLER_KEYS}
     if name not in KNOWN:
@@ -328,7 +329,11 @@ def _given(kind: Convention, timesteps: list[float] | None, sigmas: list[float] 
     if timesteps is not None and sigmas is not None:
         raise UsageError("timesteps and sigmas exclude each other", "give one of them")
     if timesteps is not None:
-        return kind.time(torch.tensor(timesteps, dtype=torch.float64)).tolist()
+        told = torch.tensor(timesteps, dtype=torch.float64)
+        t = kind.time(told)
+        if not torch.allclose(kind.timestep(t), told):
+            raise UsageError(f"timesteps: {timesteps!r:.80} leave the range of {kind.process}", "those of its training")
+        return t.tolist()
     assert sigmas is not None
     levels = torch.tensor(sigmas[:-1] if len(sigmas) > 1 and sigmas[-1] == 0 else sigmas, dtype=torch.float64)
     if not (levels > 0).all():
@@ -459,7 +464,7 @@ def _flow_times(
 
 def _respaced(config: Config, t: np.ndarray) -> np.ndarray:
     """As many times between the first and the last, by use_karras_sigmas, use_exponential_sigmas or use_beta_sigmas."""
-    first, last, ramp = t[0], t[-1], np.linspace(0, 1, len(t))
+    first, last, ramp = config["sigma_max"] or t[0], config["sigma_min"] or t[-1], np.linspace(0, 1, len(t))
     if config["use_karras_sigmas"]:
         return (first ** (1 / 7) + ramp * (last ** (1 / 7) - first ** (1 / 7))) ** 7
     if config["use_exponential_sigmas"]:

@@ -41,7 +41,8 @@ class Line(NamedTuple):
 class Table:
     """The rows of a plan for a kind of network, in float64 on the host.
 
-    Columns: g, r, r', skip, out, b, c of `Line`, for states at the network's scale (`Convention.scale`).
+    Columns: g, r, r', skip, out, b, c of `Line`, for states at the network's scale (`Convention.scale`). Noise that a
+    plan adds before its first call is taken to be in the state already: pipelines begin at the level of that call.
 
     Raises:
         UsageError: a plan that is not of the convention's process, or begins with a row that calls no network.
@@ -131,8 +132,6 @@ class Run:
         self.whole = Table(plan, kind)
         self.timesteps = kind.timestep(plan.t).to(torch.float32).to(device)
         self.sigmas = kind.sigma(plan.alpha, plan.sigma).to(torch.float32)
-        self.first = (kind.scale(plan.sigma[0]) * torch.hypot(plan.alpha[0], plan.sigma[0])).item()
-        self.where = self.timesteps.data_ptr()
         self.begin: int | None = None
         self.begun = False
         self.unusual = unusual
@@ -185,7 +184,7 @@ class Run:
     def index(self, timestep: Any) -> int | None:
         """The position of one of our own timesteps, known by its place in memory: nothing is read from the device."""
         if isinstance(timestep, Tensor) and timestep.dtype is torch.float32:
-            away = timestep.data_ptr() - self.where
+            away = timestep.data_ptr() - self.timesteps.data_ptr()
             if 0 <= away < 4 * self.plan.nfe:
                 return away // 4
         return None
@@ -269,7 +268,8 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             base_shift, max_shift, base_image_seq_len and max_image_seq_len are read by the pipelines.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: of the denoiser.
         lower_order_final: orders fall at the end: always, or of fewer steps than this.
-        sampler: a name of the catalogue or of a family ("unipc", "dpm++"), "auto", or the path of a saved plan.
+        sampler: a name of the catalogue or of a family ("unipc", "dpm++"), "auto", which is that of guided models, or
+            the path of a saved plan.
         grid: one of pfode's ("karras", "beta(0.5,0.7)", "auto"), or the config's own where it is None.
         chart: of the recipe. options: of the recipe, {"eta": 0.5}.
         seed: sample i of a batch has seed + i, or the i-th of a list, where a pipeline passes no generator.
@@ -369,10 +369,10 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
     def init_noise_sigma(self) -> float:
         """The standard deviation of the first state."""
         run = self._run()
-        if run is not None:
-            return run.first
-        sigma = self._kind.process.sigma(self._kind.process.t_max)
-        return sigma * self._kind.scale(sigma) if isinstance(self._kind, conventions.Scaled) else 1.0
+        if not isinstance(self._kind, conventions.Scaled):
+            return 1.0
+        sigma = self._kind.process.sigma_max if run is None else run.plan.sigma[0].item()
+        return sigma * self._kind.scale(sigma)
 
     @property
     def timesteps(self) -> Tensor:
@@ -551,6 +551,8 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         made = x if model_output.dtype is x.dtype else x.to(model_output.dtype)
         if not compiling:
             run.given, run.state, run.version = made, x, made._version
+            if run.position == run.plan.nfe:
+                run.forget()
         return SchedulerOutput(prev_sample=made) if return_dict else (made,)
 
     def _state(self, run: Run, sample: Tensor) -> Tensor:

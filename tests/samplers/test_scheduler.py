@@ -4,7 +4,6 @@ import copy
 import importlib
 import inspect
 import json
-import math
 import pickle
 import threading
 from collections.abc import Callable
@@ -96,7 +95,7 @@ def planned(scheduler: PFODEScheduler) -> Plan:
 def state(scheduler: PFODEScheduler, x: Tensor) -> Tensor:
     """Unit noise as a state of the process at the plan's first time."""
     plan = planned(scheduler)
-    return x * (math.hypot(plan.alpha[0], plan.sigma[0]) if scheduler.config["sigma_data"] else 1.0)
+    return x * (plan.sigma[0].item() if scheduler.config["sigma_data"] else 1.0)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -741,6 +740,11 @@ def test_copies_go_their_own_way():
     scheduler.step(unit(), scheduler.timesteps[0], unit())
     twin = copy.deepcopy(scheduler)
     assert twin.step_index == 1
+    assert twin.index_for_timestep(twin.timesteps[4]) == 4
+    rest = [drive(one, lambda x, t: 0.1 * x, unit(), first=1) for one in (scheduler, twin)]
+    assert torch.equal(*rest)
+    scheduler.set_timesteps(6)
+    scheduler.step(unit(), scheduler.timesteps[0], unit())
     twin.set_timesteps(3)
     assert (len(twin.timesteps), len(scheduler.timesteps), scheduler.step_index) == (3, 6, 1)
     other = pickle.loads(pickle.dumps(scheduler))
@@ -809,6 +813,7 @@ def test_a_saved_plan_is_a_sampler(tmp_path):
         ({}, {"num_inference_steps": 5, "timesteps": [900, 500]}, "2 nodes are given"),
         ({}, {"num_inference_steps": None, "timesteps": [900], "sigmas": [2.0]}, "exclude each other"),
         ({}, {"num_inference_steps": None, "sigmas": [1.0, 0.0, 0.5]}, "only the last may be 0"),
+        ({}, {"num_inference_steps": None, "timesteps": [1200, 500]}, "leave the range"),
     ],
 )
 def test_errors_say_what_is_wrong(config, call, words):
