@@ -14,12 +14,8 @@ from pfode.samplers.tape import Linear
 
 
 @dataclass(frozen=True)
-class Ancestral(Method):
-    """An integrator's step to a lower noise level, then fresh noise up to the target's.
-
-    The fresh part is min(1, eta sqrt(1 - rho^2)) of sigma_1. With DDIM's step eta = 1 is the exact posterior
-    q(x_1 | x_0, D) of DDPM (Ho et al. 2020, eq. 7), other eta those of DDIM (Song et al. 2021, eq. 16).
-    """
+class Noisy(Method):
+    """An integrator, and fresh noise after each of its steps, eta of it."""
 
     integrator: Integrator
     eta: float = 1.0
@@ -39,6 +35,15 @@ class Ancestral(Method):
     @property
     def stochastic(self) -> bool:
         return self.eta > 0
+
+
+@dataclass(frozen=True)
+class Ancestral(Noisy):
+    """An integrator's step to a lower noise level, then fresh noise up to the target's.
+
+    The fresh part is min(1, eta sqrt(1 - rho^2)) of sigma_1. With DDIM's step eta = 1 is the exact posterior
+    q(x_1 | x_0, D) of DDPM (Ho et al. 2020, eq. 7), other eta those of DDIM (Song et al. 2021, eq. 16).
+    """
 
     def step(self, trail: Trail, target: Node) -> Linear:
         fresh, left = parts(trail.node, target, self.eta)
@@ -94,32 +99,13 @@ class AncestralMidpoint(Method):
 
 
 @dataclass(frozen=True)
-class Reverse(Method):
+class Reverse(Noisy):
     """A reverse SDE whose linear part is exact: an integrator in its chart, then fresh noise.
 
     In the chart x/m of the SDE what is left of the old noise is k = (m_1/m_0) (s_0/s_1) of sigma_1, the fresh part
     sqrt(1 - k^2). For `sde(eta)`, k = rho^eta: DPM-Solver++(2M SDE, 3M SDE) and, with eta = tau^2 and a corrector that
     sees the same noise, SA-Solver (Xue et al. 2023, eq. 14-15).
     """
-
-    integrator: Integrator
-    eta: float = 1.0
-    options: ClassVar[tuple[str, ...]] = ("eta",)
-
-    def __post_init__(self) -> None:
-        number("eta", self.eta, 0)
-
-    @property
-    def memory(self) -> int:
-        return self.integrator.memory
-
-    @property
-    def calls(self) -> int:  # type: ignore[override]
-        return self.integrator.calls
-
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0
 
     def chart(self, chart: Chart) -> Chart:
         return sde(self.eta)
