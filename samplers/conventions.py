@@ -318,6 +318,14 @@ def nodes(
     return process, grids.times(process, made, 0)
 
 
+def unasked(sigmas: Levels | None) -> bool:
+    """Whether sigmas are the even ones that pipelines of flows pass where nobody asked for any."""
+    if sigmas is None:
+        return False
+    n = len(sigmas)
+    return bool(np.allclose(np.asarray(sigmas, dtype=float), np.linspace(1, 1 / n, n), atol=1e-6))
+
+
 def _list(values: Levels | None) -> list[float] | None:
     if values is None:
         return None
@@ -440,9 +448,7 @@ def _flow_times(
     if timesteps is not None:
         return _given(kind, timesteps, sigmas), final
     factor = shift(config, mu)
-    even = sigmas is not None and np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas)), atol=1e-6)
-    if config["grid"] is not None and even:  # what pipelines pass where nobody asked for anything
-        assert sigmas is not None
+    if sigmas is not None and config["grid"] is not None and unasked(sigmas):
         steps, sigmas = len(sigmas), None
     if sigmas is not None:
         u = np.array(_given(kind, None, sigmas))

@@ -449,7 +449,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         given = timesteps if timesteps is not None else sigmas
         if given is None and num_inference_steps is None and self._plan is None:
             raise UsageError("set_timesteps: neither a number of steps nor nodes", "set_timesteps(20)")
-        if given is not None and num_inference_steps is not None and len(given) not in _near(num_inference_steps):
+        if given is not None and num_inference_steps is not None and len(given) - num_inference_steps not in (0, 1):
             problem = f"num_inference_steps = {num_inference_steps}, but {len(given)} nodes are given"
             raise UsageError(problem, "leave num_inference_steps out")
         config = dict(self.config)
@@ -459,7 +459,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             if num_inference_steps not in (None, plan.steps, plan.nfe):
                 problem = f"the plan {plan.name!r} has {plan.steps} steps, not {num_inference_steps}"
                 raise UsageError(problem, f"num_inference_steps={plan.steps}")
-            if given is not None and not self._pipelines_own(sigmas):
+            if given is not None and not conventions.unasked(sigmas):
                 raise UsageError("a plan has its own nodes", "leave timesteps and sigmas out")
         else:
             process, times = conventions.nodes(config, self._kind, num_inference_steps, timesteps, sigmas, mu)
@@ -480,13 +480,6 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         unusual = config["variance_type"] in conventions.LEARNED or config["clip_sample"] or config["thresholding"]
         self._last = (plan, self._kind, restart, device, bool(unusual))
         self._runs.run = Run(*self._last)
-
-    def _pipelines_own(self, sigmas: Any) -> bool:
-        """Whether sigmas are the even ones that pipelines of flows pass by themselves."""
-        if sigmas is None or not isinstance(self._kind, conventions.Straight):
-            return False
-        n = len(sigmas)
-        return bool(torch.allclose(torch.as_tensor(sigmas).double(), torch.linspace(1, 1 / n, n).double(), atol=1e-6))
 
     def _orders(self, found: str | Recipe, process: Process, times: list[float]) -> int:
         """How many predictions a recipe looks back on."""
@@ -623,10 +616,6 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
-
-
-def _near(steps: int) -> tuple[int, int]:
-    return steps, steps + 1
 
 
 def _check_same(plan: Plan, process: Process) -> None:

@@ -776,6 +776,8 @@ def test_a_saved_plan_is_a_sampler(tmp_path):
     denoiser = bed(scheduler)
     ours = drive(scheduler, network(scheduler, denoiser), unit())
     assert relative(ours, pfode.run(plan, denoiser, unit())) < 2e-6
+    with pytest.raises(UsageError, match="its own nodes"):
+        scheduler.set_timesteps(timesteps=[900, 500, 300, 200, 100])
     with pytest.raises(UsageError, match="has 5 steps, not 20"):
         scheduler.set_timesteps(20)
     with pytest.raises(UsageError, match="cannot begin with call 2"):

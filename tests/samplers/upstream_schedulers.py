@@ -2,7 +2,7 @@
 
 CHECKOUT is a checkout of huggingface/diffusers at a version near the installed one; its files are used as they lie
 there: SchedulerCommonTest of tests/schedulers/test_schedulers.py, all its tests and its checks over configs and
-forward calls, once for every recipe of RECIPES. They need requests, parameterized and Pillow besides pytest.
+forward calls, once for every recipe of RECIPES. They need requests, parameterized, torchsde and Pillow besides pytest.
 """
 
 import argparse
