@@ -50,7 +50,8 @@ _FEW = 15  # the number of steps below which some heed lower_order_final
 def translated(config: Config, own: set[str]) -> dict[str, Any]:
     """A config of one of diffusers' schedulers as one of ours; ours as it is.
 
-    The values that its own class stood for where its file named none are kept: ours are others.
+    Where its file names no value, what its own class stands for is taken: ours are others. A key that does nothing in
+    that class, left by the one before it, does nothing here.
 
     Args:
         own: the keys that ours has.
@@ -67,12 +68,16 @@ def translated(config: Config, own: set[str]) -> dict[str, Any]:
         raise UsageError(problem, "supported: " + ", ".join(sorted(KNOWN)))
     found.pop("_use_default_values", None)
     found["_class_name"] = name
-    strange = {key for key in found if not key.startswith("_")} - own - SAMPLER_KEYS
-    for key in sorted(strange):
-        if key not in MEANING_KEYS or found[key] != MEANING_KEYS[key]:
-            raise UsageError(
-                f"{name}: {key} = {found[key]!r:.60} has no meaning here", f"leave {key} out of the config"
-            )
+    parameters = _parameters(name)
+    taken = set(parameters) or own
+    for key in [key for key in found if not key.startswith("_")]:
+        if key not in own | SAMPLER_KEYS | set(MEANING_KEYS) or (
+            key in MEANING_KEYS and found[key] != MEANING_KEYS[key]
+        ):
+            raise UsageError(f"{name}: {key} = {found[key]!r:.60} has no meaning here", f"leave {key} out")
+        if key not in taken:
+            del found[key]  # of another scheduler before it
+    found = {key: value for key, value in parameters.items() if key in own} | found
     kind = name.removesuffix("Scheduler")
     if kind in LIKE_FLOW:
         found |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -94,11 +99,15 @@ def _guessed(config: Config) -> str | None:
 @functools.cache
 def _classes() -> dict[frozenset[str], str]:
     """The schedulers known here by the keys of their configs; of two that have the same, either."""
-    schedulers, found = importlib.import_module("diffusers.schedulers"), {}
-    for name in sorted(KNOWN, reverse=True):
-        taken = inspect.signature(getattr(schedulers, name).__init__).parameters
-        found[frozenset(taken) - {"self"}] = name
-    return found
+    return {frozenset(_parameters(name)): name for name in sorted(KNOWN, reverse=True)}
+
+
+@functools.cache
+def _parameters(name: str) -> dict[str, Any]:
+    """The keys of a scheduler of diffusers and their defaults; none of one that wants a package that is not there."""
+    made = getattr(importlib.import_module("diffusers.schedulers"), name)
+    taken = list(inspect.signature(made.__init__).parameters.values())[1:]
+    return {} if hasattr(made, "_backends") else {p.name: p.default for p in taken}
 
 
 class Convention(ABC):

@@ -631,11 +631,106 @@ def test_every_scheduler_of_diffusers_is_taken_or_refused_by_name():
 
 
 def test_what_another_scheduler_stood_for_is_kept():
-    """Heun's betas are others than ours, and its file names none of them."""
-    config = loaded("HeunDiscreteScheduler")
-    config = {k: v for k, v in config.items() if not k.startswith("beta")} | {"_use_default_values": ["beta_start"]}
-    config |= {"beta_start": 0.00085, "beta_end": 0.012}  # as diffusers fills them in
-    assert PFODEScheduler.from_config(config).config["beta_start"] == 0.00085
+    """Heun's betas are others than ours, whether its file names them, or diffusers filled them in, or nobody did."""
+    filled = {"_use_default_values": ["beta_start"], "beta_start": 0.00085}
+    for config in (loaded("HeunDiscreteScheduler"), {"_class_name": "HeunDiscreteScheduler"}, diffusers_heun(), filled):
+        config = {"_class_name": "HeunDiscreteScheduler", **config}
+        assert PFODEScheduler.from_config(config).config["beta_start"] == 0.00085
+    assert PFODEScheduler.from_config(diffusers.HeunDiscreteScheduler().config).config["beta_start"] == 0.00085
+
+
+def diffusers_heun() -> dict[str, Any]:
+    return {k: v for k, v in loaded("HeunDiscreteScheduler").items() if not k.startswith("beta")}
+
+
+LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None}
+SHIPPED: dict[str, tuple[dict[str, Any], float, float]] = {  # file, first sigma, last one above 0
+    "Stable Diffusion 1.5": (
+        {
+            "_class_name": "PNDMScheduler",
+            "_diffusers_version": "0.6.0",
+            **LATENT,
+            "num_train_timesteps": 1000,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+            "clip_sample": False,
+        },
+        8.39,
+        0.0413,
+    ),
+    "Stable Diffusion XL": (
+        {
+            "_class_name": "EulerDiscreteScheduler",
+            "_diffusers_version": "0.19.0",
+            **LATENT,
+            "clip_sample": False,
+            "interpolation_type": "linear",
+            "prediction_type": "epsilon",
+            "sample_max_value": 1.0,
+            "set_alpha_to_one": False,  # left by PNDM: Euler goes on to 0
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+            "timestep_spacing": "leading",
+            "use_karras_sigmas": False,
+        },
+        8.39,
+        0.0413,
+    ),
+    "Stable Diffusion 3": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, 1.0, 0.25),
+    "Wan": (
+        {
+            "_class_name": "UniPCMultistepScheduler",
+            **LATENT,
+            "disable_corrector": [],
+            "flow_shift": 3.0,
+            "prediction_type": "flow_prediction",
+            "solver_order": 2,
+            "solver_type": "bh2",
+            "use_flow_sigmas": True,
+        },
+        1.0,
+        0.25,
+    ),
+    "Mochi": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, 0.0, 0.9),
+    "Playground 2.5": (
+        {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0, "sigma_min": 0.002, "sigma_data": 0.5},
+        80.0,
+        0.002,
+    ),
+    "DeepFloyd IF": (
+        {
+            "_class_name": "DDPMScheduler",
+            "beta_schedule": "squaredcos_cap_v2",
+            "variance_type": "learned_range",
+            "thresholding": True,
+            "sample_max_value": 1.5,
+            "dynamic_thresholding_ratio": 0.95,
+        },
+        6.43,
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_files_that_models_come_with(name):
+    config, first, last = SHIPPED[name]
+    scheduler = PFODEScheduler.from_config(config, sampler="unipc")
+    scheduler.set_timesteps(10)
+    sigmas = scheduler.sigmas
+    assert sigmas[0] == pytest.approx(first, rel=0.03, abs=1e-3)
+    assert sigmas[-2] == pytest.approx(last, rel=0.2, abs=0.03)
+    end = {"Mochi": 1.0, "Stable Diffusion 1.5": 0.0292}.get(name, 0.0)  # the latter's file says so
+    assert sigmas[-1] == pytest.approx(end, abs=1e-4)
+    shape = (1, 3, 4, 4) if name == "DeepFloyd IF" else (1, 4, 4, 4)
+    out = drive(scheduler, lambda x, t: torch.cat([x, x], 1) if shape[1] == 3 else 0.1 * x, torch.randn(shape))
+    assert torch.isfinite(out).all()
+    assert out.shape == shape
+    if name != "Mochi":
+        scheduler = PFODEScheduler.from_config(config, grid="karras")
+        scheduler.set_timesteps(10)
+        assert scheduler.sigmas[-1] == 0
 
 
 @pytest.mark.parametrize(
@@ -828,7 +923,7 @@ def test_errors_say_what_is_wrong(config, call, words):
     [
         ({"_class_name": "CogVideoXDDIMScheduler"}, {}, "CogVideoXDDIMScheduler: its models"),
         ({"_class_name": "DDIMScheduler", "magic": 3}, {}, "magic = 3 has no meaning here"),
-        ({"_class_name": "FlowMatchLCMScheduler", "scale_factors": [1, 2]}, {}, "scale_factors"),
+        ({"_class_name": "FlowMatchLCMScheduler", "scale_factors": [1, 2]}, {}, "scale_factors = "),
         ({"_class_name": "DDIMScheduler"}, {"smapler": "ddim"}, "unknown key .* 'smapler'"),
     ],
 )
