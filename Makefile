@@ -15,7 +15,7 @@ sample: .venv/.base
 	$(BIN)/pfode sample --steps 20
 
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: .venv/.check
 	$(BIN)/ruff check

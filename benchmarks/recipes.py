@@ -41,13 +41,13 @@ GRIDS = {
     "Flow": ["time", "time(1.5)", "beta", "cosine(0.7)", "ays-svd"],
 }
 NETWORKS: dict[str, tuple[str, Process | None, int]] = {  # the network, another process than its own, pictures
-    "digits": ("digits", None, 64),
-    "digits-vp": ("digits-vp", None, 64),
-    "digits-flow": ("digits-flow", None, 64),
+    "digits": ("digits", None, 32),
+    "digits-vp": ("digits-vp", None, 32),
+    "digits-flow": ("digits-flow", None, 32),
     "emoji-small": ("emoji-small", None, 9),
     "emoji-small VP": ("emoji-small", pfode.VP(), 9),
     "emoji-small Flow": ("emoji-small", pfode.Flow(), 9),
-    "emoji": ("emoji", None, 9),
+    "emoji": ("emoji", None, 4),
 }
 MIXTURES: dict[str, Process] = {
     "mixture EDM": pfode.EDM(),

@@ -32,6 +32,8 @@ from pfode.grids import ROUNDING
 from pfode.prediction import prediction
 from pfode.process import Process, from_config
 
+Seeds = Sequence[int] | Callable[[int], Tensor] | None  # or a function: row k -> its noise; the init row is plan.nfe
+
 _TENSORS = ("t", "time", "alpha", "sigma", "r", "r_prev", "b", "c", "init", "step", "node", "first", "span")
 _WHOLE = {"step": torch.int64, "node": torch.bool}
 
@@ -270,6 +272,7 @@ class _Row(NamedTuple):
     c_in: Tensor | None  # None: 1
     c_noise: Tensor
     g: Tensor | None  # m = F + g x, up to a factor that is part of b; None: 0
+    lean: bool  # r + sum of b = 1: b holds each prediction's share in the sum up to it
     r: Tensor | None  # None: 1
     from_x: bool  # False: r = 0
     r_prev: Tensor | None  # None: 0
@@ -285,7 +288,7 @@ def run(
     plan: Plan,
     denoiser: Denoiser,
     x: Tensor,
-    seeds: Sequence[int] | None = None,
+    seeds: Seeds = None,
     *,
     brownian: bool = False,
     checkpoint: bool = False,
@@ -295,7 +298,8 @@ def run(
 
     Args:
         x: shape (batch, ...). Half precision is raised to float32.
-        seeds: one per sample; needed by stochastic plans, whose row k draws noise (seed, k + 1).
+        seeds: one per sample; needed by stochastic plans, whose row k draws noise (seed, k + 1). Or a function that
+            gives the noise of row k, and of the row `init` as that of row plan.nfe.
         brownian: take the noise from one Brownian path per seed, by the rows' `span`: the same path for any steps.
         checkpoint: keep nothing of the denoiser's calls for the gradients but their input, and call again going back:
             the memory of one call at the price of a second one.
@@ -314,7 +318,7 @@ def iterate(
     plan: Plan,
     denoiser: Denoiser,
     x: Tensor,
-    seeds: Sequence[int] | None = None,
+    seeds: Seeds = None,
     *,
     brownian: bool = False,
     checkpoint: bool = False,
@@ -350,7 +354,7 @@ def find_bad(
     plan: Plan,
     denoiser: Denoiser,
     x: Tensor,
-    seeds: Sequence[int] | None = None,
+    seeds: Seeds = None,
     *,
     brownian: bool = False,
     **cond: Any,
@@ -372,7 +376,7 @@ def _walk(
     plan: Plan,
     denoiser: Denoiser,
     x: Tensor,
-    seeds: Sequence[int] | None,
+    seeds: Seeds,
     cond: dict[str, Any],
     brownian: bool,
     checkpoint: bool,
@@ -393,9 +397,7 @@ def _walk(
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     draw = _noise_source(plan, x, seeds, brownian)
     net = preconditioned(denoiser)
-    networks = [functools.partial(at(net, t).network, **cond) for t in plan.t.tolist()]
-    if checkpoint:
-        networks = [functools.partial(rematerialise.checkpoint, each, use_reentrant=False) for each in networks]
+    networks = _networks(plan, net, cond, checkpoint)
     rows = _fold(plan, net, x)
     ages, noise_ages = plan.b.shape[1] - 1, plan.c.shape[1] - 1
     past: list[Tensor] = []
@@ -406,24 +408,42 @@ def _walk(
         x = r_init * x
     if _alive(plan.init[1]):
         x = x + c_init * draw(plan.nfe)
+    dtype, landing, x0 = x.dtype, None, None
     for k, (row, network) in enumerate(zip(rows, networks, strict=True)):
-        out = network(x if row.c_in is None else torch.mul(x, row.c_in), row.c_noise)
+        c_in, g = row.c_in, row.g
+        out = network(x if c_in is None else x * c_in, row.c_noise)
         if k == 0 and (not isinstance(out, Tensor) or out.shape != x.shape):
             got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise UsageError(f"the denoiser returned {got} for x of shape {tuple(x.shape)}", "it must return x0")
-        if out.dtype != x.dtype:
-            out = out.to(x.dtype)
-        past = [out if row.g is None else torch.addcmul(out, x, row.g), *past[:ages]]
+        if out.dtype is not dtype:
+            out = out.to(dtype)
+        past.insert(0, out if g is None else torch.addcmul(out, x, g))
+        if preview:
+            x0 = torch.addcmul(row.c_skip * x, out, row.c_out)
         if noise_ages >= 0:
             noises = [draw(k) if row.draws else x, *noises[:noise_ages]]  # x: a place kept, never used
-        x0 = torch.addcmul(row.c_skip * x, out, row.c_out) if preview else None
-        terms = [(past[j], factor) for j, factor in row.b]
-        if row.r_prev is not None:
-            terms.append((previous, row.r_prev))
-        terms += [(noises[j], factor) for j, factor in row.c]
-        previous, (x, landing) = x, _land(_combine(x, row, terms), row, noises, preview)
+        x, previous = _combine(row, x, previous, past, noises), x
+        if row.fresh is not None:
+            mean = x
+            x = torch.addcmul(mean, noises[0], row.fresh)
+            landing = Landing(x, mean, row.fresh) if preview else None
         sent = yield k, x, x0, landing
-        x = replaced(x, sent)
+        landing = None
+        if sent is not None:
+            x = replaced(x, sent)
+        if len(past) > ages:
+            past.pop()
+
+
+def _networks(plan: Plan, net: Preconditioned, cond: dict[str, Any], checkpoint: bool) -> list[Callable[..., Any]]:
+    """What every row calls, with the conditions: no layer more than needed, as small networks feel each."""
+    found = [at(net, t) for t in plan.t.tolist()]
+    calls: list[Callable[..., Any]] = [one.denoiser if isinstance(one, Bare) else one.network for one in found]
+    if cond:
+        calls = [functools.partial(call, **cond) for call in calls]
+    if checkpoint:
+        calls = [functools.partial(rematerialise.checkpoint, call, use_reentrant=False) for call in calls]
+    return calls
 
 
 def replaced(x: Tensor, sent: Tensor | None) -> Tensor:
@@ -439,34 +459,30 @@ def replaced(x: Tensor, sent: Tensor | None) -> Tensor:
     return sent.to(x)
 
 
-def _combine(x: Tensor, row: _Row, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """r x + sum of factor * tensor, in as many tensor operations as there are terms (less one where r is 0 or 1)."""
-    y, own = (x, False) if row.from_x else (None, False)
-    if row.from_x and row.r is not None:
-        y, own = torch.mul(x, row.r), True
-    for tensor, factor in terms:
-        if y is None:
-            y = torch.mul(tensor, factor)
-        elif own:
-            y = y.addcmul_(tensor, factor)
-        else:
-            y = torch.addcmul(y, tensor, factor)
+def _combine(row: _Row, x: Tensor, previous: Tensor, past: list[Tensor], noises: list[Tensor]) -> Tensor:
+    """The row's sum but for its fresh noise, in as few tensor operations as there are: the first of them makes y."""
+    if row.lean:
+        for j, share in row.b:
+            x = torch.lerp(x, past[j], share)
+        return x
+    y = None if not row.from_x else x if row.r is None else x * row.r
+    own = y is not x
+    for j, factor in row.b:
+        y = past[j] * factor if y is None else y.addcmul_(past[j], factor) if own else torch.addcmul(y, past[j], factor)
         own = True
+    if row.r_prev is not None or row.c:
+        extra = [(previous, row.r_prev)] if row.r_prev is not None else []
+        for tensor, factor in extra + [(noises[j], factor) for j, factor in row.c]:
+            y = tensor * factor if y is None else torch.addcmul(y, tensor, factor)
     return torch.zeros_like(x) if y is None else y
 
 
-def _land(mean: Tensor, row: _Row, noises: list[Tensor], preview: bool) -> tuple[Tensor, Landing | None]:
-    """The state with the row's fresh noise, and on request how it came about."""
-    if row.fresh is None:
-        return mean, None
-    x = torch.addcmul(mean, noises[0], row.fresh)
-    return x, Landing(x, mean, row.fresh) if preview else None
-
-
-def _noise_source(plan: Plan, x: Tensor, seeds: Sequence[int] | None, brownian: bool) -> Callable[[int], Tensor]:
+def _noise_source(plan: Plan, x: Tensor, seeds: Seeds, brownian: bool) -> Callable[[int], Tensor]:
     """A function from the row to its noise."""
     if not plan.stochastic:
         return lambda k: x
+    if callable(seeds):
+        return seeds
     if seeds is None or len(seeds) != len(x):
         got = "none" if seeds is None else f"{len(seeds)}"
         raise UsageError(
@@ -500,7 +516,8 @@ def row_affine(name: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]
 def _fold(plan: Plan, net: Preconditioned, x: Tensor) -> list[_Row]:
     """The rows with the network's preconditioning folded in: m = q c_out (F + g x), the factor q c_out moved into b.
 
-    A prediction that no later row needs is not formed at all: its part in x joins r.
+    A prediction that no later row needs is not formed at all: its part in x joins r. Nor is one of a stage that the
+    next row alone needs: its part in y_k joins that row's r, as y_k = (y_{k+1} - b_k0 F_k) / r_k.
     """
     pre = net.precondition(plan.t)
     p, q = row_affine(plan.prediction, plan.alpha[:-1], plan.sigma[:-1])
@@ -508,15 +525,32 @@ def _fold(plan: Plan, net: Preconditioned, x: Tensor) -> list[_Row]:
     g = (p + q * pre.c_skip) / scale
     made = _made(plan.b)
     b = plan.b * torch.where(made >= 0, scale[made.clamp_min(0)], 0.0)
-    lone = _alive(g) & ~_used(b[:, 1:], made[:, 1:])
-    r = torch.where(lone, plan.r + b[:, 0] * g, plan.r)
-    if not r.requires_grad:
-        r = torch.where(r.abs() < 1e-13 * plan.r.abs(), 0.0, r)
-    g = torch.where(lone, 0.0, g)
+    own = plan.r + b[:, 0] * g
+    later = made[:, 1:]
+    kept = _alive(g) & _used(b[:, 1:], later)
+    learnt = own.requires_grad
+    if not learnt and b.shape[1] > 1:
+        only = ~(b[:, 1:].any(1) | plan.r_prev.bool() | plan.c.any(1) | _used(b[:, 2:], made[:, 2:]) | plan.node[1:])
+        only &= own.abs() > 0.5
+        back = torch.where(kept & only, b.roll(-1, 0)[:, 1] * g / own, 0.0)  # what y_{k+1} gets for it
+        kept &= ~only
+        back = back.roll(1)
+        own = own + back
+        b[:, 1] -= back * b[:, 0].roll(1)
+    r = torch.where(kept, own - b[:, 0] * g, own)
+    if not learnt:
+        r = torch.where(r.abs() < 1e-13 * plan.r.abs(), 0.0, torch.where((r - 1).abs() < 1e-14, 1.0, r))
+    g = torch.where(kept, g, 0.0)
     draws = _used(plan.c, _made(plan.c)).tolist()
 
+    # where r + sum_j b_j = 1, by linear interpolation from each partial sum to the next: one operation less
+    sums = torch.cumsum(torch.cat([r[:, None], b], 1), 1)
+    lean = ((sums[:, -1] - 1).abs() < 1e-13) & (sums.abs() > 0.1).all(1) & (r != 0) & (r != 1)
+    lean &= ~(plan.r_prev.bool() | plan.c[:, 1:].any(1)) & (not learnt)
+    shares = torch.where(lean[:, None], b / sums[:, 1:], b)
+
     columns = [pre.c_in, pre.c_noise, g, r, plan.r_prev, pre.c_skip, pre.c_out]
-    table = torch.cat([torch.stack(columns, 1), b, plan.c], 1).to(x)
+    table = torch.cat([torch.stack(columns, 1), shares, plan.c], 1).to(x)
     alive = {
         name: _alive(v).tolist() for name, v in (("g", g), ("r", r), ("r_prev", plan.r_prev), ("b", b), ("c", plan.c))
     }
@@ -524,7 +558,7 @@ def _fold(plan: Plan, net: Preconditioned, x: Tensor) -> list[_Row]:
     units = (~_alive(r - 1)).tolist()
     # a network is told the time of every sample, a bare denoiser the time
     noise_levels = table[:, 1] if isinstance(net, Bare) else table[:, 1:2].expand(-1, len(x))
-    rows, window = [], b.shape[1]
+    rows, window, leans = [], b.shape[1], lean.tolist()
     for k, (line, c_noise) in enumerate(zip(table.unbind(), noise_levels.unbind(), strict=True)):
         c_in, _, g_k, r_k, r_prev, c_skip, c_out, *factors = line.unbind()
         rows.append(
@@ -532,6 +566,7 @@ def _fold(plan: Plan, net: Preconditioned, x: Tensor) -> list[_Row]:
                 c_in=c_in if scales[k] else None,
                 c_noise=c_noise,
                 g=g_k if alive["g"][k] else None,
+                lean=leans[k],
                 r=None if units[k] else r_k,
                 from_x=alive["r"][k],
                 r_prev=r_prev if alive["r_prev"][k] else None,

@@ -11,13 +11,16 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "catalogue": ["CATALOGUE", "Recipe", "make_plan"],
+        "": ["kdiffusion"],
         "inversion": ["Pair", "decode", "encode"],
         "sampling": ["Samples", "sample"],
+        "scheduler": ["PFODEScheduler"],
         "search": ["Jumps", "gits", "measure_jumps"],
     },
 )
 
 if TYPE_CHECKING:  # the same names for type checkers
+    from pfode.samplers import kdiffusion as kdiffusion
     from pfode.samplers.catalogue import CATALOGUE as CATALOGUE
     from pfode.samplers.catalogue import Recipe as Recipe
     from pfode.samplers.catalogue import make_plan as make_plan
@@ -26,6 +29,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from pfode.samplers.inversion import encode as encode
     from pfode.samplers.sampling import Samples as Samples
     from pfode.samplers.sampling import sample as sample
+    from pfode.samplers.scheduler import PFODEScheduler as PFODEScheduler
     from pfode.samplers.search import Jumps as Jumps
     from pfode.samplers.search import gits as gits
     from pfode.samplers.search import measure_jumps as measure_jumps

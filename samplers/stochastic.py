@@ -14,12 +14,8 @@ from pfode.samplers.tape import Linear
 
 
 @dataclass(frozen=True)
-class Ancestral(Method):
-    """An integrator's step to a lower noise level, then fresh noise up to the target's.
-
-    The fresh part is min(1, eta sqrt(1 - rho^2)) of sigma_1. With DDIM's step eta = 1 is the exact posterior
-    q(x_1 | x_0, D) of DDPM (Ho et al. 2020, eq. 7), other eta those of DDIM (Song et al. 2021, eq. 16).
-    """
+class Noisy(Method):
+    """An integrator, and fresh noise after each of its steps, eta of it."""
 
     integrator: Integrator
     eta: float = 1.0
@@ -39,6 +35,15 @@ class Ancestral(Method):
     @property
     def stochastic(self) -> bool:
         return self.eta > 0
+
+
+@dataclass(frozen=True)
+class Ancestral(Noisy):
+    """An integrator's step to a lower noise level, then fresh noise up to the target's.
+
+    The fresh part is min(1, eta sqrt(1 - rho^2)) of sigma_1. With DDIM's step eta = 1 is the exact posterior
+    q(x_1 | x_0, D) of DDPM (Ho et al. 2020, eq. 7), other eta those of DDIM (Song et al. 2021, eq. 16).
+    """
 
     def step(self, trail: Trail, target: Node) -> Linear:
         fresh, left = parts(trail.node, target, self.eta)
@@ -60,14 +65,19 @@ def parts(start: Node, target: Node, eta: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class AncestralMidpoint(Method):
-    """DPM-Solver++(SDE), k-diffusion's sample_dpmpp_sde: ancestral steps to the middle in log s, on with its D."""
+    """DPM-Solver++(SDE), k-diffusion's sample_dpmpp_sde: an ancestral step to the middle in log s, on with its D.
+
+    With r other than 1/2 the inner point is that part of the way, and D is extrapolated to the middle.
+    """
 
     eta: float = 1.0
     calls: int = 2
+    r: float = 0.5
     options: ClassVar[tuple[str, ...]] = ("eta",)
 
     def __post_init__(self) -> None:
         number("eta", self.eta, 0)
+        number("r", self.r, 1e-3, 1)
 
     @property
     def stochastic(self) -> bool:
@@ -77,8 +87,9 @@ class AncestralMidpoint(Method):
         n, start = trail.predict(), trail.node
         if target.sigma == 0 or not start.regular:
             return self._move(trail, target, n)
-        (middle,) = trail.space.between(start, target, 0.5)
-        return self._move(trail, target, trail.stage(self._move(trail, middle, n), middle)[1])
+        (inner,) = trail.space.between(start, target, self.r)
+        later, part = trail.stage(self._move(trail, inner, n), inner)[1], 0.5 / self.r
+        return self._move(trail, target, later * part + n * (1 - part))
 
     def _move(self, trail: Trail, target: Node, n: Linear) -> Linear:
         """An ancestral step from the node to a target with this D."""
@@ -88,32 +99,13 @@ class AncestralMidpoint(Method):
 
 
 @dataclass(frozen=True)
-class Reverse(Method):
+class Reverse(Noisy):
     """A reverse SDE whose linear part is exact: an integrator in its chart, then fresh noise.
 
     In the chart x/m of the SDE what is left of the old noise is k = (m_1/m_0) (s_0/s_1) of sigma_1, the fresh part
     sqrt(1 - k^2). For `sde(eta)`, k = rho^eta: DPM-Solver++(2M SDE, 3M SDE) and, with eta = tau^2 and a corrector that
     sees the same noise, SA-Solver (Xue et al. 2023, eq. 14-15).
     """
-
-    integrator: Integrator
-    eta: float = 1.0
-    options: ClassVar[tuple[str, ...]] = ("eta",)
-
-    def __post_init__(self) -> None:
-        number("eta", self.eta, 0)
-
-    @property
-    def memory(self) -> int:
-        return self.integrator.memory
-
-    @property
-    def calls(self) -> int:  # type: ignore[override]
-        return self.integrator.calls
-
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0
 
     def chart(self, chart: Chart) -> Chart:
         return sde(self.eta)

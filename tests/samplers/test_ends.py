@@ -44,7 +44,10 @@ def test_full_grid_converges(name, bed):
         assert errors[-1] < 0.7 * errors[1]
     else:
         floor = 2e-4  # of grids that put a finite log-SNR where alpha = 0: the first interval never shrinks
-        assert errors[4] > errors[5] > errors[6] or errors[-1] < floor
+        if name == "bdia":  # of two parts with opposite signs, which cancel near 12 steps
+            assert (errors[3] > 4 * errors[6] and errors[5] > errors[6]) or errors[-1] < floor
+        else:
+            assert errors[4] > errors[5] > errors[6] or errors[-1] < floor
         assert errors[-1] < 0.06
 
 
