@@ -28,6 +28,8 @@ EDM_LIKE = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 FLOW_LIKE = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 CLASSES = (*DISCRETE, *EDM_LIKE, *FLOW_LIKE)
 
+OWN = "PFODEScheduler"
+
 STRING = Field("a string", lambda value: isinstance(value, str)).or_none
 ANY_NUMBER = Field("a number", lambda value: type(value) in (int, float) and not math.isnan(value)).or_none
 SWITCH = either(FLAG, real(0, 1)).or_none
@@ -74,7 +76,10 @@ SAMPLING: dict[str, Field] = {
         ("algorithm_type", "final_sigmas_type", "interpolation_type", "sigma_schedule", "solver_type",
          "timestep_spacing", "upscale_mode", "variance_type", "sampler", "grid", "plan"), STRING,
     ),
-    **dict.fromkeys(("scale_factors", "solver_p", "tau_func"), Field("anything", lambda value: True, None)),
+    **dict.fromkeys(
+        ("scale_factors", "solver_p", "tau_func", "chart", "options", "seed", "spacing_drop"),
+        Field("anything", lambda value: True, None),
+    ),
 }  # fmt: skip
 
 
@@ -108,7 +113,7 @@ def stated(config: Mapping[str, Any], tokens: int | None = None) -> Stated:
         raise UsageError(f"{name}: invert_sigmas: a time that runs backwards is not known")
     if c["timestep_type"] != "discrete":
         raise UsageError(f"{name}: timestep_type: only 'discrete' is known, got {c['timestep_type']!r}")
-    if name in EDM_LIKE:
+    if name in EDM_LIKE or (name == OWN and c["sigma_data"] is not None):
         return Stated(_edm(name, c), "edm", 1.0, float(c["sigma_data"]))
     if name in FLOW_LIKE or c["use_flow_sigmas"] or kind == "flow":
         if name not in FLOW_LIKE and kind != "flow":
@@ -137,8 +142,7 @@ def _shift(name: str, c: Mapping[str, Any], tokens: int | None) -> float:
         if not 0 < shift < math.inf:
             raise UsageError(f"{name}: base_shift: gives the shift {shift:g} for {tokens} tokens")
         return shift
-    given = c["shift"] if c["shift"] is not None else c["flow_shift"]
-    return 1.0 if given is None else given
+    return (c["shift"] or 1.0) * (c["flow_shift"] or 1.0)  # only our own scheduler has both, one of them at 1
 
 
 def _alphas_cumprod(name: str, c: Mapping[str, Any]) -> Tensor:

@@ -106,6 +106,18 @@ def test_the_process_is_that_of_the_scheduler(tmp_path, name):
     torch.testing.assert_close(alphas, scheduler.alphas_cumprod, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("base", ["DDIMScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_our_own_scheduler_states_what_it_was_made_from(tmp_path, base):
+    changes = {"shift": 3.0} if base.startswith("Flow") else {}
+    scheduler = tiny.scheduler(base, **changes)
+    diffusers.DDPMPipeline(tiny.unet(), scheduler).save_pretrained(tmp_path / "theirs")
+    own = pfode.samplers.PFODEScheduler.from_config(scheduler.config)
+    diffusers.DDPMPipeline(tiny.unet(), own).save_pretrained(tmp_path / "ours")
+    a, b = pfode.load(tmp_path / "theirs"), pfode.load(tmp_path / "ours")
+    assert a.process.config() == b.process.config()
+    assert (a.prediction, a.time_scale) == (b.prediction, b.time_scale)
+
+
 def test_classes_without_a_null_class(tmp_path):
     net = tiny.unet(num_class_embeds=3)
     diffusers.DDPMPipeline(net, tiny.scheduler("DDPMScheduler")).save_pretrained(tmp_path / "m")
