@@ -39,8 +39,8 @@ class Samples:
 
     Args:
         x: the samples, shape (n, *shape); seeds: one per sample.
-        plan: what was run; nfe: denoiser calls; evals: network forwards per sample; times: of the nodes, or where an
-            adaptive sampler begins and ends. What such a sampler needed differs: nfe and evals are the largest.
+        plan: what was run, a Plan or an Adaptive; nfe: denoiser calls; evals: network forwards per sample; times: of
+            the nodes. The samples of an adaptive sampler differ: nfe and evals are the largest, times the two ends.
         bad: index, step and time of the samples that are not finite (only with nan="flag").
         trajectory: states at nodes 0 ... steps, and preview: denoiser outputs on the way, when asked for.
         stats: seconds in all, and the batch used at last: smaller than asked for where memory ran out; of an adaptive
@@ -49,7 +49,7 @@ class Samples:
 
     x: Tensor
     seeds: list[int]
-    plan: Plan | Adaptive
+    plan: Any
     nfe: int
     evals: int
     times: Tensor
