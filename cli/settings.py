@@ -43,6 +43,8 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
     for name in foreign:
         if ranks[name] == 0:
             hint = ", or an adaptive --sampler, such as rk45" if foreign is OF_A_TOLERANCE else ""
+            if foreign is OF_A_TOLERANCE and named != "auto":
+                find_sampler(named)  # raises where there is none
             raise UsageError(f"{flag(name)} {why}", f"leave {flag(name)} out{hint}")
     for name, other in (("steps", "nfe"), ("seed", "seeds"), ("n", "seeds")):
         if ranks[name] == ranks[other] < _DEFAULT:
@@ -62,6 +64,17 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
     if ranks["n"] == _DEFAULT:
         options["n"] = None
     return options
+
+
+def find_sampler(name: str) -> Any:
+    """A recipe of the catalogue.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    from pfode.samplers.catalogue import recipe
+
+    return recipe(name)
 
 
 def is_adaptive(sampler: str) -> bool:

@@ -24,7 +24,7 @@ from pfode.grids import Grid
 from pfode.plan import Bad, Plan, Point, find_bad, iterate, not_finite, replaced, run
 from pfode.process import Process
 from pfode.samplers.adaptive import ADAPTIVE, Adaptive, AdaptiveRecipe, Stopped, find_adaptive, make_adaptive
-from pfode.samplers.catalogue import DEFAULT_STEPS, Recipe, make_plan
+from pfode.samplers.catalogue import DEFAULT_STEPS, Recipe, make_plan, recipe
 
 DEFAULT_BATCH = 64
 EACH = ("nfe", "evals", "steps", "rejected")  # what samples of an adaptive sampler differ in
@@ -188,7 +188,7 @@ def settled(
         return make_adaptive(row, denoiser.process, steps=steps, **options)
     for name in ("rtol", "atol", "max_steps"):
         if options.pop(name, None) is not None:
-            taken = getattr(sampler, "name", sampler)
+            taken = sampler if sampler == "auto" else recipe(sampler).name if isinstance(sampler, str) else sampler.name
             hint = f"leave it out, or an adaptive sampler: {', '.join(ADAPTIVE)}"
             raise UsageError(f"{name}: the steps of {taken} lie on a grid, whatever their errors", hint)
     if steps is None and options.get("nfe") is None and isinstance(options.get("grid"), str | Grid | None):

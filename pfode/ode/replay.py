@@ -5,9 +5,9 @@ again, to the same numbers. Going back, legs are taken again in chunks with thei
 carry, times and parameters are pulled through each chunk.
 
 Checkpoint keeps the state at every k-th leg. Without a cap k doubles whenever 64 k states are kept: sqrt(n) of them for
-n legs; the k legs in between, or 4, make one chunk, so that nothing is evaluated more than once again. With a cap on memory k
-doubles whenever half of it is used; the other half serves to go back through the k legs by binomial checkpoints
-(Griewank & Walther 2000), with the graph of one leg at a time.
+n legs; the k legs in between, or 4, make one chunk, so that nothing is evaluated more than once again. With a cap on
+memory k doubles whenever half of it is used; the other half serves to go back through the k legs by binomial
+checkpoints (Griewank & Walther 2000), with the graph of one leg at a time.
 
 Reversible keeps the last state and computes those before it backwards, `solver.back`. Rounding errors grow on the way
 where the solution forgets its past; at anchors, every `every` legs and at the start, what came out is compared with

@@ -397,6 +397,7 @@ REFUSED = [
     ({"sampler": "heun", "rtol": 1e-3}, r"rtol: the steps of heun lie on a grid, whatever their errors\nhint: .*rk45"),
     ({"sampler": "auto", "atol": 1e-3}, "atol: the steps of auto lie on a grid"),
     ({"sampler": "ddim", "max_steps": 9}, "max_steps: the steps of ddim"),
+    ({"sampler": "rk54", "rtol": 1e-3}, "unknown sampler 'rk54'\nhint: did you mean 'rk4' or 'rk45'"),
     ({"sampler": "dop853"}, "unknown sampler 'dop853'\nhint: did you mean 'dopri8'"),
     ({"plan": make_adaptive("rk45", pfode.EDM())}, "plan given together with what it settles"),
 ]
