@@ -5,8 +5,12 @@
 Errors are in units of the tolerance, the root mean square of (y - exact) / (atol + rtol |exact|): at the end; the
 median over the ends of all steps (at a jump the time of the jump alone would count); the largest at four times, most of
 them inside steps, where dense output makes it.
-The reference is SciPy's Radau at rtol 1e-10. Both sides get exact Jacobians. The error at the end is the last step's
-alone where the solution is slow: it says less than that over the steps.
+The reference is SciPy's Radau at rtol 1e-10. Both sides get exact Jacobians.
+
+The error at the end is the last step's alone where the solution is slow. The one ratio above 3 there, 4.8 on the linear
+problem at 1e-4, is that of steps of 2.3 and 1.6: the errors of the steps before are 0.068 against SciPy's 0.092.
+Kvaerno's method takes half the steps of Radau's on Van der Pol's problem at 1e-6 and is 1.8 tolerances off; Radau's
+error there is a few thousandths of what is asked for.
 """
 
 import argparse
