@@ -64,6 +64,10 @@ class State(NamedTuple):
 class Checkpoint:
     """Take the accepted steps again, from states kept on the way.
 
+    The gradient is that of the numbers computed, and as far off as they are: a method of higher order ("vern7") leaves
+    less of it at little cost, and at tolerances near the rounding of float32 so does a float64 state, cast for the
+    field (benchmarks/ode_gradient.py).
+
     Args:
         memory: bytes that the kept states (and carries) may take, forwards and backwards; the graph of one step and the
             times of the steps come on top. None: of n steps about 8 sqrt(n) states, every one while n <= 64, and the
