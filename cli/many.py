@@ -21,7 +21,7 @@ import click
 
 import pfode
 from pfode.cli.common import Output
-from pfode.cli.sample import Job, Progress, non_finite, settings, write_film, write_sheet
+from pfode.cli.sample import Cost, Job, Progress, flaw, non_finite, settings, write_film, write_sheet
 from pfode.cli.settings import parse_seeds
 from pfode.denoiser import forwards
 from pfode.errors import FileError, PfodeError, UsageError, WriteError
@@ -76,19 +76,21 @@ def _draw(job: Job, folder: "Folder", share: "Share", out: Output) -> dict[str, 
     folder.finish()
     lines = folder.lines(DONE, NON_FINITE)
     spoilt = [line for line in lines.values() if line.get("status") == NON_FINITE]
+    cost = folder.cost(job.seeds)
     drawn = len(lines) - len(spoilt) - len(kept)
     shown = job.sheet
-    files = [write_sheet(shown, _read(shown, folder), folder.evals), str(folder.path / RESULTS), str(folder.path / RUN)]
+    sheet = write_sheet(shown, _read(shown, folder), folder.cost(shown.seeds))
+    files = [sheet, str(folder.path / RESULTS), str(folder.path / RUN)]
     if job.options["trajectory"] is not None:
         files.insert(1, _film(shown))
     out.note(f"{drawn} drawn, {len(kept)} kept, {len(spoilt)} not finite ({seconds:.2f} s)")
     if spoilt:
         raise non_finite(
-            [(line["seed"], line["step"], line["time"]) for line in spoilt],
+            [flaw(job, line["seed"], line["step"], line["time"], line.get("why")) for line in spoilt],
             job,
             f"{folder.path / RESULTS} lists them, the other pictures stand beside it",
         )
-    return {"files": files, "drawn": drawn, "kept": len(kept), "evals": folder.evals, "seconds": seconds}
+    return {"files": files, "drawn": drawn, "kept": len(kept), "cost": cost, "seconds": seconds}
 
 
 def _fill(job: Job, folder: "Folder", mine: list[int], batch: int, kept: set[int], rank: int, out: Output) -> None:
@@ -104,9 +106,11 @@ def _fill(job: Job, folder: "Folder", mine: list[int], batch: int, kept: set[int
             job.net,
             seeds=[job.seeds[i] for i in mine],
             **how,
-            callback=progress if progress.visible else None,
+            callback=progress if progress.visible and job.fixed else None,
             nan="flag",
         ):
+            if not job.fixed:
+                progress.bar.update(len(part.x))
             if part.stats["batch"] < size:
                 size = int(part.stats["batch"])
                 out.note(f"out of memory: going on with --batch {size}")
@@ -114,7 +118,9 @@ def _fill(job: Job, folder: "Folder", mine: list[int], batch: int, kept: set[int
             done += len(part.x)
             _write(job, part, indices, folder, kept, add)
             if part.bad and job.options["nan"] == "raise":
-                flaws = [(part.seeds[bad.index], bad.step, bad.time) for bad in part.bad]
+                flaws = [
+                    flaw(job, part.seeds[bad.index], bad.step, bad.time, getattr(bad, "why", None)) for bad in part.bad
+                ]
                 raise non_finite(flaws, job, "--nan flag leaves such pictures out and draws the others")
 
 
@@ -130,12 +136,16 @@ def _write(
         if seed in kept:
             continue
         if k in spoilt:
-            add({"seed": seed, "status": NON_FINITE, "sample": i, "step": spoilt[k].step, "time": spoilt[k].time})
+            bad, why = spoilt[k], getattr(spoilt[k], "why", None)
+            line = {"seed": seed, "status": NON_FINITE, "sample": i, "step": bad.step, "time": bad.time}
+            add(line | ({"why": why} if why else {}))
             continue
-        data = images.encode_png(pixels[k], settings(job, part.evals, i))
+        own = {key: int(part.stats[key][k]) for key in ("steps", "nfe", "evals") if key in part.stats}
+        cost = Cost.over([own]) if own else Cost.of(part)
+        data = images.encode_png(pixels[k], settings(job, cost, i))
         write_atomic(folder.path / picture(seed), data)
         digest = hashlib.sha256(data).hexdigest()
-        add({"seed": seed, "status": DONE, "file": picture(seed), "sha256": digest, "nfe": part.nfe})
+        add({"seed": seed, "status": DONE, "file": picture(seed), "sha256": digest, "nfe": part.nfe} | own)
 
 
 def _read(job: Job, folder: "Folder") -> "np.ndarray":
@@ -173,9 +183,9 @@ class Folder:
     def __init__(self, job: Job):
         self.path = Path(job.options["separate"])
         self.seeds = job.seeds
-        self.evals = forwards(job.net, job.plan.t)  # per picture
+        self.job = job
         self.handle: int | None = None
-        self.settings = settings(job, self.evals) | {"n": len(job.seeds), "device": job.device.type}
+        self.settings = settings(job, self.cost(())) | {"n": len(job.seeds), "device": job.device.type}
 
     def open(self, overwrite: bool) -> None:
         """Make the folder, or clear up what a killed run left in it. For the first process; it then owns the folder.
@@ -203,6 +213,13 @@ class Folder:
             if isinstance(error, WriteError):
                 raise
             raise _unwritable(self.path, error) from error
+
+    def cost(self, seeds: Sequence[int]) -> Cost:
+        """What these pictures took; with fixed steps known beforehand."""
+        plan, lines = self.job.plan, self.lines() if seeds and not self.job.fixed else {}
+        if isinstance(plan, pfode.Plan):
+            return Cost(plan.steps, plan.nfe, forwards(self.job.net, plan.t))
+        return Cost.over([lines[seed] for seed in seeds if seed in lines])
 
     def finish(self) -> None:
         """Put the lines of all processes into results.jsonl, in the order of the seeds."""

@@ -1,4 +1,4 @@
-"""docs/samplers.md: the catalogue, the charts and the grids as a page to read."""
+"""docs/samplers.md: the catalogue, the adaptive samplers, the charts and the grids as a page to read."""
 
 import functools
 import inspect
@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pfode.cli.samplers import GROUPS, figures, group, options
+from pfode.cli.samplers import ADAPTIVE_GROUP, GROUPS, adaptive_figures, figures, group, options
 
 if TYPE_CHECKING:
-    from pfode.samplers import Recipe
+    from pfode.samplers import AdaptiveRecipe, Recipe
 
 INTRO = """\
 # Samplers
@@ -38,6 +38,25 @@ Every one runs on every process: variance preserving or exploding, EDM, flow.
 * **NFE**: denoiser calls per step. The last step, onto clean data, always takes one.
 * **charts**: the coordinates in which it makes sense, the default first; see [below](#charts).
 * **options**: with their defaults; on the command line `--eta X`, and `--set NAME=VALUE` for the others.
+"""
+
+ADAPTIVE_INTRO = """\
+Embedded pairs: they integrate the probability-flow ODE with steps of every sample's own, such that the estimated error
+of each is at most atol + rtol |x/m|, in the root mean square over the sample; m is the scale of the chart. Neither
+steps nor a grid are given, and the number of calls is an outcome: that of the slowest sample is reported as NFE, and
+that of every one beside it.
+
+    pfode sample --sampler rk45 --rtol 1e-3
+    pfode samplers rk45
+
+    out = pfode.sample(net, sampler="rk45", rtol=1e-3)
+    out.nfe, out.stats["nfe"]
+
+* **NFE**: calls per attempted step; a rejected step costs as much. The first slope and the last step, onto clean data,
+  take one each.
+* **rtol**, **atol**: the defaults; atol is scaled with rtol where only that is given.
+
+`dpm-adaptive` is k-diffusion's, controller and norm included.
 """
 
 MANY = 100  # denoiser calls from which on nothing changes
@@ -75,10 +94,14 @@ grid may also be the times themselves, or what `pfode.samplers.search` finds for
 
 def page() -> str:
     """The page."""
+    from pfode.samplers import ADAPTIVE
+
     parts = [INTRO]
     for name in GROUPS:
         head = ("name", "order", "measured", "NFE", "charts", "options", "what it is", "source")
         parts += [f"## {name.capitalize()}\n", _table(head, map(_row, group(name)))]
+    head = ("name", "order", "rtol", "atol", "NFE", "charts", "what it is", "source")
+    parts += [f"## {ADAPTIVE_GROUP.capitalize()}\n", ADAPTIVE_INTRO, _table(head, map(_adaptive, ADAPTIVE.values()))]
     rows = [(f"`{name}`", *row) for name, row in CHARTS.items()]
     parts += [CHARTS_INTRO, _table(("name", "n", "m", "u", "w", "known as"), rows)]
     parts += [GRIDS_INTRO, _table(("name", "parameters", "rule"), _grids())]
@@ -89,6 +112,11 @@ def _row(recipe: "Recipe") -> list[str]:
     name, *others = figures(recipe)
     given = ", ".join(f"`{key}={_plain(value)}`" for key, value in options(recipe).items())
     return [f"`{name}`", *others, given, recipe.summary, recipe.source]
+
+
+def _adaptive(row: "AdaptiveRecipe") -> list[str]:
+    name, order, rtol, calls, charts = adaptive_figures(row)
+    return [f"`{name}`", order, rtol, f"{row.atol:g}", calls, charts, row.summary, row.source]
 
 
 def _grids() -> list[list[str]]:

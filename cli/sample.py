@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from pfode.cli.settings import (
     check_digest,
     format_seeds,
     format_set,
+    is_adaptive,
     parse_interval,
     parse_seeds,
     parse_set,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     from pfode.plan import Plan
     from pfode.process import Process
+    from pfode.samplers import Adaptive
 
 SHEET = 100  # pictures of --separate that the contact sheet shows
 OF_THE_MODEL = "model"
@@ -60,6 +63,8 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "flo
 )
 @click.option("--grid", metavar="NAME", help="Where the steps lie: karras, time, 'beta(0.5,0.7)' ...")
 @click.option("--chart", metavar="NAME", help="Coordinates to step in, see `pfode samplers`.")
+@click.option("--rtol", type=Finite(0, 1), metavar="X", help="How exactly the adaptive samplers solve: 1e-3, ...")
+@click.option("--atol", type=Finite(0), metavar="X", help="The same for small values; goes with --rtol by itself.")
 @click.option("--eta", type=Finite(0), metavar="X", help="Amount of noise of the samplers that take it.")
 @click.option(
     "--set", multiple=True, metavar="NAME=VALUE", help="Another option of the sampler, see `pfode samplers NAME`."
@@ -139,22 +144,24 @@ def command(ctx: click.Context, **options: Any) -> None:
         raise UsageError("several processes share the pictures of a folder", "--separate DIR")
     job = prepare(options)
     plan, n = job.plan, len(job.seeds)
-    names = f"model {options['model']}, sampler {plan.name}, grid {plan.meta.get('grid', 'of the plan')}"
+    how = f"grid {plan.meta.get('grid', 'of the plan')}" if job.fixed else f"rtol {plan.meta['rtol']:g}"
+    names = f"model {options['model']}, sampler {plan.name}, {how}"
     if os.environ.get("LOCAL_RANK", "0") == "0":
         out.note(f"{names}, n {n}, seeds {format_seeds(job.seeds)}, device {job.device}")
     done = one_sheet(job, out) if options["separate"] is None else many.draw(job, out)
     if done is None:
         return
-    drawn, seconds, evals = done.get("drawn", n), done["seconds"], done["evals"]
-    out.note(f"steps {plan.steps}, NFE {plan.nfe}, evals {evals} ({seconds:.2f} s)")
+    drawn, seconds, cost = done.get("drawn", n), done["seconds"], done.pop("cost")
+    mean = f" (on average {cost.mean:.1f})" if cost.each else ""
+    out.note(f"steps {cost.steps}, NFE {cost.nfe}{mean}, evals {cost.evals} ({seconds:.2f} s)")
     summary = {
         "out": done["files"][0],
         "n": n,
-        "steps": plan.steps,
-        "nfe": plan.nfe,
+        **cost.figures,
+        **({"nfe_of_each": list(cost.each)} if cost.each else {}),
         **done,
         "images_per_second": drawn / seconds,
-        "settings": settings(job, evals),
+        "settings": settings(job, cost),
     }
     out.emit(summary, done["files"][0])
 
@@ -171,16 +178,50 @@ def one_sheet(job: "Job", out: Output) -> dict[str, Any]:
             job.net,
             seeds=job.seeds,
             **job.how,
-            callback=progress if progress.visible else None,
+            callback=progress if progress.visible and job.fixed else None,
             trajectory=job.options["trajectory"] is not None,
             nan=job.options["nan"],
         )
     seconds = time.perf_counter() - began
     files = write(job, result)
     if result.bad:
-        flaws = [(job.seeds[bad.index], bad.step, bad.time) for bad in result.bad]
+        flaws = [flaw(job, job.seeds[bad.index], bad.step, bad.time, getattr(bad, "why", None)) for bad in result.bad]
         raise non_finite(flaws, job, f"crossed out in {files[0]}; the other pictures are sound")
-    return {"files": files, "evals": result.evals, "seconds": seconds}
+    return {"files": files, "cost": Cost.of(result), "seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What pictures took: steps, NFE and evals, the most where they differ, and then the NFE of each."""
+
+    steps: int | None
+    nfe: int | None
+    evals: int | None
+    each: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, result: Any) -> "Cost":
+        """That of a result."""
+        each = result.stats.get("nfe")
+        return cls(result.steps, result.nfe, result.evals, () if each is None else tuple(each.tolist()))
+
+    @classmethod
+    def over(cls, pictures: Sequence[dict[str, Any]]) -> "Cost":
+        """That of pictures that differ, from what is known of each; of none at all nothing is known."""
+        if not pictures:
+            return cls(None, None, None)
+        most = (max(picture[key] for picture in pictures) for key in ("steps", "nfe", "evals"))
+        return cls(*most, each=tuple(picture["nfe"] for picture in pictures))
+
+    @property
+    def mean(self) -> float:
+        """NFE per picture."""
+        return sum(self.each) / len(self.each)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        found = {"steps": self.steps, "nfe": self.nfe, "evals": self.evals}
+        return found | ({"nfe_mean": self.mean} if len(self.each) > 1 else {})
 
 
 @dataclass(frozen=True)
@@ -190,7 +231,7 @@ class Job:
     options: dict[str, Any]
     net: Any  # guided
     model: Any  # as it was loaded
-    plan: "Plan"
+    plan: "Plan | Adaptive"
     init: "Tensor | None"
     digests: dict[str, str | None]  # of the files that model, sampler and init name
     device: "torch.device"
@@ -207,6 +248,11 @@ class Job:
 
         decode = getattr(self.model, "decode", None)
         return images.to_pixels(x if decode is None else decode(x))
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all pictures have the same steps."""
+        return isinstance(self.plan, pfode.Plan)
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -284,6 +330,9 @@ def prepare(options: dict[str, Any]) -> Job:
     find_classes(options["label"], net, 1)  # raises where there is no such class
     net = guided(options, net)
     plan, digests["sampler"] = find_plan(options, net)
+    if options["trajectory"] is not None and not isinstance(plan, pfode.Plan):
+        problem = f"--trajectory: {plan.name} chooses its own steps for every picture: they share no frames"
+        raise UsageError(problem, "leave it out, or a sampler of fixed steps")
     if options["brownian"] and not plan.stochastic:
         raise UsageError(f"--brownian: {plan.name} draws no noise", "leave it out, or see the samplers that do")
     init = None
@@ -301,8 +350,9 @@ def prepare(options: dict[str, Any]) -> Job:
     job = Job(options, net, model, plan, init, digests, device, seeds)
     shown = len(job.sheet.seeds)
     size = images.sheet_size(shown, *shape[1:], job.scale, job.columns)
-    if options["trajectory"] is not None and size[0] * size[1] * (plan.steps + 1) > 4 * images.MAX_PIXELS:
-        frames = f"{plan.steps + 1} frames of twice {size[1]} x {size[0]} pixels"
+    frames = plan.steps + 1 if options["trajectory"] is not None and isinstance(plan, pfode.Plan) else 0
+    if size[0] * size[1] * frames > 4 * images.MAX_PIXELS:
+        frames = f"{frames} frames of twice {size[1]} x {size[0]} pixels"
         raise UsageError(f"--trajectory: {frames} are too many", "a smaller --n or --scale")
     return job
 
@@ -312,7 +362,7 @@ def picture_shape(net: Any) -> tuple[int, ...]:
     return tuple(getattr(net, "picture_shape", net.shape) or ())
 
 
-def settings(job: Job, evals: int, index: int | None = None) -> dict[str, Any]:
+def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
     """How the sheet, or one picture of it, was made; `options` are what to type to make it again."""
     plan = job.plan
     given = ("model", "sampler", "init", "guidance", *OF_THE_GUIDANCE, "dtype")
@@ -320,9 +370,11 @@ def settings(job: Job, evals: int, index: int | None = None) -> dict[str, Any]:
     if job.options["brownian"]:
         options["brownian"] = True
     if job.digests["sampler"] is None:
-        free = "afs" in plan.meta  # a step, too, but none that the plan has to make
-        options |= {"sampler": plan.name, "steps": plan.steps + free}
-        recorded = ("grid", "chart", "eta", "lower_order_final", "afs")
+        options |= {"sampler": plan.name}
+        if isinstance(plan, pfode.Plan):
+            free = "afs" in plan.meta  # a step, too, but none that the plan has to make
+            options |= {"steps": plan.steps + free}
+        recorded = ("grid", "chart", "eta", "lower_order_final", "afs", "rtol", "atol")
         options |= {key: plan.meta[key] for key in recorded if key in plan.meta}
         own = format_set(plan.meta)
         options |= {"set": own} if own else {}
@@ -346,23 +398,26 @@ def settings(job: Job, evals: int, index: int | None = None) -> dict[str, Any]:
         "init": job.digests["init"],
         "sampler": plan.name,
         "grid": plan.meta.get("grid"),
-        "steps": plan.steps,
-        "nfe": plan.nfe,
-        "evals": evals,
+        **cost.figures,
         "shape": list(job.shape),
         "process": job.net.process.config(),
     }
 
 
-def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan, str | None]":
-    """The plan to run, and the digest of its file if it comes from one."""
+def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan | Adaptive, str | None]":
+    """The plan or the adaptive sampler to run, and the digest of its file if it comes from one."""
+    from pfode.samplers.sampling import settled
+
     name = options["sampler"]
     if not name.endswith(".safetensors"):
-        chosen = {key: options[key] for key in ("steps", "nfe", "grid", "chart", "eta", "lower_order_final")}
-        chosen |= {"afs": data_std(options, net), "guided": net.evals > 1, **parse_set(options["set"])}
+        if is_adaptive(name):
+            chosen = {key: options[key] for key in ("chart", "rtol", "atol")}
+        else:
+            chosen = {key: options[key] for key in ("steps", "nfe", "grid", "chart", "eta", "lower_order_final")}
+            chosen |= {"afs": data_std(options, net), **parse_set(options["set"])}
         if options["init"] is not None:
             chosen["start"] = start(net.process, options["strength"])
-        return pfode.make_plan(name, process=net.process, **chosen), None
+        return settled(net, name, **chosen), None
     plan = pfode.Plan.load(name)
     if plan.process != net.process:
         message = f"{name}: the plan was made for {plan.process}, the model has {net.process}"
@@ -492,25 +547,30 @@ class Progress:
         self.bar.close()
 
 
-def non_finite(flaws: list[tuple[int, int, float]], job: Job, hint: str) -> NumericalError:
-    """The error that names (seed, step, time) of the first few pictures that are not finite."""
-    named = [f"seed {seed} after step {step} of {job.plan.steps}, t = {t:.6g}" for seed, step, t in flaws[:3]]
+def flaw(job: Job, seed: int, step: int, t: float, why: str | None = None) -> str:
+    """Where a picture was lost, and, of an adaptive sampler, why."""
+    of = f" of {job.plan.steps}" if isinstance(job.plan, pfode.Plan) else ""
+    return f"seed {seed} after step {step}{of}, t = {t:.6g}" + (f": {why}" if why else "")
+
+
+def non_finite(flaws: list[str], job: Job, hint: str) -> NumericalError:
+    """The error that names the first few pictures that are not finite."""
     more = [f"and {len(flaws) - 3} more"] if len(flaws) > 3 else []
-    return NumericalError(f"{len(flaws)} of {len(job.seeds)} pictures not finite: {'; '.join(named + more)}", hint)
+    return NumericalError(f"{len(flaws)} of {len(job.seeds)} pictures not finite: {'; '.join(flaws[:3] + more)}", hint)
 
 
 def write(job: Job, result: Any) -> list[str]:
     """Write everything that was asked for; the sheet comes first in the list and last on the disk."""
     films = [write_film(job, result)] if job.options["trajectory"] is not None else []
-    return [write_sheet(job, job.pixels(result.x), result.evals), *films]
+    return [write_sheet(job, job.pixels(result.x), Cost.of(result)), *films]
 
 
-def write_sheet(job: Job, pixels: "np.ndarray", evals: int) -> str:
+def write_sheet(job: Job, pixels: "np.ndarray", cost: Cost) -> str:
     """Write the contact sheet of all pictures of the job."""
     from pfode.cli import images
 
     sheet = images.contact_sheet(pixels, job.scale, job.columns)
-    write_atomic(job.options["out"], images.encode_png(sheet, settings(job, evals)))
+    write_atomic(job.options["out"], images.encode_png(sheet, settings(job, cost)))
     return job.options["out"]
 
 
@@ -530,7 +590,8 @@ def _frame(job: Job, result: Any, k: int) -> "np.ndarray":
 
     from pfode.cli import images
 
-    level = math.hypot(*(float(level[job.plan.node][k]) for level in (job.plan.alpha, job.plan.sigma)))
+    plan: Any = job.plan
+    level = math.hypot(*(float(level[plan.node][k]) for level in (plan.alpha, plan.sigma)))
     seen = result.preview[k] if k < len(result.preview) else result.x
     pixels = [job.pixels(x) for x in (result.trajectory[k] / level, seen)]
     views = [images.contact_sheet(part, job.scale, job.columns) for part in pixels]

@@ -1,4 +1,4 @@
-"""pfode samplers: the catalogue as tables, one sampler in full, or the page docs/samplers.md."""
+"""pfode samplers: the catalogue and the adaptive samplers as tables, one in full, or the page docs/samplers.md."""
 
 import inspect
 import shutil
@@ -13,8 +13,9 @@ from pfode.cli.settings import format_set
 from pfode.errors import UsageError
 
 if TYPE_CHECKING:
-    from pfode.samplers import Recipe
+    from pfode.samplers import AdaptiveRecipe, Recipe
 
+ADAPTIVE_GROUP = "adaptive"
 GROUPS: dict[str, "Callable[[Recipe], bool]"] = {
     "deterministic": lambda recipe: not recipe.stochastic and not recipe.method.pair,
     "exactly invertible": lambda recipe: not recipe.stochastic and recipe.method.pair,
@@ -30,10 +31,11 @@ def command(ctx: click.Context, name: str | None, markdown: bool) -> None:
     """List the samplers: order, measured order, network calls per step, charts, source; or show one, by its NAME.
 
     The order is that from exact starting values, in brackets, where it differs, that of the sampler starting by itself;
-    of stochastic samplers it is the weak one. Charts are coordinates to step in, the default first.
+    of stochastic samplers it is the weak one. Charts are coordinates to step in, the default first. Adaptive samplers
+    choose the steps of every picture by the tolerance --rtol.
     """
     from pfode.cli.page import page
-    from pfode.samplers import CATALOGUE
+    from pfode.samplers import ADAPTIVE, CATALOGUE
     from pfode.samplers.catalogue import recipe
 
     out = output(ctx)
@@ -41,16 +43,25 @@ def command(ctx: click.Context, name: str | None, markdown: bool) -> None:
         raise UsageError("--markdown prints the page of all samplers", "leave the rest out")
     if markdown:
         click.echo(page(), nl=False)
+    elif name in ADAPTIVE:
+        out.emit(_adaptive_data(ADAPTIVE[name]), _adaptive_full(ADAPTIVE[name]))
     elif name is not None:
         found = recipe(name)
         out.emit(_data(found), _full(found))
     else:
-        out.emit([_data(found) for found in CATALOGUE.values()], _listing())
+        rows = [*map(_data, CATALOGUE.values()), *map(_adaptive_data, ADAPTIVE.values())]
+        out.emit(rows, _listing())
 
 
 def _data(recipe: "Recipe") -> dict[str, Any]:
     keys = ("name", "order", "order_as_shipped", "measured", "nfe_per_step", "stochastic", "summary", "source")
     return {key: getattr(recipe, key) for key in keys} | {"charts": list(recipe.charts), "options": options(recipe)}
+
+
+def _adaptive_data(row: "AdaptiveRecipe") -> dict[str, Any]:
+    keys = ("name", "order", "nfe_per_step", "stochastic", "summary", "source")
+    found = {key: getattr(row, key) for key in keys}
+    return found | {"adaptive": True, "charts": list(row.charts), "options": {"rtol": row.rtol, "atol": row.atol}}
 
 
 def options(recipe: "Recipe") -> dict[str, Any]:
@@ -67,10 +78,14 @@ def group(name: str) -> "list[Recipe]":
 
 def _listing() -> str:
     """A table per group, their columns in line, cut to the width of a terminal."""
+    from pfode.samplers import ADAPTIVE
+
     lines: list[Sequence[str]] = []
     for name in GROUPS:
         head = (name, "order", "measured", "NFE/step", "charts", "source")
         lines += [[""] * len(head), head, *([*figures(recipe), recipe.source] for recipe in group(name))]
+    head = (ADAPTIVE_GROUP, "order", "rtol", "NFE/step", "charts", "source")
+    lines += [[""] * len(head), head, *([*adaptive_figures(row), row.source] for row in ADAPTIVE.values())]
     text = table(lines[1], lines[2:])
     if not sys.stdout.isatty():
         return text
@@ -80,10 +95,18 @@ def _listing() -> str:
 
 def figures(recipe: "Recipe") -> list[str]:
     """Name, order, measured order, NFE per step and charts."""
+    return [recipe.name, _order(recipe), _measured(recipe), f"{recipe.nfe_per_step}", _charts(recipe)]
+
+
+def adaptive_figures(row: "AdaptiveRecipe") -> list[str]:
+    """Name, order, default tolerance, NFE per attempted step and charts."""
+    return [row.name, f"{row.order}", f"{row.rtol:g}", f"{row.nfe_per_step}", _charts(row)]
+
+
+def _charts(recipe: "Recipe | AdaptiveRecipe") -> str:
     from pfode.chart import CHARTS
 
-    charts = f"{recipe.charts[0]} or any" if set(recipe.charts) == set(CHARTS) else " ".join(recipe.charts)
-    return [recipe.name, _order(recipe), _measured(recipe), f"{recipe.nfe_per_step}", charts]
+    return f"{recipe.charts[0]} or any" if set(recipe.charts) == set(CHARTS) else " ".join(recipe.charts)
 
 
 def _order(recipe: "Recipe") -> str:
@@ -113,3 +136,22 @@ def _full(recipe: "Recipe") -> str:
     }
     lines = [f"{key:<13} {value}" for key, value in rows.items()]
     return "\n".join([f"{recipe.name}: {recipe.summary}", "", *lines, "", inspect.getdoc(type(recipe.method)) or ""])
+
+
+def _adaptive_full(row: "AdaptiveRecipe") -> str:
+    """The same of an adaptive sampler."""
+    from pfode.samplers import make_adaptive
+    from pfode.samplers.adaptive import MAX_STEPS
+
+    rows = {
+        "source": row.source,
+        "order": f"{row.order}",
+        "NFE per step": f"{row.nfe_per_step}, accepted or rejected",
+        "charts": " ".join(row.charts),
+        "options": f"--rtol {row.rtol:g} --atol {row.atol:g}; atol goes with rtol where only that is given",
+        "steps": f"chosen for every sample, at most {MAX_STEPS}",
+        "stochastic": "no",
+        "invertible": "to the tolerance",
+    }
+    lines = [f"{key:<13} {value}" for key, value in rows.items()]
+    return "\n".join([f"{row.name}: {row.summary}", "", *lines, "", inspect.getdoc(make_adaptive) or ""])

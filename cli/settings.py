@@ -12,7 +12,9 @@ from pfode.cli.common import check_value
 from pfode.errors import FileError, UsageError, unknown
 
 T = TypeVar("T")
-OF_THE_SAMPLER = ("chart", "eta", "set", "lower_order_final", "afs")  # which another one may not take
+OF_FIXED_STEPS = ("steps", "nfe", "grid", "eta", "set", "lower_order_final", "afs")
+OF_A_TOLERANCE = ("rtol", "atol")
+OF_THE_SAMPLER = ("chart", "eta", "set", "lower_order_final", "afs", *OF_A_TOLERANCE)  # which another one may not take
 OF_THE_PLAN = ("steps", "nfe", "grid", *OF_THE_SAMPLER, "strength")
 OF_THE_GUIDANCE = ("negative", "guidance_interval", "guidance_rescale")
 RECORDED = (
@@ -31,12 +33,19 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
     ranks = {name: _rank(ctx, name) for name in options}
     if options["like"] is not None:
         _merge(ctx, options, ranks)
-    plan = options["sampler"].endswith(".safetensors")
-    for name in OF_THE_PLAN:
-        if plan and ranks[name] == 0:
-            raise UsageError(
-                f"{flag(name)} with a plan file: the plan {options['sampler']} has its own", f"leave {flag(name)} out"
-            )
+    named = options["sampler"]
+    if named.endswith(".safetensors"):
+        foreign, why = OF_THE_PLAN, f"with a plan file: the plan {named} has its own"
+    elif is_adaptive(named):
+        foreign, why = OF_FIXED_STEPS, f"with {named}, which chooses its own steps for every picture"
+    else:
+        foreign, why = OF_A_TOLERANCE, f"with {named}, whose steps lie on a grid"
+    for name in foreign:
+        if ranks[name] == 0:
+            hint = ", or an adaptive --sampler, such as rk45" if foreign is OF_A_TOLERANCE else ""
+            if foreign is OF_A_TOLERANCE and named != "auto":
+                find_sampler(named)  # raises where there is none
+            raise UsageError(f"{flag(name)} {why}", f"leave {flag(name)} out{hint}")
     for name, other in (("steps", "nfe"), ("seed", "seeds"), ("n", "seeds")):
         if ranks[name] == ranks[other] < _DEFAULT:
             raise UsageError(f"--{name} and --{other} exclude each other", "give one of them")
@@ -55,6 +64,24 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
     if ranks["n"] == _DEFAULT:
         options["n"] = None
     return options
+
+
+def find_sampler(name: str) -> Any:
+    """A recipe of the catalogue.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    from pfode.samplers.catalogue import recipe
+
+    return recipe(name)
+
+
+def is_adaptive(sampler: str) -> bool:
+    """Whether a name is that of an adaptive sampler."""
+    from pfode.samplers.adaptive import ADAPTIVE
+
+    return sampler in ADAPTIVE
 
 
 _DEFAULT = 9

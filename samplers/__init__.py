@@ -1,4 +1,4 @@
-"""Recipes: chart x method x grid -> Plan; the catalogue, `make_plan` and `sample`."""
+"""Recipes: chart x method x grid -> Plan; the catalogue, `make_plan` and `sample`; adaptive sampling."""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ if __name__ != "pfode.samplers":
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "adaptive": ["ADAPTIVE", "Adaptive", "AdaptiveRecipe", "make_adaptive"],
         "catalogue": ["CATALOGUE", "Recipe", "make_plan"],
         "": ["kdiffusion"],
         "inversion": ["Pair", "decode", "encode"],
@@ -21,6 +22,10 @@ __getattr__, __dir__ = lazy(
 
 if TYPE_CHECKING:  # the same names for type checkers
     from pfode.samplers import kdiffusion as kdiffusion
+    from pfode.samplers.adaptive import ADAPTIVE as ADAPTIVE
+    from pfode.samplers.adaptive import Adaptive as Adaptive
+    from pfode.samplers.adaptive import AdaptiveRecipe as AdaptiveRecipe
+    from pfode.samplers.adaptive import make_adaptive as make_adaptive
     from pfode.samplers.catalogue import CATALOGUE as CATALOGUE
     from pfode.samplers.catalogue import Recipe as Recipe
     from pfode.samplers.catalogue import make_plan as make_plan

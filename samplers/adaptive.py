@@ -21,6 +21,7 @@ from pfode.errors import NumericalError, UsageError, integer, number, unknown
 from pfode.ode import PID, SOLVERS, Solver, Status, Step, solve
 from pfode.ode.solver import Time, column
 from pfode.ode.state import Field
+from pfode.plan import Bad
 from pfode.prediction import PREDICTIONS
 from pfode.process import Process
 
@@ -174,14 +175,31 @@ ADAPTIVE: dict[str, AdaptiveRecipe] = {
 
 
 @dataclass(frozen=True)
+class Stopped(Bad):
+    """A sample that did not get to the end: its index, the steps it made, the time where it stopped, and why."""
+
+    status: Status
+
+    @property
+    def why(self) -> str:
+        return _WHY[self.status][0]
+
+    @property
+    def error(self) -> NumericalError:
+        where = f"t = {self.time:.6g} after {self.step} steps"
+        return NumericalError(f"sample {self.index} stopped at {where}: {self.why}", _WHY[self.status][1])
+
+
+@dataclass(frozen=True)
 class Run:
     """What `Adaptive.run` returns; every tensor but x lies on the host.
 
     Attributes:
         x: the states at the end, shape (batch, ...), NaN where a sample did not get there.
-        nfe, evals: denoiser calls and network forwards of every sample while it was running, shape (batch,).
+        nfe, evals: denoiser calls and network forwards of every sample while it was running, shape (batch,); the
+            forwards of guidance are counted in full, whatever its interval.
         steps, rejected: of every sample, accepted and rejected steps, shape (batch,).
-        failed: what did not get there: index of the sample -> (why, a `Status`; the time where it stopped).
+        failed: the samples that did not get there.
     """
 
     x: Tensor
@@ -189,14 +207,7 @@ class Run:
     evals: Tensor
     steps: Tensor
     rejected: Tensor
-    failed: dict[int, tuple[Status, float]]
-
-    def error(self, index: int, offset: int = 0) -> NumericalError:
-        """The error for a sample that failed; `offset` is added to the index it names."""
-        status, t = self.failed[index]
-        problem, hint = _WHY[status]
-        where = f"t = {t:.6g} after {int(self.steps[index])} steps"
-        return NumericalError(f"sample {offset + index} stopped at {where}: {problem}", hint)
+    failed: list[Stopped]
 
 
 @dataclass(frozen=True)
@@ -223,6 +234,7 @@ class Adaptive:
     stop: float
     clean: bool
     max_steps: int
+    stochastic = False
 
     @property
     def name(self) -> str:
@@ -307,7 +319,11 @@ class Adaptive:
             evals=calls * getattr(denoiser, "evals", 1) + forwards(denoiser, torch.tensor(alone)),
             steps=stats.accepted.cpu(),
             rejected=stats.rejected.cpu(),
-            failed={i: (Status(why), times[i].item()) for i, why in enumerate(status) if why != Status.SUCCESS},
+            failed=[
+                Stopped(i, int(stats.accepted[i]), times[i].item(), Status(why))
+                for i, why in enumerate(status)
+                if why != Status.SUCCESS
+            ],
         )
 
     def _method(self) -> dict[str, Any]:
@@ -348,6 +364,13 @@ def _weight(chart: Chart, process: Process, v: Array) -> Array:
     return chart.density(v) * (12 * _APART) / (8 * near - far)
 
 
+def find_adaptive(sampler: Any) -> AdaptiveRecipe | None:
+    """The row of a name, or one of your own; None for what is no adaptive sampler."""
+    if isinstance(sampler, str):
+        return ADAPTIVE.get(sampler)
+    return sampler if isinstance(sampler, AdaptiveRecipe) else None
+
+
 def make_adaptive(
     sampler: str | AdaptiveRecipe,
     process: Process,
@@ -378,7 +401,7 @@ def make_adaptive(
     """
     if not isinstance(process, Process):
         raise UsageError(f"process: need a noise process, got {process!r:.60}", "process=net.process, or pfode.EDM()")
-    row = ADAPTIVE.get(sampler) if isinstance(sampler, str) else sampler
+    row = find_adaptive(sampler)
     if row is None:
         raise unknown("adaptive sampler", sampler, ADAPTIVE)
     for name, value in others.items():

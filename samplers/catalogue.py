@@ -208,7 +208,12 @@ def recipe(name: str) -> Recipe:
         UsageError: unknown name.
     """
     if name not in CATALOGUE:
-        raise unknown("sampler", name, (*CATALOGUE, "auto"))
+        from pfode.samplers.adaptive import ADAPTIVE
+
+        if name in ADAPTIVE:
+            hint = f'pfode.sample(net, sampler="{name}", rtol=1e-3), or make_adaptive("{name}", process)'
+            raise UsageError(f"{name} is adaptive: it has no plan, every sample chooses its own steps", hint)
+        raise unknown("sampler", name, (*CATALOGUE, *ADAPTIVE, "auto"))
     return CATALOGUE[name]
 
 

@@ -1,6 +1,7 @@
-"""Encoding and decoding: from data to noise and back along the PF-ODE, by plans (idea C).
+"""Encoding and decoding: from data to noise and back along the PF-ODE, by plans (idea C) or to a tolerance.
 
-A deterministic recipe encodes by its plan on the reversed grid; what decoding then misses falls with the steps. One
+An adaptive sampler integrates back, with steps of its own. A deterministic recipe encodes by its plan on the reversed
+grid; what decoding then misses falls with the steps. One
 with r' (O-BELM, BDIA, EDICT) is exactly invertible: its rows y_{k+1} = r_k y_k + r'_k y_{k-1} + b_k m_k are solved for
 y_{k-1}. That alone would hold in exact arithmetic only: decoding magnifies rounding, 2e4-fold for BDIA in 20 steps of
 EDM. So here the states lie on lattices, of spacing 2^-e_k, and both directions compute the same numbers:
@@ -23,15 +24,16 @@ from pfode.denoiser import Denoiser
 from pfode.errors import UsageError, integer
 from pfode.grids import Grid
 from pfode.plan import Bad, Plan, not_finite, row_affine, run
-from pfode.samplers.catalogue import Recipe, make_plan
+from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, find_adaptive
+from pfode.samplers.catalogue import Recipe
 from pfode.samplers.sampling import (
     DEFAULT_BATCH,
-    DEFAULT_STEPS,
     find_device,
     label_indices,
     non_finite,
     prepared,
     sample,
+    settled,
     state_dtype,
 )
 
@@ -52,12 +54,12 @@ def encode(
     denoiser: Denoiser,
     x: Tensor,
     steps: int | None = None,
-    sampler: str | Recipe = "auto",
+    sampler: str | Recipe | AdaptiveRecipe = "auto",
     *,
     nfe: int | None = None,
     grid: Any = None,
     chart: str | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Adaptive | None = None,
     start: float | None = None,
     stop: float | None = None,
     label: int | str | Sequence[int | str] | Tensor | None = None,
@@ -72,7 +74,7 @@ def encode(
     Args:
         x: data, shape (n, *shape), taken to be at the time `stop` (the process's t_min).
         steps, nfe, sampler, grid, chart, start, stop, options: of the plan that decodes, see `make_plan` (20 steps when
-            none is given), which ends at t_min or `stop`, not at clean data.
+            none is given), which ends at t_min or `stop`, not at clean data; of adaptive samplers see `make_adaptive`.
         plan: instead, a ready one: for an exactly invertible recipe the one that decodes, else one whose times rise.
         label, guidance, batch, dtype, device: see `sample`; a pair is in float64 whatever the dtype.
 
@@ -86,7 +88,15 @@ def encode(
             carried out; NumericalError: a sample that is not finite.
     """
     denoiser = prepared(denoiser, guidance, device)
+    if find_adaptive(sampler) is not None:
+        p = denoiser.process
+        start, stop = (p.t_min if stop is None else stop), (p.t_max if start is None else start)
     made = _plan(denoiser, plan, sampler, steps, nfe, grid, chart, start, stop, options)
+    if isinstance(made, Adaptive):
+        if _falls(made):
+            hint = "make_adaptive(..., start=process.t_min, stop=process.t_max)"
+            raise UsageError(f"{made.name} would go from t = {made.start:g} down to {made.stop:g}", hint)
+        return sample(denoiser, x=x, plan=made, label=label, batch=batch, dtype=dtype, device=device).x
     if _paired(made):
         return Pair(*_in_batches(_backwards, made, denoiser, [x], label, batch, device))
     if _falls(made):
@@ -97,7 +107,7 @@ def encode(
             hint = f"end the times at t_min = {denoiser.process.t_min:g}"
             raise UsageError(f"plan {made.name!r} ends at clean data, where no denoiser is evaluated", hint)
         named = made.meta["sampler"] if sampler == "auto" else sampler
-        made = make_plan(named, denoiser.process, grid=made.times.flip(0), chart=chart, **options)
+        made = settled(denoiser, named, grid=made.times.flip(0), chart=chart, **options)
     return sample(denoiser, x=x, plan=made, label=label, batch=batch, dtype=dtype, device=device).x
 
 
@@ -105,12 +115,12 @@ def decode(
     denoiser: Denoiser,
     z: Tensor | tuple[Tensor, Tensor],
     steps: int | None = None,
-    sampler: str | Recipe = "auto",
+    sampler: str | Recipe | AdaptiveRecipe = "auto",
     *,
     nfe: int | None = None,
     grid: Any = None,
     chart: str | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Adaptive | None = None,
     start: float | None = None,
     stop: float | None = None,
     label: int | str | Sequence[int | str] | Tensor | None = None,
@@ -139,8 +149,8 @@ def decode(
     if _paired(made) != (isinstance(z, tuple) and len(z) == 2):
         takes = "the pair of its first two states" if _paired(made) else "one state"
         raise UsageError(f"{made.name} decodes {takes}", "z = encode(...), with the sampler that is to decode it")
-    if not isinstance(z, tuple):
-        return sample(denoiser, x=z, plan=made, label=label, batch=batch, dtype=dtype, device=device).x
+    if isinstance(made, Adaptive) or not isinstance(z, tuple):
+        return sample(denoiser, x=z, plan=made, label=label, batch=batch, dtype=dtype, device=device).x  # type: ignore[arg-type]
     return _in_batches(_onward, made, denoiser, z, label, batch, device)[-1].to(state_dtype(dtype, z[0]))
 
 
@@ -253,8 +263,8 @@ def _rounded(x: Tensor, exponent: int) -> Tensor:
 
 def _plan(
     denoiser: Denoiser,
-    plan: Plan | None,
-    sampler: str | Recipe,
+    plan: Plan | Adaptive | None,
+    sampler: str | Recipe | AdaptiveRecipe,
     steps: int | None,
     nfe: int | None,
     grid: Any,
@@ -262,18 +272,19 @@ def _plan(
     start: float | None,
     stop: float | None,
     options: dict[str, Any],
-) -> Plan:
+) -> Plan | Adaptive:
     """The deterministic plan that is given or described."""
-    settled: dict[str, Any] = {"nfe": nfe, "grid": grid, "chart": chart, "start": start, "stop": stop, **options}
+    given: dict[str, Any] = {"nfe": nfe, "grid": grid, "chart": chart, "start": start, "stop": stop, **options}
     if plan is None:
         named = grid is None or isinstance(grid, str | Grid)
-        steps = DEFAULT_STEPS if named and steps is None and nfe is None else steps
-        settled |= {"final": "stop"} if named and "final" not in settled else {}
-        plan = make_plan(sampler, denoiser.process, steps, **settled)
-    elif not isinstance(plan, Plan):
+        given |= {"final": "stop"} if named and "final" not in given else {}
+        plan = settled(denoiser, sampler, steps, **given)
+    elif not isinstance(plan, Plan | Adaptive):
         raise UsageError(f"plan: need a Plan, got {plan!r:.60}", "make_plan(...) or Plan.load(path)")
-    elif sampler != "auto" or any(value is not None for value in (steps, *settled.values())):
+    elif sampler != "auto" or any(value is not None for value in (steps, *given.values())):
         raise UsageError("plan given together with what it settles", "leave out sampler, steps, nfe, grid, chart, ...")
+    if isinstance(plan, Adaptive):
+        return plan
     if plan.stochastic:
         hint = 'a deterministic sampler, such as "heun", or an exactly invertible one: sampler="o-belm"'
         raise UsageError(f"{plan.name} draws noise, which nothing takes back", hint)
@@ -282,13 +293,15 @@ def _plan(
     return plan
 
 
-def _paired(plan: Plan) -> bool:
+def _paired(plan: Plan | Adaptive) -> bool:
     """Whether rows use the state before the last: the recipes that are exactly invertible."""
-    return bool(plan.r_prev[1:].any())
+    return isinstance(plan, Plan) and bool(plan.r_prev[1:].any())
 
 
-def _falls(plan: Plan) -> bool:
+def _falls(plan: Plan | Adaptive) -> bool:
     """Whether the plan leads from noise to data."""
+    if isinstance(plan, Adaptive):
+        return plan.start > plan.stop
     return bool(plan.sigma[-1] * plan.alpha[0] < plan.sigma[0] * plan.alpha[-1])
 
 

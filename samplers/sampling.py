@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ from pfode.errors import (
 from pfode.grids import Grid
 from pfode.plan import Bad, Plan, Point, find_bad, iterate, not_finite, replaced, run
 from pfode.process import Process
-from pfode.samplers.catalogue import DEFAULT_STEPS, Recipe, make_plan
+from pfode.samplers.adaptive import ADAPTIVE, Adaptive, AdaptiveRecipe, Stopped, find_adaptive, make_adaptive
+from pfode.samplers.catalogue import DEFAULT_STEPS, Recipe, make_plan, recipe
 
 DEFAULT_BATCH = 64
+EACH = ("nfe", "evals", "steps", "rejected")  # what samples of an adaptive sampler differ in
 MAX_GUIDANCE = 1e4
 DEVICES = ("auto", "cpu", "cuda", "mps")
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # in the RuntimeErrors of torch
@@ -37,34 +39,36 @@ class Samples:
 
     Args:
         x: the samples, shape (n, *shape); seeds: one per sample.
-        plan: what was run; nfe: denoiser calls; evals: network forwards per sample; times: of the nodes.
+        plan: what was run, a Plan or an Adaptive; nfe: denoiser calls; evals: network forwards per sample; times: of
+            the nodes. The samples of an adaptive sampler differ: nfe and evals are the largest, times the two ends.
         bad: index, step and time of the samples that are not finite (only with nan="flag").
         trajectory: states at nodes 0 ... steps, and preview: denoiser outputs on the way, when asked for.
-        stats: seconds in all, and the batch used at last: smaller than asked for where memory ran out.
+        stats: seconds in all, and the batch used at last: smaller than asked for where memory ran out; of an adaptive
+            sampler also nfe, evals, steps (accepted) and rejected of every sample, shape (n,).
     """
 
     x: Tensor
     seeds: list[int]
-    plan: Plan
+    plan: Any
     nfe: int
     evals: int
     times: Tensor
     bad: list[Bad] = field(default_factory=list)
     trajectory: list[Tensor] = field(default_factory=list)
     preview: list[Tensor] = field(default_factory=list)
-    stats: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
-        """Moves from node to node."""
-        return self.plan.steps
+        """Moves from node to node; of an adaptive sampler the most."""
+        return self.plan.steps if isinstance(self.plan, Plan) else int(self.stats["steps"].max())
 
 
 def sample(
     denoiser: Denoiser,
     n: int | None = None,
     steps: int | None = None,
-    sampler: str | Recipe = "auto",
+    sampler: str | Recipe | AdaptiveRecipe = "auto",
     grid: Any = None,
     seed: int = 0,
     *,
@@ -73,7 +77,7 @@ def sample(
     x: Tensor | None = None,
     init: Tensor | None = None,
     shape: Sequence[int] | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Adaptive | None = None,
     label: int | str | Sequence[int | str] | Tensor | None = None,
     guidance: float | None = None,
     start: float | None = None,
@@ -96,7 +100,9 @@ def sample(
         denoiser: `(x, t, **cond) -> x0` with a process.
         n: how many (16 if nothing says otherwise); sample i has seed `seed + i`, or `seeds[i]`.
         steps, nfe, sampler, grid, start, stop, final, options (eta, chart, lower_order_final, ...): of the plan, see
-            `make_plan` (20 steps when none is given); or plan: a ready one.
+            `make_plan` (20 steps when none is given); or plan: a ready one. Adaptive samplers ("rk45", ...) choose the
+            steps of every sample by itself: sampler, start, stop, final, options (rtol, atol, chart, max_steps), see
+            `make_adaptive`.
         x: states at the first time, shape (n, *shape), instead of noise.
         init: data to begin from, shape `shape` or (n, *shape), noised to the first time: image-to-image with `start`.
         shape: of one sample, where the denoiser does not say.
@@ -123,11 +129,8 @@ def sample(
     denoiser = prepared(denoiser, guidance, device, compile)
     options |= {"nfe": nfe, "grid": grid, "start": start, "stop": stop, "afs": _data_std(denoiser, afs)}
     if plan is None:
-        if steps is None and nfe is None and (grid is None or isinstance(grid, str | Grid)):
-            steps = DEFAULT_STEPS
-        guided = getattr(denoiser, "evals", 1) > 1
-        plan = make_plan(sampler, denoiser.process, steps, final=final, guided=guided, **options)
-    elif not isinstance(plan, Plan):
+        plan = settled(denoiser, sampler, steps, final=final, **options)
+    elif not isinstance(plan, Plan | Adaptive):
         raise UsageError(f"plan: need a Plan, got {plan!r:.60}", "make_plan(...) or Plan.load(path)")
     elif (sampler, final) != ("auto", "denoise") or any(v is not None for v in (steps, *options.values())):
         raise UsageError("plan given together with what it settles", "leave out sampler, steps, nfe, grid, ...")
@@ -158,19 +161,45 @@ def sample(
         x=torch.cat([part.x for part in parts]),
         seeds=seeds,
         plan=plan,
-        nfe=parts[0].nfe,
-        evals=parts[0].evals,
+        nfe=max(part.nfe for part in parts),
+        evals=max(part.evals for part in parts),
         times=plan.times,
         bad=bad,
         trajectory=[torch.cat(states) for states in zip(*(part.trajectory for part in parts), strict=True)],
         preview=[torch.cat(outputs) for outputs in zip(*(part.preview for part in parts), strict=True)],
-        stats={"seconds": time.perf_counter() - began, "batch": parts[-1].stats["batch"]},
+        stats={"seconds": time.perf_counter() - began, "batch": parts[-1].stats["batch"]}
+        | {key: torch.cat([part.stats[key] for part in parts]) for key in EACH if key in parts[0].stats},
     )
+
+
+def settled(
+    denoiser: Denoiser, sampler: str | Recipe | AdaptiveRecipe = "auto", steps: int | None = None, **options: Any
+) -> Plan | Adaptive:
+    """What a sampler is for a denoiser: adaptive, or a plan, of 20 steps where nothing says how many.
+
+    Args:
+        options: of `make_adaptive` or `make_plan`.
+
+    Raises:
+        UsageError: as they do; the options of one for the other.
+    """
+    row = find_adaptive(sampler)
+    if row is not None:
+        return make_adaptive(row, denoiser.process, steps=steps, **options)
+    for name in ("rtol", "atol", "max_steps"):
+        if options.pop(name, None) is not None:
+            taken = sampler if sampler == "auto" else recipe(sampler).name if isinstance(sampler, str) else sampler.name
+            hint = f"leave it out, or an adaptive sampler: {', '.join(ADAPTIVE)}"
+            raise UsageError(f"{name}: the steps of {taken} lie on a grid, whatever their errors", hint)
+    if steps is None and options.get("nfe") is None and isinstance(options.get("grid"), str | Grid | None):
+        steps = DEFAULT_STEPS
+    guided = getattr(denoiser, "evals", 1) > 1
+    return make_plan(sampler, denoiser.process, steps, guided=guided, **options)  # type: ignore[arg-type]
 
 
 def batches(
     denoiser: Denoiser,
-    plan: Plan,
+    plan: Plan | Adaptive,
     seeds: Sequence[int],
     *,
     x: Tensor | None = None,
@@ -193,6 +222,8 @@ def batches(
     Raises:
         as `sample`; the batches before have been handed out.
     """
+    if isinstance(plan, Adaptive):
+        _refuse(plan, brownian=brownian, callback=callback is not None, trajectory=trajectory)
     dtype = state_dtype(dtype, x)
     shape = _shape(denoiser, x, shape)
     init = _init(init, x, shape, len(seeds))
@@ -223,7 +254,7 @@ def batches(
             if where.type == "cuda":
                 torch.cuda.empty_cache()
             continue
-        states, previews, bad = drawn
+        states, previews, bad, each = drawn
         if bad and nan == "raise":
             raise non_finite(plan, replace(bad[0], index=done + bad[0].index))
         done += len(chosen)
@@ -231,26 +262,46 @@ def batches(
             x=states[-1],
             seeds=chosen,
             plan=plan,
-            nfe=plan.nfe,
-            evals=forwards(denoiser, plan.t),
+            nfe=plan.nfe if isinstance(plan, Plan) else int(each["nfe"].max()),
+            evals=forwards(denoiser, plan.t) if isinstance(plan, Plan) else int(each["evals"].max()),
             times=plan.times,
             bad=bad,
             trajectory=states if trajectory else [],
             preview=previews,
-            stats={"seconds": time.perf_counter() - began, "batch": batch},
+            stats={"seconds": time.perf_counter() - began, "batch": batch, **each},
         )
 
 
+def _refuse(plan: Adaptive, **asked: bool) -> None:
+    """What needs steps that are the same for all samples."""
+    for name, wanted in asked.items():
+        if wanted:
+            why = "draws no noise" if name == "brownian" else "has no nodes that all samples share"
+            raise UsageError(f"{name}: {plan.name} {why}", f"leave {name} out, or a sampler of fixed steps")
+
+
+class _Drawn(NamedTuple):
+    """A batch: its states (the last alone unless a trajectory is asked for), previews, what is not finite, and, of an
+    adaptive sampler, what each sample took."""
+
+    states: list[Tensor]
+    previews: list[Tensor]
+    bad: list[Bad]
+    each: dict[str, Tensor]
+
+
 def _draw(
-    plan: Plan,
+    plan: Plan | Adaptive,
     denoiser: Denoiser,
     x: Tensor,
     seeds: list[int],
     cond: dict[str, Any],
     callback: Callable[[Point], Tensor | None] | None,
     trajectory: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Bad]]:
-    """One batch: its states (the last alone unless a trajectory is asked for), previews, and what is not finite."""
+) -> _Drawn:
+    if isinstance(plan, Adaptive):
+        done = plan.run(denoiser, x, **cond)
+        return _Drawn([done.x], [], [*done.failed], {key: getattr(done, key) for key in EACH})
     states, previews, spoilt = [x], [], []
     if callback is None and not trajectory:
         states = [run(plan, denoiser, x, seeds, **cond)]
@@ -265,9 +316,9 @@ def _draw(
             spoilt.append(~(torch.isfinite(end) & torch.isfinite(point.x0)).flatten(1).all(1))
     lost = not_finite(states[-1])
     if not lost:
-        return states, previews, []
+        return _Drawn(states, previews, [], {})
     found = find_bad(plan, denoiser, x, seeds, **cond) if callback is None else {}
-    return states, previews, [found.get(i) or _seen(plan, i, spoilt) for i in lost]
+    return _Drawn(states, previews, [found.get(i) or _seen(plan, i, spoilt) for i in lost], {})
 
 
 def _seen(plan: Plan, index: int, spoilt: list[Tensor]) -> Bad:
@@ -276,9 +327,12 @@ def _seen(plan: Plan, index: int, spoilt: list[Tensor]) -> Bad:
     return Bad(index, step + 1, float(plan.t[plan.step == step][0]))
 
 
-def non_finite(plan: Plan, bad: Bad) -> NumericalError:
+def non_finite(plan: Plan | Adaptive, bad: Bad) -> NumericalError:
+    if isinstance(bad, Stopped):
+        return bad.error
     hint = "the denoiser (or the callback) gave NaN or infinity there: check the network and its precision"
-    where = f"step {bad.step} of {plan.steps}, t = {bad.time:.6g}"
+    of = f" of {plan.steps}" if isinstance(plan, Plan) else ""
+    where = f"step {bad.step}{of}, t = {bad.time:.6g}"
     return NumericalError(f"sample {bad.index} is not finite after {where}", hint)
 
 
@@ -290,7 +344,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _first(
-    plan: Plan,
+    plan: Plan | Adaptive,
     seeds: list[int],
     shape: tuple[int, ...],
     dtype: torch.dtype,

@@ -208,8 +208,9 @@ class Tolerance(NamedTuple):
     floor: float
 
 
-def tolerance(field: Field, y0: Tensor) -> Tolerance:
-    """That of Hairer & Wanner 1996, IV.8: a part of the error that a step may make; on fixed grids, of rounding.
+def tolerance(field: Field, y0: Tensor, part: float = 1.0) -> Tolerance:
+    """That of Hairer & Wanner 1996, IV.8, times `part`: a share of the error that a step may make; on fixed grids, of
+    rounding.
 
     Sizes are root mean squares in units of the tolerance, or the largest in units of rounding; in per-sample mode per
     sample.
@@ -235,7 +236,7 @@ def tolerance(field: Field, y0: Tensor) -> Tolerance:
     def size(d: Tensor, z: Tensor) -> Tensor:
         return (d.abs() / scale).square().mean(lanes(d)).sqrt()
 
-    return Tolerance(size, max(2 * real.eps / least, min(0.03, least**0.5)), 0.0)
+    return Tolerance(size, max(2 * real.eps / least, part * min(0.03, least**0.5)), 0.0)
 
 
 def newton(change: Callable[[Tensor], Tensor], z: Tensor, tol: Tolerance, most: int) -> Found:

@@ -5,9 +5,9 @@ again, to the same numbers. Going back, legs are taken again in chunks with thei
 carry, times and parameters are pulled through each chunk.
 
 Checkpoint keeps the state at every k-th leg. Without a cap k doubles whenever 64 k states are kept: sqrt(n) of them for
-n legs; the k legs in between make one chunk, so that nothing is evaluated more than once again. With a cap on memory k
-doubles whenever half of it is used; the other half serves to go back through the k legs by binomial checkpoints
-(Griewank & Walther 2000), with the graph of one leg at a time.
+n legs; the k legs in between, or 4, make one chunk, so that nothing is evaluated more than once again. With a cap on
+memory k doubles whenever half of it is used; the other half serves to go back through the k legs by binomial
+checkpoints (Griewank & Walther 2000), with the graph of one leg at a time.
 
 Reversible keeps the last state and computes those before it backwards, `solver.back`. Rounding errors grow on the way
 where the solution forgets its past; at anchors, every `every` legs and at the start, what came out is compared with
@@ -29,6 +29,7 @@ from pfode.ode.solver import Step
 from pfode.ode.state import Field, leaves, rebuild
 
 _FREE = 64  # states kept before legs are left out: about what the graph of one leg takes
+_TOGETHER = 4  # legs that make one chunk at least: one by one they take a tenth longer
 
 
 class Leg(NamedTuple):
@@ -63,9 +64,14 @@ class State(NamedTuple):
 class Checkpoint:
     """Take the accepted steps again, from states kept on the way.
 
+    The gradient is that of the numbers computed, and as far off as they are: a method of higher order ("vern7") leaves
+    less of it at little cost, and at tolerances near the rounding of float32 so does a float64 state, cast for the
+    field (benchmarks/ode_gradient.py).
+
     Args:
         memory: bytes that the kept states (and carries) may take, forwards and backwards; the graph of one step and the
-            times of the steps come on top. None: of n steps about 8 sqrt(n) states, every one while n <= 64.
+            times of the steps come on top. None: of n steps about 8 sqrt(n) states, every one while n <= 64, and the
+            graphs of 4 steps.
 
     Raises:
         UsageError: no positive whole number.
@@ -324,6 +330,8 @@ class CheckpointTape(_Tape):
         back = _Back(self, problem, inputs, given, work)
         kept, end = list(self.kept), len(self.legs)
         while kept:
+            if not self.slots:
+                del kept[max(1, len(kept) + 1 - max(1, _TOGETHER // self.every)) :]
             first, state = (len(kept) - 1) * self.every, kept.pop()
             if first < end and not self.slots:
                 back.pull(first, end, state)

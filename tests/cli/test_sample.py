@@ -55,6 +55,9 @@ def test_like_repeats_a_sheet(cli, sheet):
         "--steps 5 --sampler dpm++2m-sde --eta 0.5 --brownian --n 2",
         "--steps 3 --label all --guidance 3 --negative 5 --guidance-interval 0.3,5 --guidance-rescale 0.7 --n 2",
         "--steps 3 --init given.png --strength 0.4 --n 2",
+        "--sampler rk45 --rtol 0.05 --n 3",
+        "--sampler rk23 --rtol 0.05 --atol 0.1 --chart trig --label 3 --guidance 1.5 --seeds 3,9-10",
+        "--sampler dpm-adaptive --rtol 0.2 --init given.png --strength 0.4 --n 2 --dtype fp64",
     ],
 )
 def test_settings_are_repeated(cli, tmp_path, words):
@@ -231,6 +234,61 @@ def test_json(cli):
     assert run.json["nfe"] == run.json["settings"]["nfe"]
     guided = cli("sample", "--steps", 2, "--n", 2, "--label", "3", "--guidance", 2, "--json").json
     assert guided["evals"] == 2 * guided["nfe"]
+
+
+def test_adaptive_samplers(cli, tmp_path):
+    """NFE of every picture: in the report, in the sheet, in the files and their results."""
+    words = ("sample", "--sampler", "rk45", "--rtol", "0.01", "--n", 5)
+    run = cli(*words, "--json")
+    out = pfode.sample(pfode.load("digits"), 5, sampler="rk45", rtol=0.01)
+    each = out.stats["nfe"].tolist()
+    assert np.array_equal(pixels("sheet.png"), images.contact_sheet(images.to_pixels(out.x), 8, 3))
+    assert run.json["nfe_of_each"] == each
+    assert (run.json["nfe"], run.json["evals"], run.json["nfe_mean"]) == (max(each), max(each), sum(each) / 5)
+    assert len(set(each)) > 1
+    assert f"steps {out.steps}, NFE {max(each)} (on average {sum(each) / 5:.1f}), evals {max(each)}" in run.err
+    assert "sampler rk45, rtol 0.01, n 5" in run.err
+    assert "Steps: 4, Sampler: rk45, Seed: 0" in images.read_text(tmp_path / "sheet.png")["parameters"]
+    info = cli("info", "sheet.png", "--json").json
+    assert (info["nfe"], info["nfe_mean"], info["options"]["rtol"]) == (max(each), sum(each) / 5, 0.01)
+    assert "nfe_mean  " in cli("info", "sheet.png").out
+    whole = (tmp_path / "sheet.png").read_bytes()
+    assert cli(*words[:-1], 2, "--separate", "a").code == 0
+    rest = cli(*words, "--separate", "a", "--json")
+    assert (tmp_path / "sheet.png").read_bytes() == whole
+    assert (rest.json["drawn"], rest.json["kept"], rest.json["nfe_of_each"]) == (3, 2, each)
+    lines = [json.loads(line) for line in (tmp_path / "a/results.jsonl").read_text().splitlines()]
+    assert [line["nfe"] for line in lines] == each
+    assert [cli("info", f"a/{i:06d}.png", "--json").json["nfe"] for i in range(5)] == each
+    assert cli(*words, "--separate", "a", "--rtol", "0.02").code == 2
+
+
+def test_another_kind_of_sampler_leaves_the_options_of_the_first(cli, monkeypatch):
+    assert cli("sample", "--sampler", "rk23", "--rtol", 0.05, "--n", 2).code == 0
+    words = ("sample", "--like", "sheet.png", "--out", "other.png", "--json")
+    options = cli(*words, "--sampler", "heun", "--steps", 3).json["settings"]["options"]
+    assert (options["sampler"], options["steps"]) == ("heun", 3)
+    assert not {"rtol", "atol"} & set(options)
+    assert cli("sample", "--steps", 4, "--n", 2, "--eta", 0.5, "--sampler", "ddim").code == 0
+    monkeypatch.setenv("PFODE_STEPS", "9")
+    options = cli(*words, "--sampler", "rk23", "--rtol", 0.05).json["settings"]["options"]
+    assert (options["sampler"], options["rtol"], options["chart"]) == ("rk23", 0.05, "flow")
+    assert not {"steps", "grid", "eta"} & set(options)
+
+
+@pytest.mark.parametrize("separate", [(), ("--separate", "a")])
+def test_adaptive_samplers_that_fail(cli, tmp_path, monkeypatch, separate):
+    monkeypatch.setattr("pfode.samplers.adaptive.MAX_STEPS", 3)
+    words = ("sample", "--sampler", "rk45", "--rtol", 1e-3, "--n", 2, *separate)
+    run = cli(*words)
+    assert run.code == 5
+    assert "max_steps were not enough" in run.err
+    run = cli(*words, "--nan", "flag")
+    assert run.code == 5
+    assert re.search(
+        r"2 of 2 pictures not finite: seed 0 after step \d, t = .*: max_steps were not enough; seed 1", run.err
+    )
+    assert (tmp_path / "sheet.png").is_file()
 
 
 def test_scale_and_columns():

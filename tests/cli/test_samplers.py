@@ -11,7 +11,7 @@ import pfode
 from pfode.chart import CHARTS
 from pfode.cli import page, samplers
 from pfode.grids import GRIDS
-from pfode.samplers import CATALOGUE
+from pfode.samplers import ADAPTIVE, CATALOGUE
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -20,8 +20,10 @@ def test_table(cli):
     """A group is a heading and its rows; the columns are in line."""
     lines = cli("samplers").out.splitlines()
     heads = [i for i, line in enumerate(lines) if " order " in line]
-    assert [lines[i].split("  ")[0] for i in heads] == list(samplers.GROUPS)
+    assert [lines[i].split("  ")[0] for i in heads] == [*samplers.GROUPS, "adaptive"]
     names = [line.split()[0] for i, line in enumerate(lines) if line and i not in heads]
+    assert names[-len(ADAPTIVE) :] == [*ADAPTIVE]
+    names = names[: -len(ADAPTIVE)]
     assert sorted(names) == sorted(CATALOGUE)
     assert {line.index(" order ") for line in lines if " order " in line} == {lines[0].index(" order ")}
     stochastic = names[-sum(recipe.stochastic for recipe in CATALOGUE.values()) :]
@@ -34,7 +36,9 @@ def test_table(cli):
 
 def test_table_as_json(cli):
     entries = {entry["name"]: entry for entry in cli("samplers", "--json").json}
-    assert set(entries) == set(CATALOGUE)
+    assert set(entries) == {*CATALOGUE, *ADAPTIVE}
+    assert (entries["rk45"]["adaptive"], entries["rk45"]["options"]) == (True, {"rtol": 1e-3, "atol": 1e-3})
+    assert cli("samplers", "rk45", "--json").json == entries["rk45"]
     assert (entries["heun"]["order"], entries["heun"]["measured"]) == (2, CATALOGUE["heun"].measured)
     assert (entries["ddpm"]["stochastic"], entries["ddpm"]["options"]) == (True, {"eta": 1.0})
     assert cli("samplers", "ddpm", "--json").json == entries["ddpm"]
@@ -64,6 +68,15 @@ def test_one_in_full(cli, name):
         assert cli("sample", "--n", 1, "--steps", 2, "--sampler", name, *options, "--quiet").code == 0
 
 
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_an_adaptive_one_in_full(cli, name):
+    lines = dict(line.split(maxsplit=1) for line in cli("samplers", name).out.splitlines() if "  " in line)
+    assert lines["source"] == ADAPTIVE[name].source
+    words = lines["options"].split(";")[0].split()
+    assert words[::2] == ["--rtol", "--atol"]
+    assert cli("sample", "--n", 1, "--sampler", name, "--rtol", 0.1, "--quiet").code == 0
+
+
 def test_the_page_is_the_one_in_docs(cli):
     """If not: pfode samplers --markdown > docs/samplers.md."""
     assert cli("samplers", "--markdown").out == (DOCS / "samplers.md").read_text()
@@ -71,7 +84,7 @@ def test_the_page_is_the_one_in_docs(cli):
 
 def test_the_page_is_complete():
     text = page.page()
-    for name in (*CATALOGUE, *CHARTS, *GRIDS):
+    for name in (*CATALOGUE, *ADAPTIVE, *CHARTS, *GRIDS):
         assert f"\n| `{name}` |" in text
     assert list(page.CHARTS) == list(CHARTS)
     widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| `")}

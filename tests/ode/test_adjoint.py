@@ -337,6 +337,23 @@ def test_fixed_points_have_the_gradient_of_the_implicit_function():
         solve(field, y0, [0.0, 20.0, 40.0], args=(a, b), adjoint="implicit").ys.sum().backward()
 
 
+@pytest.mark.parametrize("state", STATES)
+def test_fixed_points_of_every_state(state, monkeypatch):
+    def settling(t, q, p, k):
+        return torch.tanh(k * p) - q + 0.3, 0.5 * torch.sin(q) - p
+
+    monkeypatch.setitem(globals(), "_pull", settling)
+    pack, field, unpack = STATES[state]
+
+    def ends(k):
+        q = torch.zeros(2, 2, dtype=f64)
+        out = solve(field, pack(q), [0.0, 50.0], args=(k,), adjoint="implicit", method="rk4", step_size=0.5)
+        return unpack(out.ys)[-1]
+
+    k = torch.tensor([[0.7], [-1.0]], dtype=f64, requires_grad=True)
+    assert torch.autograd.gradcheck(ends, k, atol=1e-6, fast_mode=True)
+
+
 def test_twice_differentiable_is_what_direct_is_for():
     y0 = torch.tensor([0.4, 0.9], dtype=f64, requires_grad=True)
 
