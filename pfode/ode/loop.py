@@ -19,9 +19,9 @@ from pfode.ode.control import PID
 from pfode.ode.solver import Solver, Step, clock, column
 from pfode.ode.state import Field, leaves, rebuild
 
-_STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
+STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
 _TRIES = 12  # attempts in a row that are not finite or not solved before a sample is given up
-_ULPS = 16  # the least step size, in units of the last place of the time
+FLOOR = {real: 16 * torch.finfo(real).eps for real in (torch.float32, torch.float64)}  # least step by the time's size
 
 
 class Status(enum.IntEnum):
@@ -137,6 +137,18 @@ class Move(NamedTuple):
     carry: Any = None
 
 
+class Ahead(NamedTuple):
+    """Where the loop is between two attempts, in joint lanes: time, next step size, the controller's memory, state,
+    carry.
+    """
+
+    t: float
+    h: float
+    memory: tuple[Any, Any, Any]
+    y: Tensor
+    carry: Any
+
+
 class End(NamedTuple):
     """How the loop ended; `status` is a Status, or their numbers in shape (batch,)."""
 
@@ -196,7 +208,7 @@ def advance(
     stops, last_stop, sign = course.stops, len(course.stops) - 1, course.sign
     jumps = torch.tensor(course.jumps, device=y.device) if lanes.per_sample else course.jumps
     jumping = any(course.jumps)
-    floor = _ULPS * torch.finfo(clock(y.device)).eps
+    floor = FLOOR[clock(y.device)]
     never, zero = lanes.fill(0, course.start) != 0, lanes.fill(0, course.start)
 
     t, at, here = course.start, zero, zero - 1  # `at` is the stop ahead, `here` the one that t is, or -1
@@ -213,13 +225,27 @@ def advance(
     solved: Any = None  # on fixed grids: whether all steps solved their equations, read at the end
     failures, behind = zero, never  # tries in a row that were not finite or not solved; whether t is a jump
     alive = bool((status == Status.RUNNING).any()) if lanes.per_sample else status == Status.RUNNING
-    for _ in range(course.max_steps):
-        if not alive:
-            break
+    ahead = getattr(solver, "ahead", None)
+    if lanes.per_sample or field.pure or not adaptive or course.lift or probe:
+        ahead = None
+    tries = 0
+    while alive and tries < course.max_steps:
+        if ahead and not behind:  # attempts that nobody looks at
+            calls = field.calls
+            went = ahead(field, control, Ahead(t, h, memory, y, carry), stops[at], sign, course.max_steps - tries)
+            if went:
+                (t, h, memory, y, carry), made, passed = went
+                tries, size_of_y = tries + made, y.abs()
+                failures, here = (zero, zero - 1) if passed else (failures, here)
+                steps, nfe = counts.steps + made, counts.nfe + field.calls - calls
+                counts = counts._replace(steps=steps, accepted=counts.accepted + passed, nfe=nfe)
+                if tries == course.max_steps:
+                    break
+        tries += 1
         live = status == Status.RUNNING
         stop = lanes.pick(stops, at)
         left = (stop - t) * sign
-        last = where(left <= control.max_step, h * _STRETCH, h) >= left
+        last = where(left <= control.max_step, h * STRETCH, h) >= left
         size = where(last, left, h)
         t1 = where(live, where(last, stop, t + h * sign), t)
         there = where(last & live, at, zero - 1)

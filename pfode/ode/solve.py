@@ -25,6 +25,7 @@ from pfode.ode.adjoint import (
     sources,
     transformed,
 )
+from pfode.ode.compiled import Compiled
 from pfode.ode.continuous import Backsolve, Interpolated
 from pfode.ode.control import PID
 from pfode.ode.events import Events, Hits, Watch
@@ -128,6 +129,7 @@ def solve(
     norm: Callable[[Tree], Tensor] | None = None,
     max_steps: int = 100_000,
     throw: bool = True,
+    compile: bool = False,
     **unknown_options: Any,
 ) -> Solution:
     """Solve dy/dt = f(t, y, *args), y(ts[0]) = y0, for the states at ts.
@@ -154,11 +156,13 @@ def solve(
         norm: of an error in units of the tolerance, given as a tree like y0; default the root mean square.
         max_steps: attempts allowed; beyond them the solution is partial.
         throw: raise where a solve does not succeed; else `status` says so.
+        compile: explicit Runge-Kutta steps through torch.compile, with the field in them (see pfode.ode.compiled).
         unknown_options: refused by name, with what to write instead.
 
     Raises:
         UsageError: anything that cannot be carried out as written.
         NumericalError: with throw, a solve that did not get to its end.
+        MissingError: compile without a C++ compiler.
     """
     checks.refuse(unknown_options, solve.__kwdefaults__ or ())
     how = ADJOINTS.get(adjoint) if isinstance(adjoint, str) else adjoint
@@ -167,6 +171,10 @@ def solve(
     args = args if isinstance(args, tuple) else (args,)
     options = {"step_size": step_size, "grid": grid, "step_t": step_t, "jump_t": jump_t}
     recording, inside = torch.is_grad_enabled(), transformed()
+    if compile:
+        if inside:
+            raise UsageError("compile=True: not inside torch.func transforms", "compile=False")
+        method = method if isinstance(method, Compiled) else Compiled(_solver(method))
     setup = _setup(f, y0, ts, method, rtol, atol, batch, args, controller, norm, max_steps, options, pure=True)
     if inside == "vmap" and setup.course.norm is not None:
         raise UsageError(
@@ -288,8 +296,10 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
         return torch.cat(facts)
 
     moves = advance(field, solver, control, course, y, lanes, probe if passing or watch else None)
-    halt = None
+    halt, seen = None, tape is not None or watch is not None
     while True:
+        if isinstance(out, JointOutputs) and not seen:
+            field.until = out.next
         try:
             move = moves.send(halt)
         except StopIteration as stop:

@@ -192,6 +192,7 @@ class Field:
         norm: in which the loop measures errors, None on fixed grids.
         limits: rtol and atol as asked for, for solvers that choose steps of their own.
         edges: times beyond which nothing is evaluated, a list of floats or shape (edges,) or (edges, batch).
+        until: in joint lanes, the time up to which nobody looks at single steps; None where every one is looked at.
         jacobians: how many were made; `way`: which way of making them the field allows.
     """
 
@@ -199,6 +200,7 @@ class Field:
     norm: Callable[[Tensor], Tensor] | None = None
     limits: tuple[Any, Any] = (0.0, 0.0)
     edges: Any = ()
+    until: float | None = None
     jacobians: int = 0
     way: int = 0
 
