@@ -76,10 +76,16 @@ class RungeKutta:
         tableau = self.tableau
         weights = _weights(tableau, y0.dtype, y0.device)
         slope = field(field.time(t0), y0) if carry is None else carry
-        stages = (_Kept if field.pure else _Lent)(field, weights, y0, t1 - t0, slope)
-        y = y0
+        h = t1 - t0
+        if field.pure:
+            stages: _Kept | _Lent = _Kept(field, weights, y0, h, slope)
+        else:
+            single = not isinstance(h, Tensor)
+            stages = field.lend((self, single), lambda: _Lent(field, weights, y0, single))
+            stages.start(y0, h, slope)
+        y, last = y0, tableau.stages - 1
         for i, t in enumerate(field.times(t0, t1, weights.nodes), 1):
-            y = stages.combine(i)
+            y = stages.combine(i) if i == last else stages.inner(i)
             stages.evaluate(t, y)
         y1 = y if tableau.fsal else stages.combine(tableau.stages)
         error = stages.combine(tableau.stages + 1) if len(tableau.error) else None
@@ -143,6 +149,8 @@ class _Kept:
         """y0 + h sum_i w_i k_i by a row of the weights; by the last, the error's, without y0."""
         return self._moved(self.rows[row], int(row <= self.size))
 
+    inner = combine
+
     def at(self, weights: Tensor) -> Tensor:
         return _at(weights, torch.stack(self.slopes), self.y0, self.h)
 
@@ -154,35 +162,36 @@ class _Kept:
         return self.y0 + moved if beta else moved
 
 
-class _Memory:
-    """What the steps of a solve write over: y0 and, below it, the stages; h times the weights.
+class _Lent:
+    """The same, in memory that the next step writes over: y0 and, below it, the stages; h times the weights.
 
-    With y0 as the first column, y0 + h sum_i w_i k_i is one product with the row (1, h w_1, ..., h w_i).
+    With y0 as the first column, y0 + h sum_i w_i k_i is one product with the row (1, h w_1, ..., h w_i); `blocks` are
+    the columns in the state's own shape. Where every sample has its h (not `single`), y0 and h stand outside.
     """
 
     def __init__(self, field: Field, weights: _Weights, y0: Tensor, single: bool):
         n, counts = weights.still.shape[1], [len(row) + 1 for row in weights.rows]
+        self.field, self.weights, self.single = field, weights, single
         self.stack = y0.new_empty((n, *y0.shape))
         self.slots, self.parts = self.stack.unbind(), field.layout.parts(self.stack)
-        columns = self.stack.view(n, -1).T
-        self.columns = [columns[:, not single : count] for count in counts]
-        self.weights = torch.empty_like(weights.moving)
-        self.rows = [row[:count] for row, count in zip(self.weights.unbind(), counts, strict=True)]
+        columns, skip = self.stack.view(n, -1).T, int(not single)
+        self.columns = [columns.narrow(1, skip, count - skip) for count in counts]
+        self.rows, shape, self.blocks = weights.rows, field.layout.shapes[0], list[Tensor]()
+        if single:
+            self.scaled = torch.empty_like(weights.moving)
+            self.rows = [row[:count] for row, count in zip(self.scaled.unbind(), counts, strict=True)]
+            if field.layout.plain and len(shape) > 1 and not field.layout.per_sample:
+                block, most = self.stack.view(n, *shape).movedim(0, -1), n - 2  # later rows are not for the field alone
+                self.blocks = [block.narrow(-1, 0, count) if 0 < i < most else block for i, count in enumerate(counts)]
 
-
-class _Lent:
-    """The same, with the stages in memory that the next step writes over."""
-
-    def __init__(self, field: Field, weights: _Weights, y0: Tensor, h: Time, first: Tensor):
-        self.single = single = not isinstance(h, Tensor)
-        self.memory: _Memory = field.lend((weights, single), lambda: _Memory(field, weights, y0, single))
-        self.field, self.weights, self.y0, self.h = field, weights.rows, y0, h
-        self.count, self.slopes = 1, list[Tensor]()
-        slots, self.scale = self.memory.slots, column(h, y0)
-        slots[1].copy_(first)
-        if not isinstance(h, Tensor):
-            slots[0].copy_(y0)
-            torch.add(weights.still, weights.moving, alpha=h, out=self.memory.weights)
+    def start(self, y0: Tensor, h: Time, first: Tensor) -> None:
+        self.y0, self.h, self.count, self.slopes = y0, h, 1, list[Tensor]()
+        self.slots[1].copy_(first)
+        if isinstance(h, Tensor):
+            self.scale = column(h, y0)
+        else:
+            self.slots[0].copy_(y0)
+            torch.add(self.weights.still, self.weights.moving, alpha=h, out=self.scaled)
 
     @property
     def further(self) -> int:
@@ -190,25 +199,28 @@ class _Lent:
 
     def evaluate(self, t: Tensor, y: Tensor) -> None:
         self.count += 1
-        self.field.fill(self.memory.parts[self.count], t, y)
+        self.field.fill(self.parts[self.count], t, y)
 
     def extend(self, t: Tensor, row: Tensor) -> None:
         self.slopes.append(self.field(t, self.at(row[None])[0]).clone())
 
     def slope(self, i: int) -> Tensor:
-        return self.memory.slots[i + 1].clone()
+        return self.slots[i + 1].clone()
+
+    def inner(self, row: int) -> Tensor:
+        """A state for the field alone, which may have its own shape already."""
+        return torch.matmul(self.blocks[row], self.rows[row]) if self.blocks else self.combine(row)
 
     def combine(self, row: int) -> Tensor:
-        memory, y0 = self.memory, self.y0
+        moved = torch.mv(self.columns[row], self.rows[row])
+        moved = moved if self.y0.ndim == 1 else moved.view(self.y0.shape)
         if self.single:
-            y = torch.mv(memory.columns[row], memory.rows[row])
-            return y if y0.ndim == 1 else y.view(y0.shape)
-        moved = torch.mv(memory.columns[row], self.weights[row]).view(y0.shape)
+            return moved
         moved = moved * self.scale
-        return y0 + moved if row < len(self.weights) - 1 else moved
+        return self.y0 + moved if row < len(self.rows) - 1 else moved
 
     def at(self, weights: Tensor) -> Tensor:
-        k = torch.cat([self.memory.stack, torch.stack(self.slopes)]) if self.slopes else self.memory.stack
+        k = torch.cat([self.stack, torch.stack(self.slopes)]) if self.slopes else self.stack
         return _at(weights, k[1 : 1 + weights.shape[-1]], self.y0, self.h)
 
 

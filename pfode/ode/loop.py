@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pfode.ode.control import PID
-from pfode.ode.solver import Solver, Step, clock, column
+from pfode.ode.solver import RMS, Solver, Step, clock, column
 from pfode.ode.state import Field, leaves, rebuild
 
 STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
@@ -219,20 +219,19 @@ def advance(
     counts = Counts(zero, zero, zero + field.calls, zero, zero)
     memory = (lanes.fill(1.0, t), lanes.fill(1.0, t), never)
     read = torch.no_grad()(_read) if field.pure else _read
-    limits = _limits(course, y) if adaptive else None
+    units = _units(course, y) if adaptive else None
     size_of_y = y.detach().abs() if adaptive else y
     differentiable = field.pure and torch.is_grad_enabled() and adaptive
     solved: Any = None  # on fixed grids: whether all steps solved their equations, read at the end
     failures, behind = zero, never  # tries in a row that were not finite or not solved; whether t is a jump
     alive = bool((status == Status.RUNNING).any()) if lanes.per_sample else status == Status.RUNNING
-    ahead = getattr(solver, "ahead", None)
-    if lanes.per_sample or field.pure or not adaptive or course.lift or probe:
-        ahead = None
+    watched = lanes.per_sample or field.pure or not adaptive or course.lift or probe
+    go_ahead = None if watched else getattr(solver, "ahead", None)
     tries = 0
     while alive and tries < course.max_steps:
-        if ahead and not behind:  # attempts that nobody looks at
+        if go_ahead and not behind:  # attempts that nobody looks at
             calls = field.calls
-            went = ahead(field, control, Ahead(t, h, memory, y, carry), stops[at], sign, course.max_steps - tries)
+            went = go_ahead(field, control, Ahead(t, h, memory, y, carry), stops[at], sign, course.max_steps - tries)
             if went:
                 (t, h, memory, y, carry), made, passed = went
                 tries, size_of_y = tries + made, y.abs()
@@ -257,7 +256,7 @@ def advance(
         step = solver.step(field, u0, u1, y, carry)
 
         attempt = probe and (lambda y=y, t=t, t1=t1, y1=step.y1: probe(t, y, t1, y1, None))
-        error, ok, tried, size_of_y1 = read(course, lanes, step, size_of_y, limits, attempt)
+        error, ok, tried, size_of_y1 = read(units, lanes, step, size_of_y, attempt)
         if not adaptive and step.ok is not None:
             solved = step.ok if solved is None else solved & step.ok
         fine = (error < math.inf) & ok
@@ -346,31 +345,43 @@ def _verdict(field: Field, status: Any, t: float, y: Tensor, solved: Tensor | No
     return torch.tensor(each, dtype=torch.int64, device=y.device), times
 
 
-def _limits(course: Course, y: Tensor) -> tuple[Tensor, Any]:
-    """atol as a tensor, and rtol."""
-    atol = course.atol
-    return atol if isinstance(atol, Tensor) else torch.full((), atol, dtype=y.abs().dtype, device=y.device), course.rtol
+class _Units(NamedTuple):
+    """atol and rtol as the norm wants them, and the norm: where it is a mean, that is taken of the units, once."""
+
+    atol: Tensor
+    rtol: Any
+    norm: Callable[[Tensor], Tensor]
+
+    def scale(self, size: Tensor) -> Tensor:
+        """The unit of the error of states of a size."""
+        if isinstance(self.rtol, Tensor):
+            return torch.addcmul(self.atol, self.rtol, size)
+        return torch.add(self.atol, size, alpha=self.rtol)
+
+
+def _units(course: Course, y: Tensor) -> _Units:
+    atol, rtol, norm = course.atol, course.rtol, course.norm
+    assert norm is not None
+    if isinstance(norm, RMS):
+        root = math.sqrt(norm.count)
+        atol, rtol, norm = atol * root, rtol * root, norm.root
+    if not isinstance(atol, Tensor):
+        atol = torch.scalar_tensor(atol, dtype=y.dtype.to_real(), device=y.device)
+    return _Units(atol, rtol, norm)
 
 
 def _read(
-    course: Course,
-    lanes: Lanes,
-    step: Step,
-    before: Tensor,
-    limits: tuple[Tensor, Any] | None,
-    probe: Callable[[], Tensor] | None,
+    units: _Units | None, lanes: Lanes, step: Step, before: Tensor, probe: Callable[[], Tensor] | None
 ) -> tuple[Any, Any, list[float], Tensor]:
     """The error in units of the tolerance, whether the step was solved, what was probed: one read-back; |y1|."""
-    after, norm = before, course.norm
+    after = before
     if step.measured is not None:
         error = step.measured.detach()
-    elif limits is None or norm is None or step.error is None:
+    elif units is None or step.error is None:
         error = torch.zeros((), device=before.device) if lanes.per_sample else None
     else:
-        (atol, rtol), after = limits, step.y1.abs()
-        most = torch.maximum(before, after)
-        scale = torch.addcmul(atol, rtol, most) if isinstance(rtol, Tensor) else torch.add(atol, most, alpha=rtol)
-        error = norm(step.error / scale)
+        after = step.y1.abs()
+        error = units.norm(step.error / units.scale(torch.maximum(before, after)))
     if lanes.per_sample:
         assert error is not None
         return error.to(clock(error.device)), (error == error) | True if step.ok is None else step.ok, [], after
@@ -397,13 +408,9 @@ def _first_step(
     slope = field(field.time(t), y).clone()  # fields may use one buffer for all their results
     with torch.no_grad():
         here, f = y.detach(), slope.detach()
-        atol, rtol = _limits(course, y)
-        scale = (
-            torch.addcmul(atol, rtol, here.abs())
-            if isinstance(rtol, Tensor)
-            else torch.add(atol, here.abs(), alpha=rtol)
-        )
-        d0, d1 = _host(lanes, course.norm(here / scale), course.norm(f / scale))
+        units = _units(course, y)
+        scale, norm = units.scale(here.abs()), units.norm
+        d0, d1 = _host(lanes, norm(here / scale), norm(f / scale))
         known = lanes.where((d0 < math.inf) & (d1 < math.inf), running, running - Status.RUNNING + Status.NON_FINITE)
         small = (d0 < 1e-5) | (d1 < 1e-5)
         h = lanes.where(small, lanes.fill(1e-6, d0), 0.01 * d0 / lanes.high(d1, 1e-300))
@@ -411,8 +418,7 @@ def _first_step(
         room = abs(lanes.pick(course.stops, running - Status.RUNNING) - course.start)
         h = lanes.where(h < room, h, room)
         moved = course.start + h * course.sign
-        factor = column(h * course.sign, y)
-        (d2,) = _host(lanes, course.norm((field(field.time(moved), here + f * factor) - f) / scale))
+        (d2,) = _host(lanes, norm((field(field.time(moved), here + f * column(h * course.sign, y)) - f) / scale))
         steepest = lanes.where(d1 > d2 / h, d1, d2 / h)
         flat = steepest <= 1e-15
         h1 = lanes.where(
@@ -427,7 +433,7 @@ def _host(lanes: Lanes, *values: Tensor) -> list[Any]:
     """Values as the lanes have them: read, or left on the device in the clock's dtype."""
     if lanes.per_sample:
         return [value.to(clock(value.device)) for value in values]
-    return torch.stack(values).tolist()
+    return torch.stack(values).tolist() if len(values) > 1 else [values[0].item()]
 
 
 def _nudged(t: Any, other: Any, sign: Any, condition: Any, field: Field) -> Any:

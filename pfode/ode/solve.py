@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -348,8 +349,7 @@ def _setup(
     solver = _solver(method)
     layout = Layout(y0, batch == "per-sample")
     y = layout.flat(y0)
-    times = _times(ts, layout)
-    floats = None if times.ndim == 2 else times.detach().tolist()
+    times, floats = _times(ts, layout)
     step_size, grid = options.get("step_size"), options.get("grid")
     fixed = step_size is not None or grid is not None or not solver.error_order
     lanes: Lanes = PerSample() if layout.per_sample and not fixed else Joint()
@@ -378,7 +378,8 @@ def _setup(
         )
         jumps = jumps or (False,)
     relative, absolute = _tolerance("rtol", rtol, layout), _tolerance("atol", atol, layout)
-    if not fixed and bool((torch.as_tensor(relative == 0) & torch.as_tensor(absolute == 0)).any()):
+    nothing = (relative == 0) & (absolute == 0)  # a bool, or where
+    if not fixed and (bool(nothing.any()) if isinstance(nothing, Tensor) else nothing):
         raise UsageError(f"rtol and atol: no step has an error of at most 0 (rtol={rtol}, atol={atol})", "atol=1e-8")
     if isinstance(absolute, float) and absolute == 0:
         absolute = torch.finfo(layout.real).tiny  # a state of 0 with an error of 0 is accepted
@@ -408,8 +409,8 @@ def _solver(method: str | Solver) -> Solver:
     return known[method]
 
 
-def _times(ts: Any, layout: Layout) -> Tensor:
-    """ts on the state's device in the clock's dtype, (times,) or (times, batch), checked."""
+def _times(ts: Any, layout: Layout) -> tuple[Tensor, list[float] | None]:
+    """ts on the state's device in the clock's dtype, (times,) or (times, batch), checked; if (times,) as floats too."""
     times = checks.reals("ts", ts, "[0.0, 1.0]")
     times = times if times.is_floating_point() else times.to(torch.float64)
     shapes = "(times,) or (batch, times)" if layout.per_sample else "(times,)"
@@ -421,10 +422,14 @@ def _times(ts: Any, layout: Layout) -> Tensor:
         raise UsageError(f"ts: {len(times)} rows of times for a batch of {layout.batch}", "one row per sample")
     times = times.to(layout.device, clock(layout.device))
     times = times.mT if times.ndim == 2 else times
-    gaps = times.detach().diff(dim=0)
-    if not torch.isfinite(times).all() or not ((gaps > 0).all(0) | (gaps < 0).all(0)).all():
-        raise UsageError(f"ts: need finite times that rise or fall strictly, got {times.tolist()!r:.80}", "sort them")
-    return times
+    floats = None if times.ndim == 2 else times.detach().tolist()
+    for each in times.detach().mT.tolist() if floats is None else [floats]:
+        rising = all(map(operator.lt, each, each[1:])) or all(map(operator.gt, each, each[1:]))
+        if not rising or not math.isfinite(each[0]) or not math.isfinite(each[-1]):
+            raise UsageError(
+                f"ts: need finite times that rise or fall strictly, got {times.tolist()!r:.80}", "sort them"
+            )
+    return times, floats
 
 
 def _stops(

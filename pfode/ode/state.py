@@ -221,13 +221,16 @@ class Field:
         return slope.reshape(y.shape)
 
     def fill(self, parts: Sequence[Tensor], t: Tensor, y: Tensor) -> None:
-        """Write dy/dt into the leaves of a flat tensor, `Layout.parts`."""
+        """Write dy/dt into the leaves of a flat tensor, `Layout.parts`; y may have the shape of its only leaf."""
         self.calls += 1
         shape = self._plain_shape
-        slope = self.f(t, self.layout.tree(y) if shape is None else y.view(shape), *self.args)
-        if shape is not None and isinstance(slope, Tensor) and slope.shape == shape and slope.dtype == y.dtype:
-            parts[0].copy_(slope)
-            return
+        if shape is None:
+            slope = self.f(t, self.layout.tree(y), *self.args)
+        else:
+            slope = self.f(t, y if y.shape == shape else y.view(shape), *self.args)
+            if isinstance(slope, Tensor) and slope.shape == shape and slope.dtype == y.dtype:
+                parts[0].copy_(slope)
+                return
         for part, leaf in zip(parts, self.layout.leaves(slope, "the field's result"), strict=True):
             part.copy_(leaf)
 
@@ -251,7 +254,7 @@ class Field:
     def time(self, t: float | Tensor) -> Tensor:
         """One time as the field wants it."""
         if not isinstance(t, Tensor):
-            time = torch.full((), t, dtype=self._real, device=self._device)
+            time = torch.scalar_tensor(t, dtype=self._real, device=self._device)
             return time.expand(self.layout.batch) if self.layout.per_sample else time
         return t.expand(self.layout.batch) if self._expands(t) else t.to(self.layout.device, self.layout.real)
 
