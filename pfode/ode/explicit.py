@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pfode.ode.solver import Dense, Step, Time, clock, column
-from pfode.ode.state import Field
+from pfode.ode.state import Field, Loan
 from pfode.ode.tableau import Tableau
 
 
@@ -15,24 +15,26 @@ from pfode.ode.tableau import Tableau
 class _Weights:
     """A tableau on a device: `rows` are the weights of the stages (the first has none), of y1 and of the error.
 
-    still, moving: 1 for y0, then no stages; 0 for y0, then the rows. still + h moving gives all weights of a step.
+    still, moving: per row 1 for y0, then no stages; 0 for y0, then the row; one after the other in one dimension.
+        still + h moving gives all weights of a step.
+    count: y0 and the stages.
     """
 
     rows: list[Tensor]
     nodes: tuple[float, ...]
     still: Tensor
     moving: Tensor
+    count: int
 
 
 @functools.lru_cache(256)
 def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> _Weights:
     rows = [tableau.matrix[i, :i].tolist() for i in range(tableau.stages)] + [list(tableau.b), list(tableau.error)]
     made = [torch.tensor(row, dtype=torch.float64).to(device, dtype) for row in rows]
-    still, moving = torch.zeros(2, len(rows), tableau.stages + 1, dtype=dtype, device=device)
-    still[:-1, 0] = 1
-    for row, weights in zip(moving, made, strict=True):
-        row[1 : len(weights) + 1] = weights
-    return _Weights(made, tuple(tableau.c[1:]), still, moving)
+    none = made[0].new_zeros(1)
+    moving = torch.cat([torch.cat([none, row]) for row in made])
+    still = torch.cat([torch.cat([none + (row is not made[-1]), 0 * row]) for row in made])
+    return _Weights(made, tuple(tableau.c[1:]), still, moving, tableau.stages + 1)
 
 
 @functools.lru_cache(256)
@@ -85,8 +87,7 @@ class RungeKutta:
             stages.start(y0, h, slope)
         y, last = y0, tableau.stages - 1
         for i, t in enumerate(field.times(t0, t1, weights.nodes), 1):
-            y = stages.combine(i) if i == last else stages.inner(i)
-            stages.evaluate(t, y)
+            y = stages.stage(i, t, i == last)
         y1 = y if tableau.fsal else stages.combine(tableau.stages)
         error = stages.combine(tableau.stages + 1) if len(tableau.error) else None
         following = stages.slope(tableau.stages - 1) if tableau.fsal else None
@@ -134,13 +135,19 @@ class _Kept:
     def further(self) -> int:
         return len(self.slopes) - self.size
 
-    def evaluate(self, t: Tensor, y: Tensor) -> None:
-        slope = self.field(t, y)
-        self.slopes.append(slope if slope.requires_grad else slope.clone())  # fields may use one buffer
+    def stage(self, i: int, t: Tensor, last: bool) -> Tensor:
+        """Evaluate a stage, at the state that is returned."""
+        y = self.combine(i)
+        self._evaluate(t, y)
+        return y
 
     def extend(self, t: Tensor, row: Tensor) -> None:
         """A further stage, for dense output."""
-        self.evaluate(t, self._moved(row, 1))
+        self._evaluate(t, self._moved(row, 1))
+
+    def _evaluate(self, t: Tensor, y: Tensor) -> None:
+        slope = self.field(t, y)
+        self.slopes.append(slope if slope.requires_grad else slope.clone())  # fields may use one buffer
 
     def slope(self, i: int) -> Tensor:
         return self.slopes[i]
@@ -148,8 +155,6 @@ class _Kept:
     def combine(self, row: int) -> Tensor:
         """y0 + h sum_i w_i k_i by a row of the weights; by the last, the error's, without y0."""
         return self._moved(self.rows[row], int(row <= self.size))
-
-    inner = combine
 
     def at(self, weights: Tensor) -> Tensor:
         return _at(weights, torch.stack(self.slopes), self.y0, self.h)
@@ -165,51 +170,60 @@ class _Kept:
 class _Lent:
     """The same, in memory that the next step writes over: y0 and, below it, the stages; h times the weights.
 
-    With y0 as the first column, y0 + h sum_i w_i k_i is one product with the row (1, h w_1, ..., h w_i); `blocks` are
-    the columns in the state's own shape. Where every sample has its h (not `single`), y0 and h stand outside.
+    With y0 as the first column, y0 + h sum_i w_i k_i is one product with the row (1, h w_1, ..., h w_i). Where every
+    sample has its h (not `single`), y0 and h stand outside. States that only the field sees lie `inside` a Loan.
     """
 
     def __init__(self, field: Field, weights: _Weights, y0: Tensor, single: bool):
-        n, counts = weights.still.shape[1], [len(row) + 1 for row in weights.rows]
-        self.field, self.weights, self.single = field, weights, single
+        n, counts, layout = weights.count, [len(row) + 1 for row in weights.rows], field.layout
+        self.field, self.weights, self.single, self.y0, self.first = field, weights, single, y0, y0
         self.stack = y0.new_empty((n, *y0.shape))
-        self.slots, self.parts = self.stack.unbind(), field.layout.parts(self.stack)
-        columns, skip = self.stack.view(n, -1).T, int(not single)
+        self.slots, self.parts = self.stack.unbind(), layout.parts(self.stack)
+        columns, skip, self.rows = self.stack.view(n, -1).T, int(not single), weights.rows
         self.columns = [columns.narrow(1, skip, count - skip) for count in counts]
-        self.rows, shape, self.blocks = weights.rows, field.layout.shapes[0], list[Tensor]()
+        self.inside: Loan | None = None
         if single:
             self.scaled = torch.empty_like(weights.moving)
-            self.rows = [row[:count] for row, count in zip(self.scaled.unbind(), counts, strict=True)]
-            if field.layout.plain and len(shape) > 1 and not field.layout.per_sample:
-                block, most = self.stack.view(n, *shape).movedim(0, -1), n - 2  # later rows are not for the field alone
-                self.blocks = [block.narrow(-1, 0, count) if 0 < i < most else block for i, count in enumerate(counts)]
+            self.rows = self.scaled.split(counts)
+            if layout.plain and n > 3:
+                shape = (n - 3, *layout.shapes[0])
+                self.inside = Loan(lambda: y0.new_empty(shape))
 
     def start(self, y0: Tensor, h: Time, first: Tensor) -> None:
-        self.y0, self.h, self.count, self.slopes = y0, h, 1, list[Tensor]()
-        self.slots[1].copy_(first)
+        self.h, self.slopes = h, list[Tensor]()
+        if y0 is not self.y0 or first is not self.first:  # otherwise they lie there, from a step that was rejected
+            self.slots[1].copy_(first)
+            if self.single:
+                self.slots[0].copy_(y0)
+        self.y0, self.first = y0, first
         if isinstance(h, Tensor):
             self.scale = column(h, y0)
-        else:
-            self.slots[0].copy_(y0)
-            torch.add(self.weights.still, self.weights.moving, alpha=h, out=self.scaled)
+            return
+        torch.add(self.weights.still, self.weights.moving, alpha=h, out=self.scaled)
+        if self.inside:
+            self.inside.take()
 
     @property
     def further(self) -> int:
         return len(self.slopes)
 
-    def evaluate(self, t: Tensor, y: Tensor) -> None:
-        self.count += 1
-        self.field.fill(self.parts[self.count], t, y)
+    def stage(self, i: int, t: Tensor, last: bool) -> Tensor:
+        inside = self.inside
+        if last or inside is None:
+            y = self.combine(i)
+            self.field.fill(self.parts[i + 1], t, y)
+            return y
+        torch.mv(self.columns[i], self.rows[i], out=inside.flat[i - 1])
+        y = inside.tensors[i - 1]
+        self.field.fill(self.parts[i + 1], t, y, True)
+        return y
 
     def extend(self, t: Tensor, row: Tensor) -> None:
         self.slopes.append(self.field(t, self.at(row[None])[0]).clone())
 
     def slope(self, i: int) -> Tensor:
-        return self.slots[i + 1].clone()
-
-    def inner(self, row: int) -> Tensor:
-        """A state for the field alone, which may have its own shape already."""
-        return torch.matmul(self.blocks[row], self.rows[row]) if self.blocks else self.combine(row)
+        lasting = self.field.until is None
+        return self.slots[i + 1].clone() if lasting else self.slots[i + 1]
 
     def combine(self, row: int) -> Tensor:
         moved = torch.mv(self.columns[row], self.rows[row])
