@@ -1,9 +1,9 @@
 """`compile=True`: explicit Runge-Kutta steps, with the field and the error's norm in them, under torch.compile.
 
 Two kernels are made of a field. `step` is one attempted step. `ahead` is a loop of them, with the arithmetic of the
-controller in it, that runs to where somebody looks: the next output time or stop. One call of it serves many steps. It
-stops before an attempt that would get there, and leaves an attempt that goes wrong undone: `advance` makes these, so
-that everything is decided in one place.
+controller in it, that runs to where somebody looks: one call of it serves many steps. It ends at the next stop, or
+before an attempt that would pass an output time before that; and it leaves an attempt that goes wrong undone. `advance`
+makes these, so that what becomes of them is decided in one place.
 
 Times, step sizes, tolerances and limits are inputs: no step compiles another. Another field, shape, dtype or controller
 does.
@@ -103,24 +103,44 @@ class Compiled:
         return Step(y1, error, dense, following, again, measured=measured)
 
     def ahead(
-        self, field: Field, control: PID, here: Ahead, stop: float, sign: float, most: int
+        self, field: Field, control: PID, here: Ahead, stop: float, closes: bool, sign: float, most: int
     ) -> tuple[Ahead, int, int] | None:
-        """Attempts before `field.until` and the next stop, at most so many: where they lead, how many, how many of
-        them accepted; None where there is nothing to do, or nothing that can be done so.
+        """Attempts up to a stop if that `closes` the run, else before it and before `field.until`; at most so many.
+
+        Where they lead, how many they are, how many of them accepted; None where there is nothing to do, or nothing
+        that can be done so.
         """
         norm, until = _norm(field), field.until
         if until is None or norm is None or not self.tableau.fsal or control.force or not math.isfinite(here.h):
             return None
-        if (here.t + here.h * sign - until) * sign >= 0 or here.h * STRETCH >= abs(stop - here.t):
+        if not closes and _passes(here.t, here.h, stop, until, sign):
             return None
         kernel = field.lend((self, "ahead"), lambda: _kernel(field, self, norm, control))
         e, earlier, rejected = here.memory
-        numbers = here.t, here.h, e, earlier, rejected, stop, until, sign, most, control.min_step, control.max_step
+        numbers = (
+            here.t,
+            here.h,
+            e,
+            earlier,
+            rejected,
+            stop,
+            closes,
+            until,
+            sign,
+            most,
+            control.min_step,
+            control.max_step,
+        )
         inputs = torch.tensor([*numbers, *(field.tolerance or ())], dtype=clock(here.y.device), device=here.y.device)
         facts, y, slope = kernel(inputs, here.y, here.carry, field.args)
         t, h, e, earlier, rejected, steps, accepted = facts.tolist()
         field.calls += (self.tableau.stages - 1) * int(steps)
         return Ahead(t, h, (e, earlier, bool(rejected)), y, slope), int(steps), int(accepted)
+
+
+def _passes(t: Any, h: Any, stop: Any, until: Any, sign: Any) -> Any:
+    """Whether a step of this size would get to where it is looked at."""
+    return ((t + h * sign - until) * sign >= 0) | (h * STRETCH >= (stop - t) * sign)
 
 
 def _norm(field: Field) -> RMS | None:
@@ -157,9 +177,10 @@ def _compiled(f: Callable[..., Any], device: torch.device, options: dict[str, An
         try:
             return kernel(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            reason = next((line for line in lines if line.startswith("Explanation:")), lines[0])
             raise UsageError(
-                f"compile: torch.compile cannot follow the field: {reason:.200}",
+                f"compile: torch.compile cannot take the field: {reason.removeprefix('Explanation: '):.200}",
                 "compile=False, or a field of operations on tensors only",
             ) from error
 
@@ -252,26 +273,28 @@ def _ahead(attempt: Callable[..., _Attempt], control: PID, order: int) -> Kernel
         def body(
             go: Tensor, t: Any, h: Any, e: Any, earlier: Any, rejected: Any, steps: Any, accepted: Any, y: Any, k: Any
         ) -> Any:
-            stop, until, sign, most, least, largest, rtol, atol = inputs[5:].unbind()
-            t1 = t + h * sign
+            stop, closes, until, sign, most, least, largest, rtol, atol = inputs[5:].unbind()
+            left = (stop - t) * sign
+            last = torch.where(left <= largest, h * STRETCH, h) >= left
+            size, t1 = torch.where(last, left, h), torch.where(last, stop, t + h * sign)
             made = attempt(t, t1, rtol, atol, y, k, args)
             error = made.measured.to(t.dtype)  # type: ignore[union-attr]
             ok = error <= 1
             factor, memory = control.factor(lanes, error, ok, (e, earlier, rejected > 0), order)
-            wanted = torch.minimum(torch.maximum(h * factor, least), largest)
+            wanted = torch.minimum(torch.maximum(size * factor, least), largest)
             bottom = torch.maximum(t.abs() * FLOOR[t.dtype], least)
-            right = (error < math.inf) & (ok | ((wanted >= bottom) & (h > least)))
-            done, move = right.to(t.dtype), right & ok
+            right = (error < math.inf) & (ok | ((wanted >= bottom) & (size > least)))
+            done, move, hit = right.to(t.dtype), right & ok, right & ok & last
             t = torch.where(move, t1, t)
-            h = torch.where(right, wanted, h)
+            h = torch.where(right & ~(hit & (wanted < h)), wanted, h)
             e, earlier, rejected = (
                 torch.where(right, new, old)
                 for new, old in zip((*memory[:2], memory[2].to(t.dtype)), (e, earlier, rejected), strict=True)
             )
             steps, accepted = steps + done, accepted + move.to(t.dtype)
-            inside = ((t + h * sign - until) * sign < 0) & (h * STRETCH < (stop - t) * sign)
             y, k = torch.where(move, made.y1, y), torch.where(move, made.slopes[-1], k)
-            return right & inside & (steps < most), t, h, e, earlier, rejected, steps, accepted, y, k
+            there = torch.where(closes > 0, hit, _passes(t, h, stop, until, sign))
+            return right & ~there & (steps < most), t, h, e, earlier, rejected, steps, accepted, y, k
 
         zero = torch.zeros_like(inputs[0])
         given = (zero == 0, *inputs[:5].unbind(), zero, zero, y, slope)

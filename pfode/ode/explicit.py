@@ -1,6 +1,7 @@
 """Explicit Runge-Kutta methods: besides the field, a stage is one matrix-vector product and one copy."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,9 +86,7 @@ class RungeKutta:
             single = not isinstance(h, Tensor)
             stages = field.lend((self, single), lambda: _Lent(field, weights, y0, single))
             stages.start(y0, h, slope)
-        y, last = y0, tableau.stages - 1
-        for i, t in enumerate(field.times(t0, t1, weights.nodes), 1):
-            y = stages.stage(i, t, i == last)
+        y = stages.evaluate(field.times(t0, t1, weights.nodes))
         y1 = y if tableau.fsal else stages.combine(tableau.stages)
         error = stages.combine(tableau.stages + 1) if len(tableau.error) else None
         following = stages.slope(tableau.stages - 1) if tableau.fsal else None
@@ -135,10 +134,12 @@ class _Kept:
     def further(self) -> int:
         return len(self.slopes) - self.size
 
-    def stage(self, i: int, t: Tensor, last: bool) -> Tensor:
-        """Evaluate a stage, at the state that is returned."""
-        y = self.combine(i)
-        self._evaluate(t, y)
+    def evaluate(self, times: Sequence[Tensor]) -> Tensor:
+        """Evaluate the stages after the first; the state of the last one."""
+        y = self.y0
+        for i, t in enumerate(times, 1):
+            y = self.combine(i)
+            self._evaluate(t, y)
         return y
 
     def extend(self, t: Tensor, row: Tensor) -> None:
@@ -188,6 +189,7 @@ class _Lent:
             if layout.plain and n > 3:
                 shape = (n - 3, *layout.shapes[0])
                 self.inside = Loan(lambda: y0.new_empty(shape))
+                self.places = list(zip(self.columns[1:-1], self.rows[1:-1], self.parts[2:], strict=False))
 
     def start(self, y0: Tensor, h: Time, first: Tensor) -> None:
         self.h, self.slopes = h, list[Tensor]()
@@ -207,15 +209,18 @@ class _Lent:
     def further(self) -> int:
         return len(self.slopes)
 
-    def stage(self, i: int, t: Tensor, last: bool) -> Tensor:
-        inside = self.inside
-        if last or inside is None:
+    def evaluate(self, times: Sequence[Tensor]) -> Tensor:
+        field, mv, y, done = self.field, torch.mv, self.y0, 0
+        if self.inside:
+            f, args, put, inside = field.f, field.args, field.put, self.inside
+            for (column, row, parts), flat, y, t in zip(self.places, inside.flat, inside.tensors, times, strict=False):
+                mv(column, row, out=flat)
+                put(parts, f(t, y, *args))
+            done = len(inside.flat)
+            field.calls += done
+        for i, t in enumerate(times[done:], done + 1):
             y = self.combine(i)
-            self.field.fill(self.parts[i + 1], t, y)
-            return y
-        torch.mv(self.columns[i], self.rows[i], out=inside.flat[i - 1])
-        y = inside.tensors[i - 1]
-        self.field.fill(self.parts[i + 1], t, y, True)
+            field.fill(self.parts[i + 1], t, y)
         return y
 
     def extend(self, t: Tensor, row: Tensor) -> None:

@@ -229,17 +229,22 @@ def advance(
     go_ahead = None if watched else getattr(solver, "ahead", None)
     tries = 0
     while alive and tries < course.max_steps:
-        if go_ahead and not behind:  # attempts that nobody looks at
-            calls = field.calls
-            went = go_ahead(field, control, Ahead(t, h, memory, y, carry), stops[at], sign, course.max_steps - tries)
+        if go_ahead and field.until is not None and not behind:  # attempts that nobody looks at
+            calls, stop = field.calls, stops[at]
+            most, closes = course.max_steps - tries, not jumping and (field.until - stop) * sign >= 0
+            went = go_ahead(field, control, Ahead(t, h, memory, y, carry), stop, closes, sign, most)
             if went:
                 (t, h, memory, y, carry), made, passed = went
                 tries, size_of_y = tries + made, y.abs()
                 failures, here = (zero, zero - 1) if passed else (failures, here)
                 steps, nfe = counts.steps + made, counts.nfe + field.calls - calls
                 counts = counts._replace(steps=steps, accepted=counts.accepted + passed, nfe=nfe)
-                if tries == course.max_steps:
-                    break
+                if closes and t == stop:
+                    status = Status.SUCCESS if at == last_stop else status
+                    here, at, alive = at, min(at + 1, last_stop), at < last_stop
+                    yield Move(t, t, t, t, y, y, True, Step(y, None, _unseen), [], counts, carry)
+                if (closes and t == stop) or tries == course.max_steps:
+                    continue
         tries += 1
         live = status == Status.RUNNING
         stop = lanes.pick(stops, at)
@@ -323,6 +328,10 @@ def advance(
     return End(status, t, y, counts)
 
 
+def _unseen(theta: Tensor) -> Tensor:
+    raise AssertionError("dense output of attempts that nobody was to look at")
+
+
 @torch.no_grad()
 def _verdict(field: Field, status: Any, t: float, y: Tensor, solved: Tensor | None) -> tuple[Any, Any]:
     """Status and time at the end of fixed steps, (batch,) in per-sample mode: their only read-back.
@@ -364,7 +373,7 @@ def _units(course: Course, y: Tensor) -> _Units:
     assert norm is not None
     if isinstance(norm, RMS):
         root = math.sqrt(norm.count)
-        atol, rtol, norm = atol * root, rtol * root, norm.root
+        atol, rtol, norm = atol * root, rtol * root, torch.linalg.vector_norm if norm.dim is None else norm.root
     if not isinstance(atol, Tensor):
         atol = torch.scalar_tensor(atol, dtype=y.dtype.to_real(), device=y.device)
     return _Units(atol, rtol, norm)
@@ -374,14 +383,16 @@ def _read(
     units: _Units | None, lanes: Lanes, step: Step, before: Tensor, probe: Callable[[], Tensor] | None
 ) -> tuple[Any, Any, list[float], Tensor]:
     """The error in units of the tolerance, whether the step was solved, what was probed: one read-back; |y1|."""
-    after = before
+    after, error = before, None
     if step.measured is not None:
         error = step.measured.detach()
-    elif units is None or step.error is None:
-        error = torch.zeros((), device=before.device) if lanes.per_sample else None
-    else:
+    elif units is not None and step.error is not None:
         after = step.y1.abs()
         error = units.norm(step.error / units.scale(torch.maximum(before, after)))
+        if not lanes.per_sample and step.ok is None and probe is None:
+            return error.item(), True, [], after
+    elif lanes.per_sample:
+        error = torch.zeros((), device=before.device)
     if lanes.per_sample:
         assert error is not None
         return error.to(clock(error.device)), (error == error) | True if step.ok is None else step.ok, [], after

@@ -190,8 +190,8 @@ class Loan:
     def _renew(self) -> None:
         self.stack = self.make()
         self.tensors = self.stack.unbind()
-        self.flat = self.stack.view(len(self.stack), -1).unbind()
-        self.array = self.stack.numpy() if self.stack.device.type == "cpu" and not self.stack.is_complex() else None
+        self.flat = self.stack.view(len(self.stack), -1).unbind() if self.stack.ndim > 1 else self.tensors
+        self.array = self.stack.numpy() if self.stack.ndim == 1 and self.stack.device.type == "cpu" else None
         self.storage = self.stack.untyped_storage()._cdata
         self.idle = max(map(sys.getrefcount, self.tensors)), self._uses(self.storage)
 
@@ -251,17 +251,17 @@ class Field:
             return self.layout.flat(slope, "the field's result")
         return slope.reshape(y.shape)
 
-    def fill(self, parts: Sequence[Tensor], t: Tensor, y: Tensor, shaped: bool = False) -> None:
-        """Write dy/dt into the leaves of a flat tensor, `Layout.parts`; `shaped`: y has the shape of its only leaf."""
+    def fill(self, parts: Sequence[Tensor], t: Tensor, y: Tensor) -> None:
+        """Write dy/dt into the leaves of a flat tensor, `Layout.parts`."""
         self.calls += 1
         shape = self._plain_shape
-        if shape is None:
-            slope = self.f(t, self.layout.tree(y), *self.args)
-        else:
-            slope = self.f(t, y if shaped else y.view(shape), *self.args)
-            if isinstance(slope, Tensor) and slope.shape == shape and slope.dtype is self._dtype:
-                parts[0].copy_(slope)
-                return
+        self.put(parts, self.f(t, self.layout.tree(y) if shape is None else y.view(shape), *self.args))
+
+    def put(self, parts: Sequence[Tensor], slope: Any) -> None:
+        """Write what f returned into the leaves of a flat tensor."""
+        if isinstance(slope, Tensor) and slope.shape == self._plain_shape and slope.dtype is self._dtype:
+            parts[0].copy_(slope)
+            return
         for part, leaf in zip(parts, self.layout.leaves(slope, "the field's result"), strict=True):
             part.copy_(leaf)
 
