@@ -271,7 +271,9 @@ class Field:
             times, last, h = list[Tensor](), math.nan, t1 - t0
             if self._lends_times and at and not self.pure:
                 count, real, device = len(at), self._real, self._device
-                loan = self.lend(count, lambda: Loan(lambda: torch.empty(count, dtype=real, device=device))).take()
+                loan = self.lend(
+                    ("times", count), lambda: Loan(lambda: torch.empty(count, dtype=real, device=device))
+                ).take()
                 loan.array[:] = [t1 if share == 1 else t0 + share * h for share in at]
                 return loan.tensors
             for share in at:  # neighbours that are equal share a tensor
