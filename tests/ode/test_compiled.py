@@ -118,6 +118,13 @@ def test_a_field_may_keep_what_it_is_given(keep):
     assert len(pure) == len(kept)
 
 
+@pytest.mark.parametrize("y0", [torch.tensor(2.0), torch.tensor(1 + 1j), torch.full((1,), 2.0), torch.ones(2, 3, 2)])
+def test_states_of_any_shape_lie_in_lent_memory(y0):
+    with torch.no_grad():
+        out = solve(decay, y0, [0.0, 0.5, 1.0])
+    assert torch.allclose(out.ys[-1], y0 * torch.exp(torch.tensor(-1.5)), atol=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------------- compiled
 
 
