@@ -1,6 +1,7 @@
 """What `solve` asks of its arguments before anything runs: each mistake is one error with cause, value and remedy."""
 
 import inspect
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,6 +59,8 @@ def field(f: Any, args: tuple[Any, ...]) -> None:
     """Raise UsageError for an f that cannot be called as f(t, y, *args)."""
     if not callable(f):
         raise UsageError(f"f: need a function (t, y, *args), got {type(f).__name__}", "f=lambda t, y: -y")
+    if _takes(f, 2 + len(args)):
+        return
     try:
         call = inspect.signature(f.forward if isinstance(f, torch.nn.Module) else f)
     except (TypeError, ValueError):  # of a built-in, which does not tell
@@ -68,6 +71,17 @@ def field(f: Any, args: tuple[Any, ...]) -> None:
         name = getattr(f, "__name__", type(f).__name__)
         problem = f"f: cannot call {name}{call} as f(t, y, *args) with {len(args)} args: {error}"
         raise UsageError(problem, "def f(t, y): ..., and args=(a, b) for what comes after y") from error
+
+
+def _takes(f: Any, count: int) -> bool:
+    """Whether f is written in Python and takes so many positional arguments: what `inspect` finds out slowly."""
+    call = f.forward if isinstance(f, torch.nn.Module) else f if isinstance(f, types.FunctionType) else f.__call__
+    bound = isinstance(call, types.MethodType)
+    call = call.__func__ if isinstance(call, types.MethodType) else call
+    if not isinstance(call, types.FunctionType) or hasattr(call, "__wrapped__"):
+        return False
+    most, named = call.__code__.co_argcount - bound, call.__code__.co_kwonlyargcount
+    return most - len(call.__defaults__ or ()) <= count <= most and named == len(call.__kwdefaults__ or ())
 
 
 def solver(method: Any) -> Solver:

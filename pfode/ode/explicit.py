@@ -1,13 +1,14 @@
 """Explicit Runge-Kutta methods: besides the field, a stage is one matrix-vector product and one copy."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pfode.ode.solver import Dense, Step, Time, clock, column
-from pfode.ode.state import Field
+from pfode.ode.state import Field, Loan
 from pfode.ode.tableau import Tableau
 
 
@@ -15,24 +16,26 @@ from pfode.ode.tableau import Tableau
 class _Weights:
     """A tableau on a device: `rows` are the weights of the stages (the first has none), of y1 and of the error.
 
-    still, moving: 1 for y0, then no stages; 0 for y0, then the rows. still + h moving gives all weights of a step.
+    still, moving: per row 1 for y0, then no stages; 0 for y0, then the row; one after the other in one dimension.
+        still + h moving gives all weights of a step.
+    count: y0 and the stages.
     """
 
     rows: list[Tensor]
     nodes: tuple[float, ...]
     still: Tensor
     moving: Tensor
+    count: int
 
 
 @functools.lru_cache(256)
 def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> _Weights:
     rows = [tableau.matrix[i, :i].tolist() for i in range(tableau.stages)] + [list(tableau.b), list(tableau.error)]
     made = [torch.tensor(row, dtype=torch.float64).to(device, dtype) for row in rows]
-    still, moving = torch.zeros(2, len(rows), tableau.stages + 1, dtype=dtype, device=device)
-    still[:-1, 0] = 1
-    for row, weights in zip(moving, made, strict=True):
-        row[1 : len(weights) + 1] = weights
-    return _Weights(made, tuple(tableau.c[1:]), still, moving)
+    none = made[0].new_zeros(1)
+    moving = torch.cat([torch.cat([none, row]) for row in made])
+    still = torch.cat([torch.cat([none + (row is not made[-1]), 0 * row]) for row in made])
+    return _Weights(made, tuple(tableau.c[1:]), still, moving, tableau.stages + 1)
 
 
 @functools.lru_cache(256)
@@ -76,11 +79,14 @@ class RungeKutta:
         tableau = self.tableau
         weights = _weights(tableau, y0.dtype, y0.device)
         slope = field(field.time(t0), y0) if carry is None else carry
-        stages = (_Kept if field.pure else _Lent)(field, weights, y0, t1 - t0, slope)
-        y = y0
-        for i, t in enumerate(field.times(t0, t1, weights.nodes), 1):
-            y = stages.combine(i)
-            stages.evaluate(t, y)
+        h = t1 - t0
+        if field.pure:
+            stages: _Kept | _Lent = _Kept(field, weights, y0, h, slope)
+        else:
+            single = not isinstance(h, Tensor)
+            stages = field.lend((self, single), lambda: _Lent(field, weights, y0, single))
+            stages.start(y0, h, slope)
+        y = stages.evaluate(field.times(t0, t1, weights.nodes))
         y1 = y if tableau.fsal else stages.combine(tableau.stages)
         error = stages.combine(tableau.stages + 1) if len(tableau.error) else None
         following = stages.slope(tableau.stages - 1) if tableau.fsal else None
@@ -128,13 +134,21 @@ class _Kept:
     def further(self) -> int:
         return len(self.slopes) - self.size
 
-    def evaluate(self, t: Tensor, y: Tensor) -> None:
-        slope = self.field(t, y)
-        self.slopes.append(slope if slope.requires_grad else slope.clone())  # fields may use one buffer
+    def evaluate(self, times: Sequence[Tensor]) -> Tensor:
+        """Evaluate the stages after the first; the state of the last one."""
+        y = self.y0
+        for i, t in enumerate(times, 1):
+            y = self.combine(i)
+            self._evaluate(t, y)
+        return y
 
     def extend(self, t: Tensor, row: Tensor) -> None:
         """A further stage, for dense output."""
-        self.evaluate(t, self._moved(row, 1))
+        self._evaluate(t, self._moved(row, 1))
+
+    def _evaluate(self, t: Tensor, y: Tensor) -> None:
+        slope = self.field(t, y)
+        self.slopes.append(slope if slope.requires_grad else slope.clone())  # fields may use one buffer
 
     def slope(self, i: int) -> Tensor:
         return self.slopes[i]
@@ -154,61 +168,78 @@ class _Kept:
         return self.y0 + moved if beta else moved
 
 
-class _Memory:
-    """What the steps of a solve write over: y0 and, below it, the stages; h times the weights.
+class _Lent:
+    """The same, in memory that the next step writes over: y0 and, below it, the stages; h times the weights.
 
-    With y0 as the first column, y0 + h sum_i w_i k_i is one product with the row (1, h w_1, ..., h w_i).
+    With y0 as the first column, y0 + h sum_i w_i k_i is one product with the row (1, h w_1, ..., h w_i). Where every
+    sample has its h (not `single`), y0 and h stand outside. States that only the field sees lie `inside` a Loan.
     """
 
     def __init__(self, field: Field, weights: _Weights, y0: Tensor, single: bool):
-        n, counts = weights.still.shape[1], [len(row) + 1 for row in weights.rows]
+        n, counts, layout = weights.count, [len(row) + 1 for row in weights.rows], field.layout
+        self.field, self.weights, self.single, self.y0, self.first = field, weights, single, y0, y0
         self.stack = y0.new_empty((n, *y0.shape))
-        self.slots, self.parts = self.stack.unbind(), field.layout.parts(self.stack)
-        columns = self.stack.view(n, -1).T
-        self.columns = [columns[:, not single : count] for count in counts]
-        self.weights = torch.empty_like(weights.moving)
-        self.rows = [row[:count] for row, count in zip(self.weights.unbind(), counts, strict=True)]
+        self.slots, self.parts = self.stack.unbind(), layout.parts(self.stack)
+        columns, skip, self.rows = self.stack.view(n, -1).T, int(not single), weights.rows
+        self.columns = [columns.narrow(1, skip, count - skip) for count in counts]
+        self.inside: Loan | None = None
+        if single:
+            self.scaled = torch.empty_like(weights.moving)
+            self.rows = self.scaled.split(counts)
+            if layout.plain and n > 3:
+                shape = (n - 3, *layout.shapes[0])
+                self.inside = Loan(lambda: y0.new_empty(shape))
+                self.places = list(zip(self.columns[1:-1], self.rows[1:-1], self.parts[2:], strict=False))
 
-
-class _Lent:
-    """The same, with the stages in memory that the next step writes over."""
-
-    def __init__(self, field: Field, weights: _Weights, y0: Tensor, h: Time, first: Tensor):
-        self.single = single = not isinstance(h, Tensor)
-        self.memory: _Memory = field.lend((weights, single), lambda: _Memory(field, weights, y0, single))
-        self.field, self.weights, self.y0, self.h = field, weights.rows, y0, h
-        self.count, self.slopes = 1, list[Tensor]()
-        slots, self.scale = self.memory.slots, column(h, y0)
-        slots[1].copy_(first)
-        if not isinstance(h, Tensor):
-            slots[0].copy_(y0)
-            torch.add(weights.still, weights.moving, alpha=h, out=self.memory.weights)
+    def start(self, y0: Tensor, h: Time, first: Tensor) -> None:
+        self.h, self.slopes = h, list[Tensor]()
+        if y0 is not self.y0 or first is not self.first:  # otherwise they lie there, from a step that was rejected
+            self.slots[1].copy_(first)
+            if self.single:
+                self.slots[0].copy_(y0)
+        self.y0, self.first = y0, first
+        if isinstance(h, Tensor):
+            self.scale = column(h, y0)
+            return
+        torch.add(self.weights.still, self.weights.moving, alpha=h, out=self.scaled)
+        if self.inside:
+            self.inside.take()
 
     @property
     def further(self) -> int:
         return len(self.slopes)
 
-    def evaluate(self, t: Tensor, y: Tensor) -> None:
-        self.count += 1
-        self.field.fill(self.memory.parts[self.count], t, y)
+    def evaluate(self, times: Sequence[Tensor]) -> Tensor:
+        field, mv, y, done = self.field, torch.mv, self.y0, 0
+        if self.inside:
+            f, args, put, inside = field.f, field.args, field.put, self.inside
+            for (column, row, parts), flat, y, t in zip(self.places, inside.flat, inside.tensors, times, strict=False):
+                mv(column, row, out=flat)
+                put(parts, f(t, y, *args))
+            done = len(inside.flat)
+            field.calls += done
+        for i, t in enumerate(times[done:], done + 1):
+            y = self.combine(i)
+            field.fill(self.parts[i + 1], t, y)
+        return y
 
     def extend(self, t: Tensor, row: Tensor) -> None:
         self.slopes.append(self.field(t, self.at(row[None])[0]).clone())
 
     def slope(self, i: int) -> Tensor:
-        return self.memory.slots[i + 1].clone()
+        lasting = self.field.until is None
+        return self.slots[i + 1].clone() if lasting else self.slots[i + 1]
 
     def combine(self, row: int) -> Tensor:
-        memory, y0 = self.memory, self.y0
+        moved = torch.mv(self.columns[row], self.rows[row])
+        moved = moved if self.y0.ndim == 1 else moved.view(self.y0.shape)
         if self.single:
-            y = torch.mv(memory.columns[row], memory.rows[row])
-            return y if y0.ndim == 1 else y.view(y0.shape)
-        moved = torch.mv(memory.columns[row], self.weights[row]).view(y0.shape)
+            return moved
         moved = moved * self.scale
-        return y0 + moved if row < len(self.weights) - 1 else moved
+        return self.y0 + moved if row < len(self.rows) - 1 else moved
 
     def at(self, weights: Tensor) -> Tensor:
-        k = torch.cat([self.memory.stack, torch.stack(self.slopes)]) if self.slopes else self.memory.stack
+        k = torch.cat([self.stack, torch.stack(self.slopes)]) if self.slopes else self.stack
         return _at(weights, k[1 : 1 + weights.shape[-1]], self.y0, self.h)
 
 

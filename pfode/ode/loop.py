@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from pfode.ode.control import PID
-from pfode.ode.solver import Solver, Step, clock, column
+from pfode.ode.solver import RMS, Solver, Step, clock, column
 from pfode.ode.state import Field, leaves, rebuild
 
-_STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
+STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
 _TRIES = 12  # attempts in a row that are not finite or not solved before a sample is given up
-_ULPS = 16  # the least step size, in units of the last place of the time
+FLOOR = {real: 16 * torch.finfo(real).eps for real in (torch.float32, torch.float64)}  # least step by the time's size
 
 
 class Status(enum.IntEnum):
@@ -137,6 +137,18 @@ class Move(NamedTuple):
     carry: Any = None
 
 
+class Ahead(NamedTuple):
+    """Where the loop is between two attempts, in joint lanes: time, next step size, the controller's memory, state,
+    carry.
+    """
+
+    t: float
+    h: float
+    memory: tuple[Any, Any, Any]
+    y: Tensor
+    carry: Any
+
+
 class End(NamedTuple):
     """How the loop ended; `status` is a Status, or their numbers in shape (batch,)."""
 
@@ -196,7 +208,7 @@ def advance(
     stops, last_stop, sign = course.stops, len(course.stops) - 1, course.sign
     jumps = torch.tensor(course.jumps, device=y.device) if lanes.per_sample else course.jumps
     jumping = any(course.jumps)
-    floor = _ULPS * torch.finfo(clock(y.device)).eps
+    floor = FLOOR[clock(y.device)]
     never, zero = lanes.fill(0, course.start) != 0, lanes.fill(0, course.start)
 
     t, at, here = course.start, zero, zero - 1  # `at` is the stop ahead, `here` the one that t is, or -1
@@ -207,19 +219,37 @@ def advance(
     counts = Counts(zero, zero, zero + field.calls, zero, zero)
     memory = (lanes.fill(1.0, t), lanes.fill(1.0, t), never)
     read = torch.no_grad()(_read) if field.pure else _read
-    limits = _limits(course, y) if adaptive else None
+    units = _units(course, y) if adaptive else None
     size_of_y = y.detach().abs() if adaptive else y
     differentiable = field.pure and torch.is_grad_enabled() and adaptive
     solved: Any = None  # on fixed grids: whether all steps solved their equations, read at the end
     failures, behind = zero, never  # tries in a row that were not finite or not solved; whether t is a jump
     alive = bool((status == Status.RUNNING).any()) if lanes.per_sample else status == Status.RUNNING
-    for _ in range(course.max_steps):
-        if not alive:
-            break
+    watched = lanes.per_sample or field.pure or not adaptive or course.lift or probe
+    go_ahead = None if watched else getattr(solver, "ahead", None)
+    tries = 0
+    while alive and tries < course.max_steps:
+        if go_ahead and field.until is not None and not behind:  # attempts that nobody looks at
+            calls, stop = field.calls, stops[at]
+            most, closes = course.max_steps - tries, not jumping and (field.until - stop) * sign >= 0
+            went = go_ahead(field, control, Ahead(t, h, memory, y, carry), stop, closes, sign, most)
+            if went:
+                (t, h, memory, y, carry), made, passed = went
+                tries, size_of_y = tries + made, y.abs()
+                failures, here = (zero, zero - 1) if passed else (failures, here)
+                steps, nfe = counts.steps + made, counts.nfe + field.calls - calls
+                counts = counts._replace(steps=steps, accepted=counts.accepted + passed, nfe=nfe)
+                if closes and t == stop:
+                    status = Status.SUCCESS if at == last_stop else status
+                    here, at, alive = at, min(at + 1, last_stop), at < last_stop
+                    yield Move(t, t, t, t, y, y, True, Step(y, None, _unseen), [], counts, carry)
+                if (closes and t == stop) or tries == course.max_steps:
+                    continue
+        tries += 1
         live = status == Status.RUNNING
         stop = lanes.pick(stops, at)
         left = (stop - t) * sign
-        last = where(left <= control.max_step, h * _STRETCH, h) >= left
+        last = where(left <= control.max_step, h * STRETCH, h) >= left
         size = where(last, left, h)
         t1 = where(live, where(last, stop, t + h * sign), t)
         there = where(last & live, at, zero - 1)
@@ -231,7 +261,7 @@ def advance(
         step = solver.step(field, u0, u1, y, carry)
 
         attempt = probe and (lambda y=y, t=t, t1=t1, y1=step.y1: probe(t, y, t1, y1, None))
-        error, ok, tried, size_of_y1 = read(course, lanes, step, size_of_y, limits, attempt)
+        error, ok, tried, size_of_y1 = read(units, lanes, step, size_of_y, attempt)
         if not adaptive and step.ok is not None:
             solved = step.ok if solved is None else solved & step.ok
         fine = (error < math.inf) & ok
@@ -298,6 +328,10 @@ def advance(
     return End(status, t, y, counts)
 
 
+def _unseen(theta: Tensor) -> Tensor:
+    raise AssertionError("dense output of attempts that nobody was to look at")
+
+
 @torch.no_grad()
 def _verdict(field: Field, status: Any, t: float, y: Tensor, solved: Tensor | None) -> tuple[Any, Any]:
     """Status and time at the end of fixed steps, (batch,) in per-sample mode: their only read-back.
@@ -320,31 +354,45 @@ def _verdict(field: Field, status: Any, t: float, y: Tensor, solved: Tensor | No
     return torch.tensor(each, dtype=torch.int64, device=y.device), times
 
 
-def _limits(course: Course, y: Tensor) -> tuple[Tensor, Any]:
-    """atol as a tensor, and rtol."""
-    atol = course.atol
-    return atol if isinstance(atol, Tensor) else torch.full((), atol, dtype=y.abs().dtype, device=y.device), course.rtol
+class _Units(NamedTuple):
+    """atol and rtol as the norm wants them, and the norm: where it is a mean, that is taken of the units, once."""
+
+    atol: Tensor
+    rtol: Any
+    norm: Callable[[Tensor], Tensor]
+
+    def scale(self, size: Tensor) -> Tensor:
+        """The unit of the error of states of a size."""
+        if isinstance(self.rtol, Tensor):
+            return torch.addcmul(self.atol, self.rtol, size)
+        return torch.add(self.atol, size, alpha=self.rtol)
+
+
+def _units(course: Course, y: Tensor) -> _Units:
+    atol, rtol, norm = course.atol, course.rtol, course.norm
+    assert norm is not None
+    if isinstance(norm, RMS):
+        root = math.sqrt(norm.count)
+        atol, rtol, norm = atol * root, rtol * root, torch.linalg.vector_norm if norm.dim is None else norm.root
+    if not isinstance(atol, Tensor):
+        atol = torch.scalar_tensor(atol, dtype=y.dtype.to_real(), device=y.device)
+    return _Units(atol, rtol, norm)
 
 
 def _read(
-    course: Course,
-    lanes: Lanes,
-    step: Step,
-    before: Tensor,
-    limits: tuple[Tensor, Any] | None,
-    probe: Callable[[], Tensor] | None,
+    units: _Units | None, lanes: Lanes, step: Step, before: Tensor, probe: Callable[[], Tensor] | None
 ) -> tuple[Any, Any, list[float], Tensor]:
     """The error in units of the tolerance, whether the step was solved, what was probed: one read-back; |y1|."""
-    after, norm = before, course.norm
+    after, error = before, None
     if step.measured is not None:
         error = step.measured.detach()
-    elif limits is None or norm is None or step.error is None:
-        error = torch.zeros((), device=before.device) if lanes.per_sample else None
-    else:
-        (atol, rtol), after = limits, step.y1.abs()
-        most = torch.maximum(before, after)
-        scale = torch.addcmul(atol, rtol, most) if isinstance(rtol, Tensor) else torch.add(atol, most, alpha=rtol)
-        error = norm(step.error / scale)
+    elif units is not None and step.error is not None:
+        after = step.y1.abs()
+        error = units.norm(step.error / units.scale(torch.maximum(before, after)))
+        if not lanes.per_sample and step.ok is None and probe is None:
+            return error.item(), True, [], after
+    elif lanes.per_sample:
+        error = torch.zeros((), device=before.device)
     if lanes.per_sample:
         assert error is not None
         return error.to(clock(error.device)), (error == error) | True if step.ok is None else step.ok, [], after
@@ -371,13 +419,9 @@ def _first_step(
     slope = field(field.time(t), y).clone()  # fields may use one buffer for all their results
     with torch.no_grad():
         here, f = y.detach(), slope.detach()
-        atol, rtol = _limits(course, y)
-        scale = (
-            torch.addcmul(atol, rtol, here.abs())
-            if isinstance(rtol, Tensor)
-            else torch.add(atol, here.abs(), alpha=rtol)
-        )
-        d0, d1 = _host(lanes, course.norm(here / scale), course.norm(f / scale))
+        units = _units(course, y)
+        scale, norm = units.scale(here.abs()), units.norm
+        d0, d1 = _host(lanes, norm(here / scale), norm(f / scale))
         known = lanes.where((d0 < math.inf) & (d1 < math.inf), running, running - Status.RUNNING + Status.NON_FINITE)
         small = (d0 < 1e-5) | (d1 < 1e-5)
         h = lanes.where(small, lanes.fill(1e-6, d0), 0.01 * d0 / lanes.high(d1, 1e-300))
@@ -385,8 +429,7 @@ def _first_step(
         room = abs(lanes.pick(course.stops, running - Status.RUNNING) - course.start)
         h = lanes.where(h < room, h, room)
         moved = course.start + h * course.sign
-        factor = column(h * course.sign, y)
-        (d2,) = _host(lanes, course.norm((field(field.time(moved), here + f * factor) - f) / scale))
+        (d2,) = _host(lanes, norm((field(field.time(moved), here + f * column(h * course.sign, y)) - f) / scale))
         steepest = lanes.where(d1 > d2 / h, d1, d2 / h)
         flat = steepest <= 1e-15
         h1 = lanes.where(
@@ -401,7 +444,7 @@ def _host(lanes: Lanes, *values: Tensor) -> list[Any]:
     """Values as the lanes have them: read, or left on the device in the clock's dtype."""
     if lanes.per_sample:
         return [value.to(clock(value.device)) for value in values]
-    return torch.stack(values).tolist()
+    return torch.stack(values).tolist() if len(values) > 1 else [values[0].item()]
 
 
 def _nudged(t: Any, other: Any, sign: Any, condition: Any, field: Field) -> Any:

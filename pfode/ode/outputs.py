@@ -26,6 +26,11 @@ class JointOutputs:
         self.blocks.append(y[None])
         self.done = 1
 
+    @property
+    def next(self) -> float:
+        """The next output time."""
+        return self.floats[min(self.done, len(self.floats) - 1)]
+
     def add(self, move: Move) -> None:
         """Evaluate the dense output of an accepted step wherever it passes output times."""
         first, times, sign = self.done, self.floats, self.sign

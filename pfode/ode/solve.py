@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from pfode.ode.adjoint import (
     sources,
     transformed,
 )
+from pfode.ode.compiled import Compiled
 from pfode.ode.continuous import Backsolve, Interpolated
 from pfode.ode.control import PID
 from pfode.ode.events import Events, Hits, Watch
@@ -128,6 +130,7 @@ def solve(
     norm: Callable[[Tree], Tensor] | None = None,
     max_steps: int = 100_000,
     throw: bool = True,
+    compile: bool = False,
     **unknown_options: Any,
 ) -> Solution:
     """Solve dy/dt = f(t, y, *args), y(ts[0]) = y0, for the states at ts.
@@ -154,11 +157,13 @@ def solve(
         norm: of an error in units of the tolerance, given as a tree like y0; default the root mean square.
         max_steps: attempts allowed; beyond them the solution is partial.
         throw: raise where a solve does not succeed; else `status` says so.
+        compile: explicit Runge-Kutta steps through torch.compile, with the field in them (see pfode.ode.compiled).
         unknown_options: refused by name, with what to write instead.
 
     Raises:
         UsageError: anything that cannot be carried out as written.
         NumericalError: with throw, a solve that did not get to its end.
+        MissingError: compile without a C++ compiler.
     """
     checks.refuse(unknown_options, solve.__kwdefaults__ or ())
     how = ADJOINTS.get(adjoint) if isinstance(adjoint, str) else adjoint
@@ -167,6 +172,10 @@ def solve(
     args = args if isinstance(args, tuple) else (args,)
     options = {"step_size": step_size, "grid": grid, "step_t": step_t, "jump_t": jump_t}
     recording, inside = torch.is_grad_enabled(), transformed()
+    if compile:
+        if inside:
+            raise UsageError("compile=True: not inside torch.func transforms", "compile=False")
+        method = method if isinstance(method, Compiled) else Compiled(_solver(method))
     setup = _setup(f, y0, ts, method, rtol, atol, batch, args, controller, norm, max_steps, options, pure=True)
     if inside == "vmap" and setup.course.norm is not None:
         raise UsageError(
@@ -288,8 +297,10 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
         return torch.cat(facts)
 
     moves = advance(field, solver, control, course, y, lanes, probe if passing or watch else None)
-    halt = None
+    halt, seen = None, tape is not None or watch is not None
     while True:
+        if isinstance(out, JointOutputs) and not seen:
+            field.until = out.next
         try:
             move = moves.send(halt)
         except StopIteration as stop:
@@ -338,8 +349,7 @@ def _setup(
     solver = _solver(method)
     layout = Layout(y0, batch == "per-sample")
     y = layout.flat(y0)
-    times = _times(ts, layout)
-    floats = None if times.ndim == 2 else times.detach().tolist()
+    times, floats = _times(ts, layout)
     step_size, grid = options.get("step_size"), options.get("grid")
     fixed = step_size is not None or grid is not None or not solver.error_order
     lanes: Lanes = PerSample() if layout.per_sample and not fixed else Joint()
@@ -368,7 +378,8 @@ def _setup(
         )
         jumps = jumps or (False,)
     relative, absolute = _tolerance("rtol", rtol, layout), _tolerance("atol", atol, layout)
-    if not fixed and bool((torch.as_tensor(relative == 0) & torch.as_tensor(absolute == 0)).any()):
+    nothing = (relative == 0) & (absolute == 0)  # a bool, or where
+    if not fixed and (bool(nothing.any()) if isinstance(nothing, Tensor) else nothing):
         raise UsageError(f"rtol and atol: no step has an error of at most 0 (rtol={rtol}, atol={atol})", "atol=1e-8")
     if isinstance(absolute, float) and absolute == 0:
         absolute = torch.finfo(layout.real).tiny  # a state of 0 with an error of 0 is accepted
@@ -398,8 +409,8 @@ def _solver(method: str | Solver) -> Solver:
     return known[method]
 
 
-def _times(ts: Any, layout: Layout) -> Tensor:
-    """ts on the state's device in the clock's dtype, (times,) or (times, batch), checked."""
+def _times(ts: Any, layout: Layout) -> tuple[Tensor, list[float] | None]:
+    """ts on the state's device in the clock's dtype, (times,) or (times, batch), checked; if (times,) as floats too."""
     times = checks.reals("ts", ts, "[0.0, 1.0]")
     times = times if times.is_floating_point() else times.to(torch.float64)
     shapes = "(times,) or (batch, times)" if layout.per_sample else "(times,)"
@@ -411,10 +422,14 @@ def _times(ts: Any, layout: Layout) -> Tensor:
         raise UsageError(f"ts: {len(times)} rows of times for a batch of {layout.batch}", "one row per sample")
     times = times.to(layout.device, clock(layout.device))
     times = times.mT if times.ndim == 2 else times
-    gaps = times.detach().diff(dim=0)
-    if not torch.isfinite(times).all() or not ((gaps > 0).all(0) | (gaps < 0).all(0)).all():
-        raise UsageError(f"ts: need finite times that rise or fall strictly, got {times.tolist()!r:.80}", "sort them")
-    return times
+    floats = None if times.ndim == 2 else times.detach().tolist()
+    for each in times.detach().mT.tolist() if floats is None else [floats]:
+        rising = all(map(operator.lt, each, each[1:])) or all(map(operator.gt, each, each[1:]))
+        if not rising or not math.isfinite(each[0]) or not math.isfinite(each[-1]):
+            raise UsageError(
+                f"ts: need finite times that rise or fall strictly, got {times.tolist()!r:.80}", "sort them"
+            )
+    return times, floats
 
 
 def _stops(

@@ -30,7 +30,11 @@ class RMS:
     dim: int | None = None
 
     def __call__(self, error: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(error, dim=self.dim) / math.sqrt(self.count)
+        return self.root(error) / math.sqrt(self.count)
+
+    def root(self, error: Tensor) -> Tensor:
+        """The square root of the sum: the mean's for errors in units sqrt(count) times as large."""
+        return torch.linalg.vector_norm(error, dim=self.dim)
 
 
 Dense = Callable[[Tensor], Tensor]

@@ -8,6 +8,7 @@ float32 or better, complex if a leaf is; the field sees every leaf in its own dt
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -173,6 +174,35 @@ def _form(parts: Any) -> str:
     return f"tensors of shapes {shapes}"
 
 
+class Loan:
+    """Tensors that are lent to a field step after step: made anew once one of them, or a view of one, was kept.
+
+    Args:
+        make: makes a stack of them, on fresh memory.
+    """
+
+    _uses: Any = staticmethod(getattr(torch._C, "_storage_Use_Count", lambda _: math.inf))  # without it: never again
+
+    def __init__(self, make: Callable[[], Tensor]):
+        self.make = make
+        self._renew()
+
+    def _renew(self) -> None:
+        self.stack = self.make()
+        self.tensors = self.stack.unbind()
+        self.flat = self.stack.view(len(self.stack), -1).unbind()
+        self.array = self.stack.numpy() if self.stack.ndim == 1 and self.stack.device.type == "cpu" else None
+        self.storage = self.stack.untyped_storage()._cdata
+        self.idle = max(map(sys.getrefcount, self.tensors)), self._uses(self.storage)
+
+    def take(self) -> "Loan":
+        """Itself, with memory that nobody else has."""
+        references, uses = self.idle
+        if max(map(sys.getrefcount, self.tensors)) > references or not self._uses(self.storage) <= uses < math.inf:
+            self._renew()
+        return self
+
+
 @functools.lru_cache(256)
 def _shares(at: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(at, dtype=dtype).to(device)
@@ -192,6 +222,7 @@ class Field:
         norm: in which the loop measures errors, None on fixed grids.
         limits: rtol and atol as asked for, for solvers that choose steps of their own.
         edges: times beyond which nothing is evaluated, a list of floats or shape (edges,) or (edges, batch).
+        until: in joint lanes, the time up to which nobody looks at single steps; None where every one is looked at.
         jacobians: how many were made; `way`: which way of making them the field allows.
     """
 
@@ -199,6 +230,7 @@ class Field:
     norm: Callable[[Tensor], Tensor] | None = None
     limits: tuple[Any, Any] = (0.0, 0.0)
     edges: Any = ()
+    until: float | None = None
     jacobians: int = 0
     way: int = 0
 
@@ -206,15 +238,16 @@ class Field:
         self.f, self.layout, self.args, self.pure = f, layout, args, pure
         self.calls = 0
         self._plain_shape = layout.shapes[0] if layout.plain else None
-        self._real, self._device = layout.real, layout.device
+        self._real, self._dtype, self._device = layout.real, layout.dtype, layout.device
         self._lent: dict[Any, Any] = {}
+        self._lends_times = layout.device.type == "cpu" and not layout.per_sample
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         self.calls += 1
         if self._plain_shape is None:
             return self.layout.flat(self.f(t, self.layout.tree(y), *self.args), "the field's result")
         slope = self.f(t, y.view(self._plain_shape), *self.args)
-        if not isinstance(slope, Tensor) or slope.shape != self._plain_shape or slope.dtype != y.dtype:
+        if not isinstance(slope, Tensor) or slope.shape != self._plain_shape or slope.dtype is not self._dtype:
             return self.layout.flat(slope, "the field's result")
         return slope.reshape(y.shape)
 
@@ -222,8 +255,11 @@ class Field:
         """Write dy/dt into the leaves of a flat tensor, `Layout.parts`."""
         self.calls += 1
         shape = self._plain_shape
-        slope = self.f(t, self.layout.tree(y) if shape is None else y.view(shape), *self.args)
-        if shape is not None and isinstance(slope, Tensor) and slope.shape == shape and slope.dtype == y.dtype:
+        self.put(parts, self.f(t, self.layout.tree(y) if shape is None else y.view(shape), *self.args))
+
+    def put(self, parts: Sequence[Tensor], slope: Any) -> None:
+        """Write what f returned into the leaves of a flat tensor."""
+        if isinstance(slope, Tensor) and slope.shape == self._plain_shape and slope.dtype is self._dtype:
             parts[0].copy_(slope)
             return
         for part, leaf in zip(parts, self.layout.leaves(slope, "the field's result"), strict=True):
@@ -233,6 +269,13 @@ class Field:
         """Times between t0 and t1 as the field wants them, at shares `at` of the way: 0 is exactly t0, 1 exactly t1."""
         if not (isinstance(at, Tensor) or isinstance(t0, Tensor) or isinstance(t1, Tensor)):
             times, last, h = list[Tensor](), math.nan, t1 - t0
+            if self._lends_times and at and not self.pure:
+                count, real, device = len(at), self._real, self._device
+                loan = self.lend(
+                    ("times", count), lambda: Loan(lambda: torch.empty(count, dtype=real, device=device))
+                ).take()
+                loan.array[:] = [t1 if share == 1 else t0 + share * h for share in at]
+                return loan.tensors
             for share in at:  # neighbours that are equal share a tensor
                 times.append(times[-1] if share == last else self.time(t1 if share == 1 else t0 + share * h))
                 last = share
@@ -249,7 +292,7 @@ class Field:
     def time(self, t: float | Tensor) -> Tensor:
         """One time as the field wants it."""
         if not isinstance(t, Tensor):
-            time = torch.full((), t, dtype=self._real, device=self._device)
+            time = torch.scalar_tensor(t, dtype=self._real, device=self._device)
             return time.expand(self.layout.batch) if self.layout.per_sample else time
         return t.expand(self.layout.batch) if self._expands(t) else t.to(self.layout.device, self.layout.real)
 

@@ -8,7 +8,9 @@ import torch
 from pfode.errors import NumericalError, UsageError
 from pfode.ode import SOLVERS, Status, solve, steps, tables
 from pfode.ode.compiled import Compiled
+from pfode.ode.control import CONTROLLERS
 from pfode.ode.explicit import RungeKutta
+from pfode.ode.loop import Joint, PerSample
 from pfode.ode.multistep import Adams
 from pfode.ode.reversible import Coupled, ReversibleHeun
 from pfode.ode.scipy import NAMES
@@ -298,6 +300,37 @@ def test_controllers_have_names():
     assert len(set(steps_of.values())) > 1
     with pytest.raises(UsageError, match=r"(?s)unknown controller 'pi'.*PI"):
         solve(problems.rational, problems.rational_solution(ts[0]), ts, controller="pi")
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "before", "earlier"), [("I", 1.0, 0, 0), ("PI", 0.7, 0.4, 0), ("PID", 0.49, 0.34, 0.1)]
+)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_controllers_are_those_of_the_literature(name, last, before, earlier, per_sample):
+    """Factors for a known sequence of errors, by the exponents in the papers (see control.py)."""
+    k, control, lanes = 5, CONTROLLERS[name], PerSample() if per_sample else Joint()
+
+    def lane(value):
+        return torch.tensor([value, value]) if per_sample else value
+
+    def by_hand(e, e1, e2):
+        return 0.9 * e ** (-last / k) * e1 ** (before / k) * e2 ** (-earlier / k)
+
+    wanted = [
+        (0.5, by_hand(0.5, 1, 1)),
+        (0.2, by_hand(0.2, 0.5, 1)),
+        (0.8, by_hand(0.8, 0.2, 0.5)),
+        (3.0, 0.9 * 3.0 ** (-1 / k)),  # rejected: the integral factor
+        (0.1, min(1.0, by_hand(0.1, 0.8, 0.2))),  # after it, no growth; 3.0 is forgotten
+        (0.9, by_hand(0.9, 0.1, 0.8)),
+        (1e-9, min(10.0, by_hand(1e-9, 0.9, 0.1))),
+        (math.inf, 0.2),  # a step that failed
+    ]
+    memory = (lane(1.0), lane(1.0), lane(False))
+    for e, factor in wanted:
+        error = lane(e)
+        found, memory = control.factor(lanes, error, error <= 1, memory, k)
+        assert torch.allclose(torch.as_tensor(found, dtype=f64), torch.tensor(factor, dtype=f64), rtol=1e-5), e
 
 
 def test_steps_are_yielded_per_sample():
