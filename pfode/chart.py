@@ -162,7 +162,7 @@ def er_sde() -> Chart:
         return s * (np.exp(np.minimum(s**0.3, 300.0)) + 10)
 
     def scale(alpha: float, sigma: float) -> float:
-        return alpha * float(phi(np.float64(sigma / alpha))) if alpha else math.inf
+        return alpha * float(phi(np.asarray(sigma / alpha))) if alpha else math.inf
 
     def density(v: Array) -> Array:
         root = np.exp(0.3 * v)
