@@ -101,7 +101,7 @@ def _models(ctx: click.Context) -> tuple[Any, str]:
 def _config(ctx: click.Context) -> tuple[Any, str]:
     """Every option of the commands that compute, with the configuration this call sees."""
     found, parts = {}, []
-    for name in ("sample", "train"):
+    for name in ("sample", "train", "fit"):
         with find_command(name).make_context(name, _config_arguments(ctx), parent=ctx.parent) as inner:
             values = {key: (inner.params[key], source(inner, key)) for key in sorted(inner.params)}
         found[name] = {key: {"value": value, "source": where} for key, (value, where) in values.items()}

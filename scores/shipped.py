@@ -1,16 +1,28 @@
 """The models that come with the package, found without importing torch."""
 
+import glob
 import os
+import re
 from pathlib import Path
 
 from pfode.errors import FileError, UsageError, did_you_mean
 
 WEIGHTS = Path(__file__).parent / "weights"
+_PLAN = re.compile(r".*\.plan-(\d{1,5})\.safetensors")
 
 
 def shipped() -> dict[str, Path]:
     """Their names and files."""
-    return {file.stem: file for file in sorted(WEIGHTS.glob("*.safetensors"))}
+    return {file.stem: file for file in sorted(WEIGHTS.glob("*.safetensors")) if not _PLAN.fullmatch(file.name)}
+
+
+def plan_files(model: Path) -> dict[int, Path]:
+    """The fitted plans beside a model, MODEL.plan-6.safetensors, by their number of calls."""
+    found = {}
+    for file in model.parent.glob(f"{glob.escape(model.stem)}.plan-*.safetensors"):
+        if match := _PLAN.fullmatch(file.name):
+            found[int(match[1])] = file
+    return dict(sorted(found.items()))
 
 
 def model_path(model: str | os.PathLike[str]) -> Path:
