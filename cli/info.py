@@ -39,7 +39,7 @@ def command(ctx: click.Context, what: str, verify: bool) -> None:
     else:
         path = model_path(what)
         found = _picture(path, verify) if _is_png(path) else _tensors(read_header(path), verify)
-        text = _lines(found)
+        text = _lines(_told(found))
     output(ctx).emit(found, text)
 
 
@@ -72,6 +72,23 @@ def _tensors(header: Header, verify: bool) -> dict[str, Any]:
         header.verify()
         found["verified"] = True
     return found
+
+
+def _told(found: dict[str, Any]) -> dict[str, Any]:
+    """What is shown: of a fitted plan how good it is, too, in lines of their own."""
+    meta = found.get("meta")
+    fitted = meta.get("fitted") if isinstance(meta, dict) else None
+    if not isinstance(fitted, dict) or not isinstance(fitted.get("validation"), dict):
+        return found
+    shown = {key: value for key, value in found.items() if key != "meta"}
+    shown |= {"fitted to": fitted.get("model"), "start": fitted.get("start"), "settings": fitted.get("settings")}
+    try:
+        errors = {key: float(fitted["validation"][key]) for key in ("rms", "median", "start rms", "start median")}
+    except (KeyError, TypeError, ValueError):
+        return shown
+    for key in ("rms", "median"):
+        shown[f"validation {key}"] = f"{errors[key]:.4g} (start: {errors[f'start {key}']:.4g})"
+    return shown
 
 
 def _picture(path: Path, verify: bool) -> dict[str, Any]:
