@@ -27,7 +27,14 @@ LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
 @click.option(
     "--out", default="plans", show_default=True, metavar="DIR", help="Where the plans go, and what is not done."
 )
-@click.option("--start", default="auto", show_default=True, metavar="NAME|PLAN", help="The plan to begin with.")
+@click.option(
+    "--start",
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    metavar="NAME|PLAN",
+    help="A plan to begin with; of several the best. {nfe} in a file's name stands for the calls.",
+)
 @click.option("--grid", metavar="NAME", help="Of --start.")
 @click.option("--chart", metavar="NAME", help="Of --start.")
 @click.option("--parameterisation", type=click.Choice(["general", "dyweight"]), default="general", show_default=True)
@@ -35,7 +42,7 @@ LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
 @click.option("--loss", type=click.Choice(LOSSES), default=LOSSES[0], show_default=True, help="Of end-point errors.")
 @click.option("--iterations", type=click.IntRange(1), default=30, show_default=True, help="At most.")
 @click.option("--n", type=click.IntRange(1), default=512, show_default=True, help="Samples fitted on.")
-@click.option("--active", type=click.IntRange(1), default=256, show_default=True, help="Of them, in one iteration.")
+@click.option("--active", type=click.IntRange(1), default=128, show_default=True, help="Of them, in one iteration.")
 @click.option("--check", type=click.IntRange(1), default=256, show_default=True, help="Samples that choose.")
 @click.option("--teacher", type=click.IntRange(1), default=100, show_default=True, help="Steps of the fine solution.")
 @click.option("--label", default="all", show_default=True, metavar="NAME|all|none", help="Class, where there are any.")
@@ -72,7 +79,7 @@ def command(ctx: click.Context, **options: Any) -> None:
         plan = pfode.Plan.load(file) if file.exists() and not options["overwrite"] else None
         kept = plan is not None
         with Bar(out, nfe) as progress:
-            start = pfode.Plan.load(options["start"]) if options["start"].endswith(".safetensors") else options["start"]
+            start = [find_start(name.replace("{nfe}", str(nfe))) for name in options["start"]]
             plan = plan or pfode.fit_plan(net, nfe, start=start, callback=progress, **how)
         if kept:
             check_same(file, plan, net, how)
@@ -112,6 +119,11 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+
+
+def find_start(name: str) -> "str | Plan":
+    """The name of a recipe, or the plan in a file."""
+    return pfode.Plan.load(name) if name.endswith(".safetensors") else name
 
 
 def find_label(text: str, net: Any) -> int | str | None:

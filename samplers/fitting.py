@@ -4,7 +4,7 @@ No data are needed: noise, the converged end points of the same PF-ODE, and the 
 numbers, each of which is felt at the end point by its tangent (`tangents`), so the fit is a Gauss-Newton method
 (Levenberg-Marquardt): per iteration one pass for the tangents of some samples, whose squared errors are then known as
 quadratic functions of the numbers. A loss that is robust to the few samples that land elsewhere is minimised over
-those functions exactly, and the step taken if it lowers the loss of all samples.
+those functions exactly, and of several dampings the step is taken that lowers the loss of those samples most.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from pfode.samplers.catalogue import Recipe, make_plan
 from pfode.samplers.sampling import DEFAULT_BATCH, find_device, label_indices, prepared, sample_shape, state_dtype
 from pfode.samplers.tangents import Numbers, differences, end, lower, tangents
 
-GROUP = 16  # samples that share a guidance scale
+GROUP = 8  # samples that share a guidance scale
 MEMORY = 2**27  # bytes that the tangents may take
 FIT, CHECK = 2**60, 2**61  # first seeds of the noise fitted on and of the noise that chooses; users' seeds are small
 PARAMETERISATIONS = ("general", "dyweight")
@@ -116,9 +116,9 @@ class General:
         n, self.nodes = start.nfe, start.times
         u = clock(self.process, self.nodes[:-1])
         low = clock(self.process, torch.tensor(self.process.t_min, dtype=torch.float64))
-        self.high, self.whole = u[0], u[0] - low
-        gaps = torch.cat([u[:-1] - u[1:], (u[-1] - low).clamp_min(0.02 * self.whole / n)[None]])
-        self.logits = torch.log(gaps / gaps.sum())
+        gaps = torch.cat([u[:-1] - u[1:], (u[-1] - low).clamp_min(0.02 * (u[0] - low) / n)[None]])
+        self.high, self.whole = u[0], gaps.sum()
+        self.logits = torch.log(gaps / self.whole)
         free = 0 if rebuild is None else len(gaps) - 1
         self.latest: tuple[Tensor, Plan] | None = None  # what was rebuilt last, for which gaps
         self.parts = [free, n, 0 if time_only else n + n * (n + 1) // 2]
@@ -424,6 +424,9 @@ class _Fit:
             if self.fingerprint is None or settings["features"]:
                 what = "features have" if settings["features"] else "this denoiser has"
                 raise UsageError(f"cache: {what} no fingerprint to tell its files by", "leave the cache out")
+            if hasattr(denoiser, "denoiser"):
+                problem = f"cache: {type(denoiser).__name__} has the fingerprint of the denoiser underneath"
+                raise UsageError(problem, "give that one and guidance=, or leave the cache out")
             _make(self.cache)
         label = settings["label"]
         names = getattr(denoiser, "labels", None)
@@ -496,7 +499,7 @@ class _Fit:
         problem, start = self._best(families, fitted, checked, features)
         family, total = problem.family, s["iterations"]
         zeros = torch.zeros(family.size, dtype=torch.float64)
-        path = self._path("fit", {**s, "start": family.numbers(zeros).vector.tolist(), "batch": 0})
+        path = self._path("fit", {**s, "iterations": None, "start": family.numbers(zeros).vector.tolist()})
         state = _State.load(path) if path is not None and path.exists() else _State(zeros, zeros)
         best = problem.errors(family.numbers(state.best), checked)
         while True:
@@ -563,11 +566,11 @@ def fit_plan(
     chart: str | None = None,
     parameterisation: str = "general",
     time_only: bool = False,
-    loss: str = "log",
+    loss: str = "balanced",
     features: Callable[[Tensor], Tensor] | None = None,
     iterations: int = 30,
     n: int = 512,
-    active: int = 256,
+    active: int = 128,
     check: int = 256,
     teacher: int = 100,
     label: int | str | Sequence[int | str] | None = "all",
@@ -594,9 +597,10 @@ def fit_plan(
         parameterisation: "general" (`General`), or "dyweight" (`DyWeight`).
         time_only: fit times and query times alone.
         loss: of a sample's mean square error: "l2", "l1", "root", "log" or "geman-mcclure", from the one that samples
-            which landed elsewhere dominate to those that they cannot.
+            which landed elsewhere dominate to those that they cannot; "balanced" is "log" while that helps, then with
+            the mean square beside it.
         features: (batch, *shape) -> (batch, ...), in which errors are then measured.
-        iterations: at most; it ends when nothing is gained any more.
+        iterations: at most; it ends when nothing is gained any more. With a cache a later call may ask for more.
         n: samples fitted on; active: those of them, drawn anew, that an iteration has tangents of; check: samples that
             choose the best iterate and end the fit.
         teacher: steps of the fine solution, by exp-ab3.
@@ -632,8 +636,9 @@ def fit_plan(
         return begun.run(families, features)
 
 
-def _starts(start: Any, process: Process, nfe: int, grid: Any, chart: str | None, guided: bool, kind: str,
-            time_only: bool) -> list[General | DyWeight]:  # fmt: skip
+def _starts(
+    start: Any, process: Process, nfe: int, grid: Any, chart: str | None, guided: bool, kind: str, time_only: bool
+) -> list[General | DyWeight]:
     """The family of every starting plan."""
     several = list(start) if isinstance(start, Sequence) and not isinstance(start, str) else [start]
     if not several:
@@ -656,6 +661,10 @@ def _starts(start: Any, process: Process, nfe: int, grid: Any, chart: str | None
                 chosen = auto.choose(process, nfe, guided)
                 sampler, named = chosen.sampler, chosen.chart if named is None else named
             plan = make_plan(sampler, process, nfe=nfe, grid=grid, chart=named, guided=guided)
+        if not plan.first[0] >= process.t_max * (1 - 1e-6) or plan.sigma[-1] > 0:
+            raise UsageError(
+                f"start: plan {plan.name!r} does not lead from t_max to clean data", "leave its ends alone"
+            )
         if plan.nfe != nfe:
             raise UsageError(f"start: plan {plan.name!r} makes {plan.nfe} calls, not {nfe}", "another sampler or nfe")
         if kind == "dyweight":
