@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 import pfode
 from pfode import noise
 from pfode.denoiser import Denoiser
+from pfode.errors import OtherModelWarning
 from pfode.plan import Plan
 from pfode.scores.data import digits
 from pfode.scores.exact import Empirical, GaussianMixture
@@ -163,17 +165,45 @@ def summary(beds: dict[str, Any], title: str) -> dict[str, Any]:
     return means
 
 
+def transfer(budgets: list[int], few: int = 16) -> dict[str, Any]:
+    """The plans of `emoji` elsewhere: on the `digits` network, and on `emoji` guided by a range of scales.
+
+    Root mean square and median error of the plan, of what auto takes by hand there, and of the plan fitted there.
+    """
+    emoji, small = pfode.load("emoji"), pfode.load("digits")
+    beds: dict[str, tuple[Denoiser, int, int]] = {"digits": (small, 256, 100), "emoji": (emoji, few, 40)}
+    beds |= {f"emoji guided {scale:g}": (emoji.guided(scale), few, 40) for scale in (1.5, 3.0)}
+    found: dict[str, Any] = {}
+    warnings.simplefilter("ignore", OtherModelWarning)
+    for name, (denoiser, n, fine) in beds.items():
+        test = Noise(denoiser, TEST, n, fine)
+        guided = getattr(denoiser, "evals", 1) > 1
+        found[name] = {}
+        for nfe in budgets:
+            rows = {"emoji's plan": emoji.plans.get(nfe), "own plan": getattr(denoiser, "plans", {}).get(nfe)}
+            rows["auto"] = pfode.make_plan("auto", denoiser.process, nfe=nfe, guided=guided)
+            found[name][str(nfe)] = {title: test.errors(plan) for title, plan in rows.items() if plan is not None}
+            print(f"{name:18s}{nfe:3d}", found[name][str(nfe)], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--beds", nargs="+", default=list(BEDS), choices=list(BEDS))
     parser.add_argument("--nfe", nargs="+", type=int, default=BUDGETS)
     parser.add_argument("--cache", type=Path, default=Path("/tmp/pfode-fitting"))
+    parser.add_argument("--transfer", action="store_true", help="instead: the plans of emoji on other models")
     options = parser.parse_args()
     report: dict[str, Any] = {"beds": {}}
     if options.json and options.json.exists():
         report = json.loads(options.json.read_text())
     report["torch"] = torch.__version__
+    if options.transfer:
+        report["transfer"] = transfer(options.nfe)
+        if options.json:
+            options.json.write_text(json.dumps(report) + "\n")
+        return
     print("bed, calls: ratios of root mean square and median to the best of the peers' samplers, of all hand-made ones")
     for name in options.beds:
         denoiser = BEDS[name]()

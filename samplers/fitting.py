@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -70,18 +70,6 @@ PHASES = {"balanced": ("log", "balanced")}  # one after another
 
 
 # ---- parameterisations: from a vector of zeros, which is the starting plan, to the numbers of a plan
-
-
-class Parameters(Protocol):
-    """A family of plans; `size` parameters, of which zeros are the start."""
-
-    size: int
-
-    def numbers(self, theta: Tensor) -> Numbers: ...
-
-    def plan(self, theta: Tensor) -> Plan:
-        """The plan, without name and meta."""
-        ...
 
 
 _PURE = 0.01  # where alpha vanishes the clock ends as if alpha/sigma were this
@@ -200,6 +188,9 @@ class DyWeight:
         return Numbers(torch.cat([torch.stack(t), r, lower(b)]), n)
 
 
+Family = General | DyWeight
+
+
 # ---- what is fitted: noise, end points, conditions
 
 
@@ -294,7 +285,7 @@ class Errors:
 class _Problem:
     """What the iterations see."""
 
-    family: General | DyWeight
+    family: Family
     phases: tuple[str, ...]
     features: Callable[[Tensor], Tensor] | None
     batch: int
@@ -492,7 +483,7 @@ class _Fit:
         digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
         return self.cache / f"{kind}-{digest[:16]}.safetensors"
 
-    def run(self, families: list[General | DyWeight], features: Callable[[Tensor], Tensor] | None) -> Plan:
+    def run(self, families: list[Family], features: Callable[[Tensor], Tensor] | None) -> Plan:
         """The iterations, from where the cache has them."""
         s = self.settings
         fitted, checked = self.groups(FIT, s["n"]), self.groups(CHECK, s["check"])
@@ -524,7 +515,7 @@ class _Fit:
         return self._plan(family, state, best, start)
 
     def _best(
-        self, families: list[General | DyWeight], fitted: list[Group], checked: list[Group], features: Any
+        self, families: list[Family], fitted: list[Group], checked: list[Group], features: Any
     ) -> tuple[_Problem, Errors]:
         """The start with the least loss on some of the noise fitted on, and its errors on the noise that chooses."""
         fitted = fitted[: math.ceil(self.settings["active"] / GROUP)]
@@ -540,7 +531,7 @@ class _Fit:
         i = min(range(len(losses)), key=losses.__getitem__)
         return problems[i], problems[i].errors(zeros[i], checked)
 
-    def _plan(self, family: General | DyWeight, state: _State, best: Errors, start: Errors) -> Plan:
+    def _plan(self, family: Family, state: _State, best: Errors, start: Errors) -> Plan:
         """The best plan, which says how it came about."""
         begun = family.start
         validation = {
@@ -638,7 +629,7 @@ def fit_plan(
 
 def _starts(
     start: Any, process: Process, nfe: int, grid: Any, chart: str | None, guided: bool, kind: str, time_only: bool
-) -> list[General | DyWeight]:
+) -> list[Family]:
     """The family of every starting plan."""
     several = list(start) if isinstance(start, Sequence) and not isinstance(start, str) else [start]
     if not several:

@@ -41,7 +41,7 @@ def errors(plan: Plan, denoiser: GaussianMixture, n: int = 256) -> tuple[float, 
 
 
 def quick(denoiser: GaussianMixture, nfe: int = 4, **options) -> Plan:
-    options = {"n": 96, "active": 96, "check": 64, "teacher": 60, "iterations": 6, "dtype": torch.float64, **options}
+    options = {"n": 64, "active": 64, "check": 64, "teacher": 40, "iterations": 6, "dtype": torch.float64, **options}
     return fit_plan(denoiser, nfe, **options)
 
 
