@@ -35,6 +35,12 @@ GROUP = 8  # samples that share a guidance scale
 MEMORY = 2**27  # bytes that the tangents may take
 FIT, CHECK = 2**60, 2**61  # first seeds of the noise fitted on and of the noise that chooses; users' seeds are small
 PARAMETERISATIONS = ("general", "dyweight")
+STARTS = {  # beside what auto takes by hand: the least loss decides, and with it where the first nodes lie
+    "exp-ab2@trig": ("cosine(0.5)", "cosine"),
+    "ipndm3@ddim": ("ays-svd",),
+    "ipndm3@trig": ("cosine(0.5)", "ays-svd"),
+    "unipc2@flow": ("cosine(0.5)",),
+}
 PATIENCE = 3  # iterations in which the noise that chooses shows no gain of GAIN
 GAIN = 0.02  # in the logarithm of the median, in the last phase of both errors' product
 DAMPED, DAMPING = 0.3, 8.0  # the first damping; the factor between those that are tried
@@ -583,8 +589,9 @@ def fit_plan(
         denoiser: what the plan is for; its `fingerprint`, where it has one, goes into the plan, which then warns when
             it is run with another.
         nfe: rows.
-        start: a recipe, "recipe@chart", "auto" or a plan of nfe rows; of several the one with the least loss is taken.
-            A plan that `make_plan` made keeps its recipe, any other its coefficients. grid, chart: of the recipe.
+        start: a recipe, "recipe@chart", "auto" or a plan of nfe rows; of several the one with the least loss is taken,
+            and "auto" is several: what it is for `make_plan`, and `STARTS`. A plan that `make_plan` made keeps its
+            recipe, any other its coefficients. grid, chart: of the recipe.
         parameterisation: "general" (`General`), or "dyweight" (`DyWeight`).
         time_only: fit times and query times alone.
         loss: of a sample's mean square error: "l2", "l1", "root", "log" or "geman-mcclure", from the one that samples
@@ -636,6 +643,10 @@ def _starts(
         raise UsageError("start: got none", 'start="auto"')
     if kind == "dyweight" and several == ["auto"]:
         several = ["ipndm3@ddim"]
+    if "auto" in several and grid is None and chart is None and kind == "general":
+        for name, rules in STARTS.items():
+            sampler, named = name.split("@")
+            several += [make_plan(sampler, process, nfe=nfe, grid=rule, chart=named) for rule in rules]
     families = []
     for one in several:
         if isinstance(one, Plan):
