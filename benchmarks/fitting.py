@@ -129,7 +129,7 @@ def measured(name: str, denoiser: Denoiser, nfe: int, choice: Noise, test: Noise
         plan = plans[nfe]
     else:
         many = 1024 if name.startswith("mixture") else 512
-        options = {"n": many, "active": many // 4, "check": many // 4, "iterations": 16, "cache": cache / name}
+        options = {"n": many, "check": many // 4, "iterations": 12, "cache": cache / name}
         plan = pfode.fit_plan(denoiser, nfe, **options)
     seconds = time.process_time() - began
     rms, median = test.errors(plan)
