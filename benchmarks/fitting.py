@@ -165,14 +165,14 @@ def summary(beds: dict[str, Any], title: str) -> dict[str, Any]:
     return means
 
 
-def transfer(budgets: list[int], few: int = 16) -> dict[str, Any]:
+def transfer(budgets: list[int], few: int = 8) -> dict[str, Any]:
     """The plans of `emoji` elsewhere: on the `digits` network, and on `emoji` guided by a range of scales.
 
     Root mean square and median error of the plan, of what auto takes by hand there, and of the plan fitted there.
     """
     emoji, small = pfode.load("emoji"), pfode.load("digits")
-    beds: dict[str, tuple[Denoiser, int, int]] = {"digits": (small, 256, 100), "emoji": (emoji, few, 40)}
-    beds |= {f"emoji guided {scale:g}": (emoji.guided(scale), few, 40) for scale in (1.5, 3.0)}
+    beds: dict[str, tuple[Denoiser, int, int]] = {"digits": (small, 128, 60), "emoji": (emoji, few, 30)}
+    beds |= {f"emoji guided {scale:g}": (emoji.guided(scale), few, 30) for scale in (1.5, 3.0)}
     found: dict[str, Any] = {}
     warnings.simplefilter("ignore", OtherModelWarning)
     for name, (denoiser, n, fine) in beds.items():

@@ -331,3 +331,19 @@ def test_a_teacher_that_fails_is_named():
 
     with pytest.raises(pfode.errors.NumericalError, match="fine solution"):
         quick(Broken([[0.0, 0.0]], std=0.5, process=pfode.EDM()))
+
+
+def test_the_shipped_plans():
+    """`emoji` has them, auto takes them, and they beat what auto takes by hand."""
+    net = pfode.load("emoji")
+    assert set(net.plans) >= {4, 5, 6}
+    for nfe, plan in net.plans.items():
+        found = plan.meta["fitted"]["validation"]
+        assert plan.nfe == nfe
+        assert found["rms"] < found["start rms"]
+        assert found["median"] < found["start median"]
+    options = {"n": 4, "label": [0, 1, 2, 3], "seed": 300}
+    fine = pfode.sample(net, nfe=16, sampler="exp-ab3", grid="karras", **options).x
+    ours, hand = (pfode.sample(net, nfe=4, fitted=fitted, **options) for fitted in (True, False))
+    assert ours.plan.name == "fitted-4"
+    assert problems.rms(ours.x, fine) < 0.9 * problems.rms(hand.x, fine)
