@@ -112,7 +112,9 @@ def make(denoiser: Denoiser, candidate: str, grid: str, nfe: int) -> Plan:
     return pfode.make_plan(sampler, denoiser.process, nfe=nfe, grid=grid, chart=chart)
 
 
-def measured(name: str, denoiser: Denoiser, nfe: int, choice: Noise, test: Noise, cache: Path) -> dict[str, Any]:
+def measured(
+    name: str, denoiser: Denoiser, nfe: int, choice: Noise, test: Noise, cache: Path, iterations: int
+) -> dict[str, Any]:
     """One bed at one number of calls."""
     grids = GRIDS[type(denoiser.process).__name__]
     found = {(c, g): choice.errors(make(denoiser, c, g, nfe)) for c in PEERS + OURS for g in grids}
@@ -129,7 +131,7 @@ def measured(name: str, denoiser: Denoiser, nfe: int, choice: Noise, test: Noise
         plan = plans[nfe]
     else:
         many = 1024 if name.startswith("mixture") else 512
-        options = {"n": many, "check": many // 4, "iterations": 12, "cache": cache / name}
+        options = {"n": many, "check": many // 4, "iterations": iterations, "cache": cache / name}
         plan = pfode.fit_plan(denoiser, nfe, **options)
     seconds = time.process_time() - began
     rms, median = test.errors(plan)
@@ -193,6 +195,7 @@ def main() -> None:
     parser.add_argument("--beds", nargs="+", default=list(BEDS), choices=list(BEDS))
     parser.add_argument("--nfe", nargs="+", type=int, default=BUDGETS)
     parser.add_argument("--cache", type=Path, default=Path("/tmp/pfode-fitting"))
+    parser.add_argument("--iterations", type=int, default=12, help="of a fit, at most")
     parser.add_argument("--transfer", action="store_true", help="instead: the plans of emoji on other models")
     options = parser.parse_args()
     report: dict[str, Any] = {"beds": {}}
@@ -213,7 +216,7 @@ def main() -> None:
                      40 if name == "emoji" else 100)  # fmt: skip
         bed = report["beds"].setdefault(name, {})
         for nfe in options.nfe:
-            bed[str(nfe)] = found = measured(name, denoiser, nfe, choice, test, options.cache)
+            bed[str(nfe)] = found = measured(name, denoiser, nfe, choice, test, options.cache, options.iterations)
             print(f"{name:18s}{nfe:3d}", *(f"{title} {found[title]['ratios']}" for title in ("peers", "all")),
                   f"rms {found['rms']} median {found['median']}, {found['seconds']} s", flush=True)  # fmt: skip
             report["summary"] = {title: summary(report["beds"], title) for title in ("peers", "all")}
