@@ -24,8 +24,7 @@ class Denoiser(Protocol):
     Optional, used where present: `shape` (of one sample, without the batch), `labels` (names of the classes), `evals`
     (network forwards per call; 1 when absent), `data_std` (of data whose mean is 0), `guided(scale)` (classifier-free
     guidance), `compiled()`, `fingerprint` (a digest of its weights), `plans` (fitted to it, by their number of calls),
-    and `at(t)`: what stands in for it at time t, a float, under the same preconditioning and
-    with its own `evals`.
+    and `at(t)`: what stands in for it at time t, a float, under the same preconditioning and with its own `evals`.
     """
 
     @property
