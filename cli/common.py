@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "sample": "Draw pictures from a score network.",
     "train": "Train a score network.",
+    "fit": "Fit plans of few calls to a model.",
     "convert": "Write a model of diffusers or EDM as one file.",
     "info": "Say what a model, a plan or a picture holds.",
     "samplers": "List the samplers.",

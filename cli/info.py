@@ -40,7 +40,7 @@ def command(ctx: click.Context, what: str, verify: bool) -> None:
     else:
         path = model_path(what)
         found = _file(path, verify)
-        text = _lines(found)
+        text = _lines(_told(found))
     output(ctx).emit(found, text)
 
 
@@ -85,6 +85,23 @@ def _tensors(header: Header, verify: bool) -> dict[str, Any]:
     return found
 
 
+def _told(found: dict[str, Any]) -> dict[str, Any]:
+    """What is shown: of a fitted plan how good it is, too, in lines of their own."""
+    meta = found.get("meta")
+    fitted = meta.get("fitted") if isinstance(meta, dict) else None
+    if not isinstance(fitted, dict) or not isinstance(fitted.get("validation"), dict):
+        return found
+    shown = {key: value for key, value in found.items() if key != "meta"}
+    shown |= {"fitted to": fitted.get("model"), "start": fitted.get("start"), "settings": fitted.get("settings")}
+    try:
+        errors = {key: float(fitted["validation"][key]) for key in ("rms", "median", "start rms", "start median")}
+    except (KeyError, TypeError, ValueError):
+        return shown
+    for key in ("rms", "median"):
+        shown[f"validation {key}"] = f"{errors[key]:.4g} (start: {errors[f'start {key}']:.4g})"
+    return shown
+
+
 def _picture(path: Path, verify: bool) -> dict[str, Any]:
     from pfode.cli.images import read_settings
 
@@ -112,7 +129,7 @@ def _models(ctx: click.Context) -> tuple[Any, str]:
 def _config(ctx: click.Context) -> tuple[Any, str]:
     """Every option of the commands that compute, with the configuration this call sees."""
     found, parts = {}, []
-    for name in ("sample", "train"):
+    for name in ("sample", "train", "fit"):
         with find_command(name).make_context(name, _config_arguments(ctx), parent=ctx.parent) as inner:
             values = {key: (inner.params[key], source(inner, key)) for key in sorted(inner.params)}
         found[name] = {key: {"value": value, "source": where} for key, (value, where) in values.items()}

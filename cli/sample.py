@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from pfode.cli.settings import (
     seed_range,
     settle,
 )
-from pfode.errors import NumericalError, UsageError, WriteError, number
+from pfode.errors import NumericalError, OtherModelWarning, UsageError, WriteError, number
 from pfode.files import read_header, write_atomic
 from pfode.scores.shipped import model_path
 
@@ -60,6 +61,9 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "flo
 @click.option("--nfe", type=click.IntRange(1), metavar="N", help="As many steps as fit in N denoiser calls.")
 @click.option(
     "--sampler", default="auto", show_default=True, metavar="NAME|PLAN", help="`pfode samplers`, or a plan file."
+)
+@click.option(
+    "--fitted/--no-fitted", default=True, help="Whether auto takes a plan fitted to the model, where there is one."
 )
 @click.option("--grid", metavar="NAME", help="Where the steps lie: karras, time, 'beta(0.5,0.7)' ...")
 @click.option("--chart", metavar="NAME", help="Coordinates to step in, see `pfode samplers`.")
@@ -139,11 +143,15 @@ def command(ctx: click.Context, **options: Any) -> None:
     if options["overwrite"] and options["separate"] is None:
         raise UsageError("--overwrite: nothing is continued without --separate", "--separate DIR")
     from pfode.cli import many
+    from pfode.plan import foreign
 
     if options["separate"] is None and many.launched():
         raise UsageError("several processes share the pictures of a folder", "--separate DIR")
     job = prepare(options)
     plan, n = job.plan, len(job.seeds)
+    if foreign(plan, job.net):
+        out.note(f"{options['sampler']} was fitted to another model: a hand-made sampler may serve better")
+        warnings.simplefilter("ignore", OtherModelWarning)
     how = f"grid {plan.meta.get('grid', 'of the plan')}" if job.fixed else f"rtol {plan.meta['rtol']:g}"
     names = f"model {options['model']}, sampler {plan.name}, {how}"
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -369,7 +377,9 @@ def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
     options = {key: job.options[key] for key in given if job.options[key] is not None}
     if job.options["brownian"]:
         options["brownian"] = True
-    if job.digests["sampler"] is None:
+    if job.options["sampler"] == "auto" and job.digests["sampler"] is not None:
+        options["steps"] = plan.steps
+    elif job.digests["sampler"] is None:
         options |= {"sampler": plan.name}
         if isinstance(plan, pfode.Plan):
             free = "afs" in plan.meta  # a step, too, but none that the plan has to make
@@ -417,6 +427,10 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan | Adaptive, str 
             chosen |= {"afs": data_std(options, net), **parse_set(options["set"])}
         if options["init"] is not None:
             chosen["start"] = start(net.process, options["strength"])
+        found = fitted(net, chosen) if name == "auto" and options["fitted"] else None
+        if found is not None:
+            check_digest(options, "sampler", found[1])
+            return found
         return settled(net, name, **chosen), None
     plan = pfode.Plan.load(name)
     if plan.process != net.process:
@@ -425,6 +439,16 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan | Adaptive, str 
     digest = read_header(name).metadata.get("pfode.digest", "")
     check_digest(options, "sampler", digest)
     return plan, digest
+
+
+def fitted(net: Any, chosen: dict[str, Any]) -> "tuple[Plan, str | None] | None":
+    """The plan beside the model that `auto` takes for these options, and the digest of its file."""
+    from pfode.samplers.sampling import fitted_plan
+
+    plan = fitted_plan(net, **chosen)
+    if plan is None:
+        return None
+    return plan, read_header(net.plans.files[plan.nfe]).metadata.get("pfode.digest")
 
 
 def data_std(options: dict[str, Any], net: Any) -> float | None:

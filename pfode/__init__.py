@@ -14,7 +14,7 @@ __getattr__, __dir__ = lazy(
         "process": ["EDM", "VE", "VP", "Flow", "Process", "SubVP", "VPCosine", "VPDiscrete"],
         "ode": ["solve"],
         "plan": ["Plan", "iterate", "run"],
-        "samplers": ["decode", "encode", "make_plan", "sample"],
+        "samplers": ["decode", "encode", "fit_plan", "make_plan", "sample"],
         "scores": ["from_pipeline", "load"],
     },
 )
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode.process import VPDiscrete as VPDiscrete
     from pfode.samplers import decode as decode
     from pfode.samplers import encode as encode
+    from pfode.samplers import fit_plan as fit_plan
     from pfode.samplers import make_plan as make_plan
     from pfode.samplers import sample as sample
     from pfode.scores import from_pipeline as from_pipeline

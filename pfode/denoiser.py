@@ -4,7 +4,9 @@ A denoiser is any callable `(x, t, **cond) -> x0` with a `.process`. One that al
 is used through that network, so that its preconditioning folds into the solver's own coefficients.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -21,8 +23,8 @@ class Denoiser(Protocol):
 
     Optional, used where present: `shape` (of one sample, without the batch), `labels` (names of the classes), `evals`
     (network forwards per call; 1 when absent), `data_std` (of data whose mean is 0), `guided(scale)` (classifier-free
-    guidance), `compiled()`, and `at(t)`: what stands in for it at time t, a float, under the same preconditioning and
-    with its own `evals`.
+    guidance), `compiled()`, `fingerprint` (a digest of its weights), `plans` (fitted to it, by their number of calls),
+    and `at(t)`: what stands in for it at time t, a float, under the same preconditioning and with its own `evals`.
     """
 
     @property
@@ -89,6 +91,22 @@ def at(denoiser: AnyDenoiser, t: Any) -> AnyDenoiser:
     """
     found = getattr(denoiser, "at", None)
     return denoiser if found is None else found(t)
+
+
+def fingerprint(denoiser: Denoiser) -> str | None:
+    """What tells a denoiser from others, whatever its guidance, precision or device; None where it does not say."""
+    found = getattr(denoiser, "fingerprint", None)
+    return found if isinstance(found, str) else None
+
+
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of a description and of tensors by their names: a `fingerprint`."""
+    whole = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        whole.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        whole.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
 
 
 def forwards(denoiser: Denoiser, times: Tensor) -> int:

@@ -65,6 +65,10 @@ class WriteError(PfodeError, OSError):
     code = 7
 
 
+class OtherModelWarning(UserWarning):
+    """A plan is run with another model than the one it was fitted to."""
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest known ones, or all of them."""
     names = list(known)

@@ -11,6 +11,7 @@ host read-back and without state: coefficients are 0-d tensors on the device.
 import functools
 import json
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch.utils import checkpoint as rematerialise
 
 from pfode import noise
-from pfode.denoiser import Bare, Denoiser, Preconditioned, at, preconditioned
-from pfode.errors import FileError, UsageError
+from pfode.denoiser import Bare, Denoiser, Preconditioned, at, fingerprint, preconditioned
+from pfode.errors import FileError, OtherModelWarning, UsageError
 from pfode.files import content_digest, read_header, write_atomic
 from pfode.grids import ROUNDING
 from pfode.prediction import prediction
@@ -392,6 +393,7 @@ def _walk(
             "make_plan(..., process=denoiser.process)",
         )
     plan.check_times(denoiser.process)
+    _remark(plan, denoiser)
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
         raise UsageError(f"x: need a floating-point tensor of shape (batch, ...), got {x!r:.60}")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -444,6 +446,18 @@ def _networks(plan: Plan, net: Preconditioned, cond: dict[str, Any], checkpoint:
     if checkpoint:
         calls = [functools.partial(rematerialise.checkpoint, call, use_reentrant=False) for call in calls]
     return calls
+
+
+def foreign(plan: Plan, denoiser: Denoiser) -> bool:
+    """Whether a plan was fitted to another model than this one, as far as both say."""
+    made_for = plan.meta.get("fitted", {}).get("model")
+    return made_for is not None and fingerprint(denoiser) not in (None, made_for)
+
+
+def _remark(plan: Plan, denoiser: Denoiser) -> None:
+    if not torch.compiler.is_compiling() and foreign(plan, denoiser):
+        text = f"plan {plan.name!r} was fitted to another model: here a hand-made sampler may serve better"
+        warnings.warn(text, OtherModelWarning, stacklevel=4)
 
 
 def replaced(x: Tensor, sent: Tensor | None) -> Tensor:

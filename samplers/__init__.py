@@ -12,6 +12,7 @@ __getattr__, __dir__ = lazy(
     {
         "adaptive": ["ADAPTIVE", "Adaptive", "AdaptiveRecipe", "make_adaptive"],
         "catalogue": ["CATALOGUE", "Recipe", "make_plan"],
+        "fitting": ["Progress", "fit_plan"],
         "": ["kdiffusion"],
         "inversion": ["Pair", "decode", "encode"],
         "sampling": ["Samples", "sample"],
@@ -29,6 +30,8 @@ if TYPE_CHECKING:  # the same names for type checkers
     from pfode.samplers.catalogue import CATALOGUE as CATALOGUE
     from pfode.samplers.catalogue import Recipe as Recipe
     from pfode.samplers.catalogue import make_plan as make_plan
+    from pfode.samplers.fitting import Progress as Progress
+    from pfode.samplers.fitting import fit_plan as fit_plan
     from pfode.samplers.inversion import Pair as Pair
     from pfode.samplers.inversion import decode as decode
     from pfode.samplers.inversion import encode as encode

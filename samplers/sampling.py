@@ -92,6 +92,7 @@ def sample(
     callback: Callable[[Point], Tensor | None] | None = None,
     trajectory: bool = False,
     nan: str = "raise",
+    fitted: bool = True,
     **options: Any,
 ) -> Samples:
     """Draw n samples.
@@ -117,6 +118,8 @@ def sample(
         callback: called at every node of every batch; a tensor it returns replaces the state there.
         trajectory: keep the states and previews at the nodes.
         nan: "raise" an error that names sample, step and time, or "flag" the samples in `bad`.
+        fitted: let "auto" take a plan that was fitted to the denoiser (its `plans`) where one has just the calls asked
+            for and nothing else of a plan is settled.
 
     Raises:
         UsageError: options that cannot be carried out; NumericalError: a sample that is not finite;
@@ -129,7 +132,10 @@ def sample(
     denoiser = prepared(denoiser, guidance, device, compile)
     options |= {"nfe": nfe, "grid": grid, "start": start, "stop": stop, "afs": _data_std(denoiser, afs)}
     if plan is None:
-        plan = settled(denoiser, sampler, steps, final=final, **options)
+        if sampler == "auto" and fitted:
+            plan = fitted_plan(denoiser, steps, final=final, **options)
+        if plan is None:
+            plan = settled(denoiser, sampler, steps, final=final, **options)
     elif not isinstance(plan, Plan | Adaptive):
         raise UsageError(f"plan: need a Plan, got {plan!r:.60}", "make_plan(...) or Plan.load(path)")
     elif (sampler, final) != ("auto", "denoise") or any(v is not None for v in (steps, *options.values())):
@@ -197,6 +203,20 @@ def settled(
     return make_plan(sampler, denoiser.process, steps, guided=guided, **options)  # type: ignore[arg-type]
 
 
+def fitted_plan(
+    denoiser: Denoiser, steps: int | None = None, *, nfe: int | None = None, final: str = "denoise", **options: Any
+) -> Plan | None:
+    """The plan fitted to a denoiser that has exactly the calls asked for, where nothing else of a plan is settled.
+
+    Args:
+        steps or nfe: the number of calls. final, options: as for `make_plan`; any of them given leaves no choice.
+    """
+    plans, count = getattr(denoiser, "plans", None), nfe if steps is None else steps
+    if not plans or count not in plans or (steps is not None and nfe is not None) or final != "denoise":
+        return None
+    return plans[count] if all(value is None or value is False for value in options.values()) else None
+
+
 def batches(
     denoiser: Denoiser,
     plan: Plan | Adaptive,
@@ -225,7 +245,7 @@ def batches(
     if isinstance(plan, Adaptive):
         _refuse(plan, brownian=brownian, callback=callback is not None, trajectory=trajectory)
     dtype = state_dtype(dtype, x)
-    shape = _shape(denoiser, x, shape)
+    shape = sample_shape(denoiser, x, shape)
     init = _init(init, x, shape, len(seeds))
     labels = label_indices(denoiser, label, len(seeds))
     where = device or getattr(denoiser, "device", None) or (x.device if x is not None else "cpu")
@@ -393,7 +413,7 @@ def state_dtype(dtype: torch.dtype | None, x: Tensor | None) -> torch.dtype:
     return dtype
 
 
-def _shape(denoiser: Denoiser, x: Tensor | None, shape: Sequence[int] | None) -> tuple[int, ...]:
+def sample_shape(denoiser: Denoiser, x: Tensor | None, shape: Sequence[int] | None) -> tuple[int, ...]:
     """The shape of one sample."""
     own = getattr(denoiser, "shape", None)
     wanted = tuple(x.shape[1:]) if x is not None else own if shape is None else shape

@@ -7,7 +7,7 @@ Metadata: `pfode.config` (JSON: architecture, process, prediction, labels and th
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 import pfode
 from pfode.errors import FileError, PfodeError, UsageError
 from pfode.files import Header, content_digest, read_header, write_atomic
+from pfode.plan import Plan
 from pfode.process import Process, from_config
 from pfode.scores import edm
 from pfode.scores.denoiser import KNOWN, Denoiser
-from pfode.scores.shipped import model_path
+from pfode.scores.shipped import model_path, plan_files
 from pfode.scores.unet import UNet, UNetConfig
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -127,7 +128,7 @@ def load(
     """
     den = _read(model_path(source), process, prediction)
     network = den.net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
-    return den.with_network(network.eval().requires_grad_(False))
+    return den.with_network(network.eval().requires_grad_(False), den.digest, den.plans)
 
 
 def _read(path: Path, process: Process | None, prediction: str | None) -> Denoiser:
@@ -167,6 +168,8 @@ def load_file(file: Path) -> Denoiser:
     except PfodeError as error:
         raise FileError(f"{file}: metadata 'pfode.config': {error.message}", error.hint) from error
     fill(den.net, _tensors(header), lambda name: file, uniform=False)
+    den.digest = header.metadata["pfode.digest"]
+    den.plans = Plans(file, den.digest)
     return den
 
 
@@ -189,6 +192,33 @@ def build(architecture: dict[str, Any]) -> nn.Module:
         return folders.build(name, fields)
     known = ", ".join(("UNet", *edm.NETWORKS, *folders.NETWORKS))
     raise UsageError(f"architecture: unknown network {name!r:.60}", f"known: {known}")
+
+
+class Plans(Mapping[int, Plan]):
+    """The fitted plans beside a model's file, read when they are asked for.
+
+    Raises:
+        FileError: a plan that is damaged, or was fitted to other weights.
+    """
+
+    def __init__(self, file: Path, digest: str):
+        self.files, self.digest = plan_files(file), digest
+
+    def __getitem__(self, nfe: int) -> Plan:
+        file = self.files[nfe]
+        plan = Plan.load(file)
+        if plan.meta.get("fitted", {}).get("model") != self.digest or plan.nfe != nfe:
+            raise FileError(f"{file}: not a plan of {nfe} calls fitted to the model beside it", "pfode fit makes one")
+        return plan
+
+    def __contains__(self, nfe: object) -> bool:
+        return nfe in self.files
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
 
 def _build(config: dict[str, Any]) -> Denoiser:

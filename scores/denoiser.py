@@ -3,7 +3,7 @@
 import copy
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from pfode.denoiser import Denoiser as DenoiserProtocol
 from pfode.denoiser import Preconditioned, Preconditioning
+from pfode.denoiser import digest as digest_of
 from pfode.errors import UsageError, did_you_mean
+from pfode.plan import Plan
 from pfode.prediction import PREDICTIONS, Coefficient, Pair
 from pfode.process import VP, Process, VPCosine, VPDiscrete
 from pfode.scores.guidance import guide
@@ -40,6 +42,8 @@ class Denoiser(Preconditioned):
         shape: of one sample, without the batch.
         labels: names of the classes; the network then takes label= of shape (batch,), where len(labels) means none.
         time_scale: factor from t to what the network is given (1000 for networks trained on a thousand steps).
+        digest: of the weights, where it is known; `fingerprint` is it, else made of the parameters as they are.
+        plans: fitted to these weights, by their number of calls.
 
     Raises:
         UsageError: an unknown prediction or values out of range.
@@ -57,6 +61,8 @@ class Denoiser(Preconditioned):
         shape: Sequence[int] | None = None,
         labels: Sequence[str] | None = None,
         time_scale: float = 1.0,
+        digest: str | None = None,
+        plans: Mapping[int, Plan] | None = None,
     ):
         if prediction not in KNOWN:
             raise UsageError(f"unknown prediction {prediction!r}", did_you_mean(prediction, KNOWN))
@@ -69,6 +75,8 @@ class Denoiser(Preconditioned):
         self.shape = None if shape is None else tuple(shape)
         self.labels = None if labels is None else tuple(labels)
         self.time_scale = float(time_scale)
+        self.digest = digest
+        self.plans: Mapping[int, Plan] = {} if plans is None else plans
         self.data_std = self.sigma_data if prediction == "edm" else None
         weight = (
             next((p for p in network.parameters() if p.is_floating_point()), None)
@@ -179,10 +187,19 @@ class Denoiser(Preconditioned):
         same_device = device is None or torch.device(device) == self.device
         if not isinstance(self.net, nn.Module) or (same_device and dtype in (None, self.dtype)):
             return self
-        return self.with_network(copy.deepcopy(self.net).to(device=device, dtype=dtype))
+        return self.with_network(copy.deepcopy(self.net).to(device=device, dtype=dtype), self.fingerprint, self.plans)
 
-    def with_network(self, network: Callable[..., Tensor]) -> "Denoiser":
-        """The same preconditioning around another network."""
+    @property
+    def fingerprint(self) -> str | None:
+        """The digest of the weights; None for a function without parameters."""
+        if self.digest is not None or not isinstance(self.net, nn.Module):
+            return self.digest
+        return digest_of(f"{self.process} {self.prediction}", self.net.state_dict())
+
+    def with_network(
+        self, network: Callable[..., Tensor], digest: str | None = None, plans: Mapping[int, Plan] | None = None
+    ) -> "Denoiser":
+        """The same preconditioning around another network, of which digest and plans may be known."""
         return Denoiser(
             network,
             self.process,
@@ -191,11 +208,13 @@ class Denoiser(Preconditioned):
             shape=self.shape,
             labels=self.labels,
             time_scale=self.time_scale,
+            digest=digest,
+            plans=plans,
         )
 
     def compiled(self) -> "Denoiser":
         """The same denoiser with its network through torch.compile."""
-        return self.with_network(torch.compile(self.net))
+        return self.with_network(torch.compile(self.net), self.fingerprint, self.plans)
 
     def guided(self, scale: float) -> DenoiserProtocol:
         """Classifier-free guidance: see `guide`."""

@@ -5,6 +5,7 @@
 All work on any process, shape (batch, ...) flattened to (batch, d), in the dtype of x.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pfode import noise
+from pfode.denoiser import digest
 from pfode.errors import UsageError
 from pfode.process import EDM, Process
 
@@ -58,6 +60,14 @@ class GaussianMixture:
         self.variances = variances.expand(k, d)  # eigenvalues of C_k
         if not (self.variances > 0).all():
             raise UsageError("covariance: not positive definite")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The digest of its numbers."""
+        parts = {"means": self.means, "variances": self.variances, "weights": self.weights}
+        return digest(
+            f"{type(self).__name__} {self.process}", parts | ({} if self.basis is None else {"basis": self.basis})
+        )
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """D(x, t) = sum_k p(k | x) (mu_k + alpha C_k (alpha^2 C_k + sigma^2)^-1 (x - alpha mu_k))."""

@@ -1,5 +1,6 @@
 """What a model argument names, found without importing torch: a shipped model, a file, a folder, a model of the hub."""
 
+import glob
 import os
 import re
 from pathlib import Path
@@ -10,11 +11,21 @@ WEIGHTS = Path(__file__).parent / "weights"
 SELF_CONTAINED = "model.safetensors"  # of a folder that pfode saved
 HUB_NAME = re.compile(r"(?:hf:)?([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,100}))?")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PLAN = re.compile(r".*\.plan-(\d{1,5})\.safetensors")
 
 
 def shipped() -> dict[str, Path]:
     """Their names and files."""
-    return {file.stem: file for file in sorted(WEIGHTS.glob("*.safetensors"))}
+    return {file.stem: file for file in sorted(WEIGHTS.glob("*.safetensors")) if not _PLAN.fullmatch(file.name)}
+
+
+def plan_files(model: Path) -> dict[int, Path]:
+    """The fitted plans beside a model, MODEL.plan-6.safetensors, by their number of calls."""
+    found = {}
+    for file in model.parent.glob(f"{glob.escape(model.stem)}.plan-*.safetensors"):
+        if match := _PLAN.fullmatch(file.name):
+            found[int(match[1])] = file
+    return dict(sorted(found.items()))
 
 
 def model_path(model: str | os.PathLike[str]) -> Path:

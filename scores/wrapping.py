@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pfode.denoiser import Denoiser, at
+from pfode.denoiser import Denoiser, at, fingerprint
 from pfode.errors import UsageError, number
 from pfode.scores.mixing import flat, per_sample
 
@@ -26,6 +26,11 @@ class Wrapper:
         self.device: torch.device | None = getattr(denoiser, "device", None)
         self.evals: int = getattr(denoiser, "evals", 1)
         self.timed: bool = getattr(denoiser, "timed", False)  # whether it differs from time to time, see `at`
+
+    @property
+    def fingerprint(self) -> str | None:
+        """That of the denoiser underneath."""
+        return fingerprint(self.denoiser)
 
     def around(self, change: Callable[[Any], Any]) -> Self:
         """The same around a changed denoiser."""

@@ -1,0 +1,172 @@
+"""pfode fit: plans of few calls, fitted to a model without data."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import pfode
+from pfode.cli.common import Command, Output, bar, output, table
+from pfode.cli.settings import listed
+from pfode.errors import UsageError, WriteError
+
+if TYPE_CHECKING:
+    from pfode.plan import Plan
+    from pfode.samplers import Progress
+
+DTYPES = {"fp32": "float32", "fp64": "float64"}
+LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
+
+
+@click.command(cls=Command, name="fit")
+@click.option(
+    "--model", default="emoji", show_default=True, metavar="NAME|FILE", help="`pfode info models`, or a file."
+)
+@click.option("--nfe", default="4,6,8", show_default=True, metavar="LIST", help="Denoiser calls; a plan for each.")
+@click.option(
+    "--out", default="plans", show_default=True, metavar="DIR", help="Where the plans go, and what is not done."
+)
+@click.option(
+    "--start",
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    metavar="NAME|PLAN",
+    help="A plan to begin with; of several the best. {nfe} in a file's name stands for the calls.",
+)
+@click.option("--grid", metavar="NAME", help="Of --start.")
+@click.option("--chart", metavar="NAME", help="Of --start.")
+@click.option("--parameterisation", type=click.Choice(["general", "dyweight"]), default="general", show_default=True)
+@click.option("--time-only", is_flag=True, help="Fit times and query times, no coefficients.")
+@click.option("--loss", type=click.Choice(LOSSES), default=LOSSES[0], show_default=True, help="Of end-point errors.")
+@click.option("--iterations", type=click.IntRange(1), default=30, show_default=True, help="At most.")
+@click.option("--n", type=click.IntRange(1), default=512, show_default=True, help="Samples fitted on.")
+@click.option("--active", type=click.IntRange(1), default=128, show_default=True, help="Of them, in one iteration.")
+@click.option("--check", type=click.IntRange(1), default=256, show_default=True, help="Samples that choose.")
+@click.option("--teacher", type=click.IntRange(1), default=100, show_default=True, help="Steps of the fine solution.")
+@click.option("--label", default="all", show_default=True, metavar="NAME|all|none", help="Class, where there are any.")
+@click.option("--guidance", metavar="W|LO,HI", help="Classifier-free guidance scale, or a range to be good over.")
+@click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=0, show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the state.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute.")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples per denoiser call.")
+@click.option("--overwrite", is_flag=True, help="Replace plans that were fitted with other settings.")
+@click.pass_context
+def command(ctx: click.Context, **options: Any) -> None:
+    """Fit plans of few denoiser calls to a model.
+
+    Writes MODEL.plan-N.safetensors to --out: `pfode sample --sampler FILE` runs it, `pfode info FILE` shows it, and
+    beside the model's own file `--sampler auto` finds it. Finished plans are kept, an interrupted one continues.
+    """
+    out = output(ctx)
+    counts = listed("--nfe", options["nfe"], int, "whole numbers", "--nfe 4,6,8")
+    import torch
+
+    from pfode.samplers.sampling import find_device
+    from pfode.scores.shipped import model_path
+
+    path, device = model_path(options["model"]), find_device(options["device"])
+    net, folder = pfode.load(options["model"]), Path(options["out"])
+    how = {key: options[key] for key in ("iterations", "n", "active", "check", "teacher", "loss", "seed", "time_only")}
+    how |= {key: options[key] for key in ("parameterisation", "grid", "chart", "batch")}
+    how |= {"device": device, "dtype": getattr(torch, DTYPES[options["dtype"]]), "cache": folder / "cache"}
+    how |= {"label": find_label(options["label"], net), "guidance": find_range(options["guidance"])}
+    make_folder(folder)
+    done = []
+    for nfe in counts:
+        file = folder / f"{path.stem}.plan-{nfe}.safetensors"
+        plan = pfode.Plan.load(file) if file.exists() and not options["overwrite"] else None
+        kept = plan is not None
+        with Bar(out, nfe) as progress:
+            start = [find_start(name.replace("{nfe}", str(nfe))) for name in options["start"]]
+            plan = plan or pfode.fit_plan(net, nfe, start=start, callback=progress, **how)
+        if kept:
+            check_same(file, plan, net, how)
+        else:
+            plan.save(file)
+        said = plan.meta["fitted"]
+        found = {"file": str(file), "nfe": nfe, "kept": kept, "iterations": said["iterations"], **said["validation"]}
+        done.append(found)
+        out.note(f"{file}: {'kept' if kept else 'written'}")
+    rows = [
+        [str(p["nfe"]), f"{p['rms']:.4g}", f"{p['rms'] / p['start rms']:.3f}", f"{p['median']:.4g}",
+         f"{p['median'] / p['start median']:.3f}", p["file"]]
+        for p in done
+    ]  # fmt: skip
+    out.emit({"out": str(folder), "plans": done}, table(("NFE", "rms", "of start", "median", "of start", "file"), rows))
+
+
+class Bar:
+    """The callback of `pfode.fit_plan`: a bar over the samples of the teacher, then over the iterations."""
+
+    def __init__(self, out: Output, nfe: int):
+        self.out, self.nfe, self.stage, self.bar = out, nfe, "", bar(out, 0)
+
+    def __call__(self, progress: "Progress") -> None:
+        if progress.stage != self.stage:
+            self.bar.close()
+            self.stage = progress.stage
+            unit = " samples" if progress.stage == "teacher" else " iterations"
+            self.bar = bar(self.out, progress.total, unit=unit, desc=f"NFE {self.nfe}, {progress.stage}")
+        if progress.stage == "fit":
+            ratios = progress.rms / progress.start_rms, progress.median / progress.start_median
+            self.bar.set_postfix_str(f"rms {ratios[0]:.3f}, median {ratios[1]:.3f} of the start", refresh=False)
+        self.bar.update(progress.done - self.bar.n)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def find_start(name: str) -> "str | Plan":
+    """The name of a recipe, or the plan in a file."""
+    return pfode.Plan.load(name) if name.endswith(".safetensors") else name
+
+
+def find_label(text: str, net: Any) -> int | str | None:
+    """The class by number; "all", or None for none."""
+    return {"all": "all", "none": None}[text] if text in ("all", "none") else net.label_index(text)
+
+
+def find_range(text: str | None) -> float | tuple[float, float] | None:
+    """One scale, or the ends of a range.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text is None:
+        return None
+    ends = listed("--guidance", text, float, "one or two numbers", "--guidance 1,4")
+    if len(ends) > 2:
+        raise UsageError(f"--guidance: need one or two numbers, got {text!r:.60}", "--guidance 1,4")
+    return ends[0] if len(ends) == 1 else (ends[0], ends[1])
+
+
+def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
+    """Refuse to take a plan that is there for one that would be another.
+
+    Raises:
+        UsageError: fitted to another model, or with other settings.
+    """
+    said = plan.meta.get("fitted", {})
+    wanted = json.loads(json.dumps({key: how[key] for key in said.get("settings", {}) if key in how}))
+    differ = [key for key, value in wanted.items() if said["settings"][key] != value]
+    if said.get("model") != net.fingerprint:
+        differ.insert(0, "model")
+    if differ:
+        raise UsageError(f"{file} is there already, fitted with another {differ[0]}", "--overwrite, or another --out")
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of the plans.
+
+    Raises:
+        WriteError: it cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"{folder}: cannot be made: {error.strerror or error}", "give --out another place") from error

@@ -1,0 +1,162 @@
+"""A plan as free numbers, and how its end points depend on them.
+
+Any deterministic plan is, with D_j the denoiser's output in row j,
+
+    y_0 = c x_T,    y_{k+1} = r_k y_k + sum_{j <= k} b_kj D_j,    D_k = D(y_k, t_k)
+
+(BNS, Shaul et al. 2024: every Runge-Kutta, multistep and exponential method is an instance.) A change of its numbers
+moves the end point by a tangent that runs through the same rows. A number of row k disturbs nothing before row k, so
+that all tangents of a plan cost about a third of as many runs as it has numbers, and no memory of a backward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfode.errors import UsageError
+from pfode.plan import Plan, row_affine
+from pfode.process import Process
+
+Call = Callable[[Tensor, float], Tensor]  # (x, t) -> x0, x of any multiple of the batch, sample by sample
+_FLOOR = 0.01  # standard deviation below which noise counts as none, where a difference is chosen
+_STEPS = {torch.float32: 1e-2, torch.float64: 1e-4}  # of a difference, in units of the noise level
+
+
+class Numbers:
+    """The numbers of a plan of n rows as one vector: t (n), r (n), and b (n, n) by its lower triangle, row by row.
+
+    Args:
+        vector: shape (2 n + n (n + 1)/2,), or (..., that) for several.
+        n: rows.
+    """
+
+    def __init__(self, vector: Tensor, n: int):
+        self.vector, self.n = vector, n
+        row, column = torch.tril_indices(n, n)
+        self.t, self.r = vector[..., :n], vector[..., n : 2 * n]
+        whole = vector.new_zeros(*vector.shape[:-1], n * n)
+        self.b = whole.index_add(-1, row * n + column, vector[..., 2 * n :]).unflatten(-1, (n, n))
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Numbers":
+        """Those of a plan.
+
+        Raises:
+            UsageError: a plan that draws noise, or leaves the origin of its states before its last row.
+        """
+        if plan.stochastic:
+            raise UsageError(f"plan {plan.name!r} draws noise: it has no end point of its own", "a deterministic one")
+        states = unrolled(plan)
+        kept = states[:, 0]
+        if not (kept[:-1].abs() > 0).all():
+            raise UsageError(f"plan {plan.name!r} forgets x_T before its last row", "another recipe to start from")
+        r = kept[1:] / kept[:-1]
+        b = torch.tril(states[1:, 1:] - r[:, None] * states[:-1, 1:])
+        return cls(torch.cat([plan.t, r, lower(b)]), plan.nfe)
+
+    def plan(self, like: Plan, **about: Any) -> Plan:
+        """The plan of these numbers, its nodes those of another one; `about`: name and meta. Gradients flow."""
+        n = self.n
+        age = torch.arange(n)[:, None] - torch.arange(n)
+        b = torch.where(age >= 0, self.b.gather(1, age.clamp_min(0)), 0.0)
+        return replace(
+            like, prediction="x0", t=self.t, r=self.r, r_prev=torch.zeros(n), b=b, c=torch.zeros(n, 0), **about
+        )
+
+
+def lower(square: Tensor) -> Tensor:
+    """The lower triangle of a matrix, row by row."""
+    row, column = torch.tril_indices(*square.shape)
+    return square[row, column]
+
+
+def unrolled(plan: Plan) -> Tensor:
+    """The states in x_T and D_0, D_1, ...: row k of shape (n + 1, n + 1) is y_k."""
+    n = plan.nfe
+    unit = torch.eye(n + 1, dtype=torch.float64)
+    p, q = row_affine(plan.prediction, plan.alpha[:-1], plan.sigma[:-1])
+    before, state, made, states = unit[0], plan.init[0] * unit[0], [], []
+    for k in range(n):
+        states.append(state)
+        made.insert(0, p[k] * state + q[k] * unit[k + 1])
+        moved = plan.r[k] * state + plan.r_prev[k] * before
+        for factor, m in zip(plan.b[k], made, strict=False):
+            moved = moved + factor * m
+        before, state = state, moved
+    return torch.stack([*states, state])
+
+
+def end(numbers: Numbers, call: Call, y: Tensor) -> Tensor:
+    """The end point from y_0, shape (batch, ...)."""
+    made: list[Tensor] = []
+    for t, r, b in zip(numbers.t.tolist(), numbers.r.tolist(), numbers.b.tolist(), strict=True):
+        made.append(call(y, t))
+        y = r * y
+        for factor, x0 in zip(b, made, strict=False):
+            y = torch.add(y, x0, alpha=factor)
+    return y
+
+
+def tangents(
+    numbers: Numbers, changes: Numbers, process: Process, call: Call, y: Tensor, batch: int
+) -> tuple[Tensor, Tensor]:
+    """The end points from y_0, shape (batch, ...), and the tangents to p changes of the numbers, shape (p, batch, ...).
+
+    The denoiser is differentiated by differences, so that any callable will do: along each tangent by a hundredth
+    (float64: a ten-thousandth) of the noise level.
+
+    Args:
+        changes: of shape (p, ...), of the numbers that `numbers` has.
+        call: the denoiser. batch: of its calls, about.
+    """
+    n, p = numbers.n, len(changes.vector)
+    small = _STEPS[y.dtype]
+    moved = y.new_zeros(p, *y.shape)
+    live = torch.zeros(p, dtype=torch.bool)
+    made: list[Tensor] = []
+    moves: list[Tensor] = []
+    for k in range(n):
+        t = float(numbers.t[k])
+        x0 = call(y, t)
+        move = torch.zeros_like(moved)
+        some = live.nonzero().flatten()
+        if len(some):
+            level = small * max(float(process.sigma(t)), _FLOOR)
+            size = moved[some].flatten(2).pow(2).mean(2).sqrt().clamp_min(1e-30)
+            h = (level / size).reshape(*size.shape, *[1] * (y.ndim - 1))
+            asked = torch.addcmul(y, h, moved[some])
+            many = max(1, batch // len(y))
+            told = [call(part.flatten(0, 1), t).reshape(part.shape) for part in asked.split(many)]
+            move[some] = (torch.cat(told) - x0) / h
+        timed = changes.t[:, k]
+        if timed.any():
+            h = small * t * (-1 if t * (1 + small) > process.t_max else 1)
+            slope = (call(y, t + h) - x0) / h
+            move += torch.einsum("p,...->p...", timed.to(y), slope)
+        live |= timed != 0
+        made.append(x0)
+        moves.append(move)
+        r, b = float(numbers.r[k]), numbers.b[k].tolist()
+        dr, db = changes.r[:, k], changes.b[:, k]
+        live |= (dr != 0) | (db != 0).any(1)
+        moved = r * moved + torch.einsum("p,...->p...", dr.to(y), y)
+        y = r * y
+        for j in range(k + 1):
+            y = torch.add(y, made[j], alpha=b[j])
+            moved = torch.add(moved, moves[j], alpha=b[j])
+        if (db != 0).any():
+            history = torch.stack(made).flatten(1)
+            moved += (db[:, : k + 1].to(y) @ history).reshape(moved.shape)
+    return y, moved
+
+
+def differences(make: Callable[[Tensor], Numbers], theta: Tensor, h: float = 1e-5) -> Numbers:
+    """How the numbers made from parameters change with each of them, by central differences on the host: (p, ...)."""
+    rows: Sequence[Tensor] = [
+        (make(theta + h * e).vector - make(theta - h * e).vector) / (2 * h)
+        for e in torch.eye(len(theta), dtype=theta.dtype)
+    ]
+    return Numbers(torch.stack(rows), make(theta).n)
