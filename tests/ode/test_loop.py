@@ -86,7 +86,7 @@ def test_per_sample_steps_are_those_of_each_sample_alone():
     both = solve(field, y0, ts, batch="per-sample", args=(mu,))
     for i in (0, 1):
         alone = solve(field, y0[i], ts, args=(mu[i],))
-        assert torch.allclose(both.ys[:, i], alone.ys, rtol=1e-6, atol=1e-8)
+        assert torch.allclose(both.ys[:, i], alone.ys, rtol=1e-6, atol=1e-7)
         assert int(both.stats.steps[i]) == pytest.approx(
             alone.stats.steps, rel=0.03
         )  # sums are rounded in other orders
