@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "Train a score network.",
     "info": "Say what a model, a plan or a picture holds.",
     "samplers": "List the samplers.",
+    "bench": "Measure samplers: quality against evaluations.",
 }
 CONFIG_FILE = "pfode.toml"
 CONFIG_LIMIT = 1_000_000  # bytes

@@ -22,7 +22,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -458,11 +458,15 @@ def distances(bed: Bed, x: Tensor, truth: Tensor) -> dict[str, Any]:
 
 
 class Folder:
-    """A benchmark on disk: results.jsonl, a line per cell as it ends; results.json, when all are there; cache/."""
+    """A benchmark on disk: results.jsonl, a line per cell as it ends; results.json, when all are there; cache/.
+
+    Several processes may fill one folder, each with beds of its own.
+    """
 
     def __init__(self, path: str | Path, beds: Sequence[Bed], overwrite: bool = False):
         self.path, self.beds = Path(path), beds
         self.settings = {bed.name: bed.settings for bed in beds}
+        self.known: dict[str, dict[str, Any]] = {}
         found = self._found()
         if found is not None and overwrite:
             for name in (LINES, RESULTS):
@@ -497,7 +501,9 @@ class Folder:
                 self.add({"settings": settings, "bed": name})
 
     def finish(self) -> dict[str, Any]:
-        """Write results.json, and return it."""
+        """Write results.json of all lines there, those of other processes, too; and return it."""
+        for line in self._found() or []:
+            self._take(line)
         beds = {name: settings | {"floor": self.floors.get(name, {})} for name, settings in self.known.items()}
         order = {name: i for i, name in enumerate(beds)}
         cells = sorted(self.cells.values(), key=lambda c: (order[c["bed"]], c["sampler"], c["evals"]))
@@ -517,7 +523,6 @@ class Folder:
 
     def _found(self) -> list[dict[str, Any]] | None:
         """The lines there, after comparing their settings; None in a new folder."""
-        self.known: dict[str, dict[str, Any]] = {}
         try:
             raw = (self.path / LINES).read_bytes()
         except FileNotFoundError:
@@ -670,3 +675,50 @@ def _round(value: float) -> float:
 
 def _three(estimate: metrics.Estimate) -> list[float]:
     return [_round(value) for value in estimate]
+
+
+# ---- what it says
+
+
+class Ranking(NamedTuple):
+    """Samplers at a number of evaluations, the best first: text, and the geometric mean over beds of error / best."""
+
+    evals: int
+    order: list[tuple[str, float]]
+
+
+def figure(cell: Cell, key: str) -> float | None:
+    """The value of a metric in a cell; None where it has none."""
+    found = cell.get(key)
+    return found[0] if isinstance(found, list) else found
+
+
+def table(result: dict[str, Any], key: str) -> dict[tuple[str, str, int], float]:
+    """A metric by (bed, sampler, evals), where it was measured."""
+    values = (((c["bed"], c["sampler"], c["evals"]), figure(c, key)) for c in result["cells"])
+    return {where: value for where, value in values if value is not None}
+
+
+def rank(result: dict[str, Any], key: str = "rms") -> list[Ranking]:
+    """By number of evaluations, those samplers that have a figure on every bed that has any there.
+
+    Where no sampler has, those on most beds.
+    """
+    values, rankings = table(result, key), []
+    for k in sorted({k for _, _, k in values}):
+        here = {(bed, sampler): max(value, 1e-12) for (bed, sampler, at), value in values.items() if at == k}
+        beds = {bed for bed, _ in here}
+        best = {bed: min(value for (b, _), value in here.items() if b == bed) for bed in beds}
+        ratios: dict[str, list[float]] = {}
+        for (bed, sampler), value in here.items():
+            ratios.setdefault(sampler, []).append(value / best[bed])
+        most = max(map(len, ratios.values()))
+        means = {sampler: geometric_mean(found) for sampler, found in ratios.items() if len(found) == most}
+        rankings.append(Ranking(k, sorted(means.items(), key=lambda item: item[1])))
+    return rankings
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers, at least one."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
