@@ -109,7 +109,7 @@ def _arranged(legend: Sequence[tuple[str, str]], width: float) -> list[list[tupl
     rows: list[list[tuple[float, str, str]]] = [[]]
     x = 0.0
     for label, colour in legend:
-        need = 27 + 7.0 * len(label) + 22
+        need = 27 + 7.8 * len(label) + 24
         if rows[-1] and x + need > width:
             rows.append([])
             x = 0.0
@@ -155,15 +155,15 @@ def _panel(drawing: Drawing, panel: Panel, x: float, y: float) -> None:
         named = curve.colour != "other"
         if named and len(points) > 1:
             upper, lower = [place(k, h) for k, _, _, h in points], [place(k, low_) for k, _, low_, _ in points]
-            drawing.area([*upper, *reversed(lower)], curve.colour, 0.10)
+            drawing.area([*upper, *reversed(lower)], curve.colour, 0.09)
         drawing.line([place(k, v) for k, v, *_ in points], curve.colour, 2.2 if named else 1.0, text=curve.label)
         for k, v, *_ in points if named or len(points) == 1 else []:
             drawing.dot(place(k, v), curve.colour, 2.9, f"{curve.label}, {k} evaluations: {v:.4g}")
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round values on a logarithmic axis."""
-    for steps in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+    """Round values on a logarithmic axis, three to eight where that can be."""
+    for steps in (range(1, 10), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         decades = range(math.floor(low), math.ceil(high) + 1)
         found = [s * 10.0**d for d in decades for s in steps if low <= math.log10(s) + d <= high]
         if len(found) <= 8:

@@ -522,17 +522,18 @@ class Folder:
             self.cells[line["bed"], line["sampler"], line["evals"]] = line
 
     def _found(self) -> list[dict[str, Any]] | None:
-        """The lines there, after comparing their settings; None in a new folder."""
+        """The lines of results.json, then the later ones; None in a new folder."""
+        lines = self._of_results()
         try:
             raw = (self.path / LINES).read_bytes()
         except FileNotFoundError:
-            return self._of_results()
+            return lines
         except OSError as error:
             raise FileError(f"{self.path / LINES}: cannot be read: {error.strerror}", OTHERWISE) from error
-        return [line for line in map(_parsed, raw.splitlines()) if line is not None]
+        return [*(lines or []), *(line for line in map(_parsed, raw.splitlines()) if line is not None)]
 
     def _of_results(self) -> list[dict[str, Any]] | None:
-        """The lines that results.json alone, as committed, stands for."""
+        """The lines that results.json stands for."""
         file = self.path / RESULTS
         if not file.is_file():
             return None

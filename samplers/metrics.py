@@ -108,7 +108,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 64, p: int = 2, 
     first, second = (a @ ways).T.contiguous(), (b @ ways).T.contiguous()  # (directions, n)
 
     def distance(u: Tensor, v: Tensor) -> Tensor:
-        return _wasserstein(u.sort(-1).values, v.sort(-1).values, p).mean(-1) ** (1 / p)
+        return _wasserstein(_sorted(u), _sorted(v), p).mean(-1) ** (1 / p)
 
     value = distance(first, second)
     draws = zip(_resampled(len(a), seed, 50), _resampled(len(b), seed + 1, 50), strict=True)
@@ -217,6 +217,11 @@ def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise UsageError(f"need two sets of two samples or more, of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     return a, b
+
+
+def _sorted(x: Tensor) -> Tensor:
+    """Along the last dimension: NumPy's is several times as quick as that of torch."""
+    return torch.from_numpy(np.sort(x.numpy(), -1))
 
 
 def _covariance(x: Tensor) -> Tensor:
