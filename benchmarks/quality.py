@@ -34,7 +34,9 @@ OURS = [
     "unipc3?chart=dpm++/flow&grid=best",
     "ipndm2?chart=ddim/trig&grid=best",
     "ipndm3?chart=ddim/trig&grid=best",
+    "ipndm4?chart=ddim/trig&grid=best",
     "exp-ab3?chart=dpm/trig&grid=best",
+    "exp-ab3?chart=dpm&final=stop&lower_order_final=true&grid=best",
 ]
 SEARCHED = ["ipndm3?grid=gits", "unipc2?chart=flow&grid=gits"]
 PEERS = [
@@ -63,7 +65,7 @@ FEWER = [
 ]
 EXACT = [
     *["gaussian-16", "mixture-2", "mixture-64", "mixture-64-vp", "mixture-64-flow", "mixture-64~0.1"],
-    *["digits-ideal", "digits-ideal-vp"],
+    *["mixture-64x15", "digits-ideal"],
 ]
 SMALL = ["digits", "digits-vp", "digits-flow"]
 LARGE = ["emoji", "emoji@2"]

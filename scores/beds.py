@@ -2,6 +2,7 @@
 
     gaussian-16         a Gaussian in 16 dimensions, its flow known
     mixture-64-flow     a mixture of 8 Gaussians in 64 dimensions, on a flow process (-vp: VP; else EDM)
+    mixture-64x15       its modes 15 deviations apart instead of 7
     mixture-64~0.1      the same with a smooth error of a tenth in what a network would have to say
     digits-ideal        the ideal denoiser of scikit-learn's digits, kernel width 0.1
     emoji, emoji@2      a shipped network or a file; guided by the scale 2
@@ -21,10 +22,14 @@ from pfode.scores.exact import Empirical, Gaussian, GaussianMixture
 
 PROCESSES: dict[str, Process] = {"edm": EDM(), "vp": VP(), "flow": Flow()}
 MODES = 8
+APART = 7.0  # distance of two modes, in deviations
 MAX_DIMENSIONS = 1000
 WIDTH = 0.1  # of the kernel of digits-ideal: narrower ones end on the points themselves
 DATA_STD = 0.5
-EXACT = re.compile(r"(?P<kind>gaussian-\d+|mixture-\d+|digits-ideal)(-(?P<process>edm|vp|flow))?(~(?P<error>[\d.]+))?")
+EXACT = re.compile(
+    r"(?P<kind>gaussian-\d+|mixture-\d+(x(?P<apart>[\d.]+))?|digits-ideal)"
+    r"(-(?P<process>edm|vp|flow))?(~(?P<error>[\d.]+))?"
+)
 HINT = "gaussian-16, mixture-64, mixture-64-vp~0.1, digits-ideal-flow, emoji@2, a model of `pfode info models`, a file"
 
 
@@ -45,7 +50,8 @@ def bed(name: str) -> Denoiser:
     elif kind == "gaussian":
         exact = gaussian(integer("dimensions", int(size), 1, MAX_DIMENSIONS), process)
     else:
-        exact = mixture(integer("dimensions", int(size), 2, MAX_DIMENSIONS), process)
+        apart = APART if found["apart"] is None else number("modes apart", _float(name, found["apart"]), 0, 1000)
+        exact = mixture(integer("dimensions", int(size.partition("x")[0]), 2, MAX_DIMENSIONS), process, apart)
     if found["error"] is None:
         return exact
     return Erring(exact, number("error", _float(name, found["error"]), 0, 10))
@@ -57,15 +63,18 @@ def gaussian(dimensions: int, process: Process) -> Gaussian:
     return Gaussian(mean, _deviations(dimensions) ** 2, process=process)
 
 
-def mixture(dimensions: int, process: Process, modes: int = MODES) -> GaussianMixture:
-    """Means 0.7 N(0, I), weights proportional to 1, 2, ... modes, deviations as the Gaussian's.
+def mixture(dimensions: int, process: Process, apart: float = APART) -> GaussianMixture:
+    """8 modes that lie about so many deviations apart, most of it in the 8 widest directions; weights as 1 : 2 : ... : 8.
 
-    Every mode's deviations are those of the Gaussian in an order of its own, so that no direction is narrow in all.
+    Deviations as the Gaussian's, times factors of 0.7 to 1.4 of each mode's own. Modes much farther apart make of every
+    trajectory near a border a coin toss, and of the root mean square error a count of those: mixture-64x15.
     """
-    means = 0.7 * _normal(modes, dimensions)
-    order = torch.stack([torch.randperm(dimensions, generator=_generator(k)) for k in range(modes)])
-    weights = torch.arange(1, modes + 1, dtype=torch.float64)
-    return GaussianMixture(means, std=_deviations(dimensions)[order], weights=weights, process=process)
+    deviations, wide = _deviations(dimensions), min(dimensions, MODES)
+    means = torch.zeros(MODES, dimensions, dtype=torch.float64)
+    means[:, :wide] = apart * _normal(MODES, wide) / math.sqrt(2 * wide) * deviations[:wide]
+    factors = 2 ** (torch.rand(MODES, dimensions, generator=_generator(1), dtype=torch.float64) - 0.5)
+    weights = torch.arange(1, MODES + 1, dtype=torch.float64)
+    return GaussianMixture(means, std=deviations * factors, weights=weights, process=process)
 
 
 class Erring:
