@@ -335,8 +335,10 @@ class Measurer:
             known = [(f"{name}", plan) for name, plan in own.items()]
             where = f"the denoiser of {self.bed.name}"
         else:
-            known = [(path.name, plan) for path, plan in _load_plans(sampler.name)]
-            where = sampler.name
+            own, where = getattr(self.bed.denoiser, "fingerprint", None), sampler.name
+            known = [(path.name, plan) for path, plan in _load_plans(where)]
+            if sampler.kind == "plans" and own is not None:  # a single file is measured wherever it fits
+                known = [(name, plan) for name, plan in known if _made_for(plan) in (None, own)]
         found = [(name, plan) for name, plan in known if plan.nfe == nfe and plan.process == process]
         if not found:
             raise UsageError(f"{where} has no plan of {nfe} calls for {process}")
@@ -644,6 +646,11 @@ def _load_plans(name: str) -> list[tuple[Path, Plan]]:
     if not plans:
         raise UsageError(f"{name}: no plan files in it", "pfode fit --out DIR writes some")
     return plans
+
+
+def _made_for(plan: Plan) -> str | None:
+    """The fingerprint of the denoiser that a plan was fitted to."""
+    return plan.meta.get("fitted", {}).get("model")
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:
