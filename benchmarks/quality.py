@@ -188,7 +188,8 @@ def main() -> None:
             subprocess.Popen([sys.executable, __file__, *words, "--beds", *hand], env={**os.environ, "QUALITY": "part"})
             for hand in shares(options.beds, options.jobs)
         ]
-        if any([run.wait() for run in runs]):
+        codes = [run.wait() for run in runs]
+        if any(codes):
             sys.exit("a process failed; the same command goes on with what is there")
     measure(options.beds, options.pictures, options.plans, options.out, options.nfe)
     if os.environ.get("QUALITY") == "part":

@@ -138,7 +138,7 @@ def find_denoiser(name: str) -> "Denoiser":
     if ":" not in name or os.path.exists(name):
         return bed(name)
     found = imported("--model", name)
-    if not isinstance(found, Denoiser) and callable(found):
+    if isinstance(found, type) or (not isinstance(found, Denoiser) and callable(found)):
         found = found()
     if not isinstance(found, Denoiser) or not hasattr(found, "process"):
         what = f"{type(found).__name__} is no denoiser: a callable (x, t) -> x0 with a process"
@@ -180,7 +180,8 @@ def imported(option: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        raise UsageError(f"{option} {name}: no module {error.name!r}", "it is looked for from the working folder") from error
+        where = "it is looked for from the working folder"
+        raise UsageError(f"{option} {name}: no module {error.name!r}", where) from error
     except AttributeError as error:
         raise UsageError(f"{option} {name}: {error}", f"{module}:NAME, something defined in it") from error
 

@@ -150,7 +150,12 @@ def _panel(drawing: Drawing, panel: Panel, x: float, y: float) -> None:
         _, at = place(counts[0], value)
         drawing.line([(x0, at), (x1, at)], "floor", 1.2, dash=True, text=f"{what}: {value:.3g}")
         drawing.text((x0 + 4, at - 4), what, "floor", 10.5)
-    for curve in sorted(panel.curves, key=lambda c: (c.colour != "other", -int(c.colour[1:]) if c.colour in SERIES else 0)):
+
+    def on_top(curve: Curve) -> tuple[bool, int]:  # the first series on top
+        named = curve.colour in SERIES
+        return named, -SERIES.index(curve.colour) if named else 0
+
+    for curve in sorted(panel.curves, key=on_top):
         points = sorted(curve.points)
         named = curve.colour != "other"
         if named and len(points) > 1:
@@ -163,7 +168,8 @@ def _panel(drawing: Drawing, panel: Panel, x: float, y: float) -> None:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round values on a logarithmic axis, three to eight where that can be."""
-    for steps in (range(1, 10), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+    halves = [1 + 0.5 * i for i in range(18)]
+    for steps in (halves, range(1, 10), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         decades = range(math.floor(low), math.ceil(high) + 1)
         found = [s * 10.0**d for d in decades for s in steps if low <= math.log10(s) + d <= high]
         if len(found) <= 8:
@@ -189,7 +195,7 @@ def svg(drawing: Drawing, alone: bool = True) -> str:
     fonts = "font-family=\"system-ui,-apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif\""
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:g} {h:g}" {fonts} role="img">']
     if alone:
-        parts.append(f"<style>{style()}</style>" f'<rect width="{w:g}" height="{h:g}" style="fill:var(--paper)"/>')
+        parts.append(f'<style>{style()}</style><rect width="{w:g}" height="{h:g}" style="fill:var(--paper)"/>')
     parts += [_svg_mark(mark) for mark in drawing.marks]
     return "\n".join([*parts, "</svg>\n"])
 

@@ -198,11 +198,13 @@ def page(out: Path, result: Result, title: str, figure: plot.Drawing) -> str:
         f'<meta name="color-scheme" content="light dark"><title>{html.escape(title)}</title>'
         f"<style>{plot.style(':root')}{CSS}</style>"
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n' + "\n".join(body) + "\n</main></body></html>\n"
+    text = "\n".join(body)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{text}\n</main></body></html>\n'
 
 
 CSS = """
-body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
+body{margin:0;background:var(--paper);color:var(--ink);
+font:15px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
 main{max-width:1220px;margin:0 auto;padding:36px 28px 80px}
 h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}h2{font-size:20px;margin:44px 0 10px}
 h3{font-size:16px;margin:26px 0 8px}.soft,dd,caption{color:var(--soft)}p{max-width:76ch}
@@ -260,7 +262,7 @@ def _details(result: Result, bed: str) -> str:
 
 def _cell(cell: str, key: str) -> str:
     best = cell.startswith("**") and key in IN_TABLES
-    return f'<td{" class=best" if best else ""}>{html.escape(cell.strip("*"))}</td>'
+    return f"<td{' class=best' if best else ''}>{html.escape(cell.strip('*'))}</td>"
 
 
 def _chosen(result: Result, bed: str) -> str:
@@ -280,7 +282,7 @@ def _strips(out: Path, result: Result) -> str:
     """The same seeds by every sampler, under the converged pictures."""
     parts = []
     colours = coloured(result)
-    for bed, settings in result["beds"].items():
+    for bed in result["beds"]:
         converged = _ends(out / bench.CACHE / bench.slug(bed) / "test.safetensors")
         if converged is None or converged.ndim != 4 or converged.shape[1] not in (1, 3):
             continue

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import pfode
 from pfode import grids, noise
-from pfode.denoiser import Denoiser, forwards
+from pfode.denoiser import Denoiser
 from pfode.errors import FileError, NumericalError, PfodeError, UsageError, WriteError, integer
 from pfode.files import read_header, write_atomic
 from pfode.plan import Plan
@@ -166,7 +166,9 @@ class Sampler:
         for pair in rest.split("&") if query else []:
             key, equals, value = pair.partition("=")
             if not key or not equals or not value or key in options:
-                raise UsageError(f"sampler {text!r:.200}: cannot read {pair!r:.60}", "unipc2?chart=flow&grid=karras/time")
+                raise UsageError(
+                    f"sampler {text!r:.200}: cannot read {pair!r:.60}", "unipc2?chart=flow&grid=karras/time"
+                )
             options[key] = tuple(_value(part) for part in value.split("/"))
         found = cls(text, name, options)
         if found.kind == "catalogue" and name != "auto":

@@ -5,6 +5,7 @@ An `Estimate` carries a percentile bootstrap interval of 95 % over the samples (
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,10 @@ def end_point(x: Tensor, converged: Tensor, peak: float | None = None, seed: int
     psnr = 20 * math.log10(span / rms.value) if rms.value > 0 else math.inf
     shares = far.double()
     return EndPoint(
-        rms, _estimate(own.quantile(0.5), own[drawn].quantile(0.5, 1)), psnr, _estimate(shares.mean(), shares[drawn].mean(1))
+        rms,
+        _estimate(own.quantile(0.5), own[drawn].quantile(0.5, 1)),
+        psnr,
+        _estimate(shares.mean(), shares[drawn].mean(1)),
     )
 
 
@@ -177,7 +181,7 @@ def mode_distance(modes: Tensor, weights: Tensor) -> float:
 
 
 def inception(path: str | Path, batch: int = 64) -> Features:
-    """The features of FID: those of the Inception network in a TorchScript file such as NVIDIA's inception-2015-12-05.pt.
+    """The features of FID: of the Inception network in a TorchScript file, such as NVIDIA's inception-2015-12-05.pt.
 
     Its call is `network(pictures, return_features=True)` with pictures of 0 ... 255, shape (n, 3, h, w). Ours, in
     [-1, 1], are rounded to 8 bits and, where grey, taken three times.
@@ -186,7 +190,9 @@ def inception(path: str | Path, batch: int = 64) -> Features:
         FileError: no TorchScript file.
     """
     try:
-        network = torch.jit.load(str(path), map_location="cpu").eval()
+        with warnings.catch_warnings():  # torch would have networks exported otherwise; this one is what it is
+            warnings.simplefilter("ignore", DeprecationWarning)
+            network = torch.jit.load(str(path), map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
         hint = "fetch inception-2015-12-05.pt, the file that EDM and StyleGAN3 use"
         raise FileError(f"{path}: no TorchScript network: {str(error).splitlines()[0]:.100}", hint) from error
@@ -215,7 +221,9 @@ def _flat(x: Tensor) -> Tensor:
 def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     a, b = _flat(x), _flat(y)
     if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise UsageError(f"need two sets of two samples or more, of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise UsageError(
+            f"need two sets of two samples or more, of one shape, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
     return a, b
 
 

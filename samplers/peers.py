@@ -306,7 +306,7 @@ def _diffusers(
     if strange is not None:
         raise unknown(f"option of {name}", strange, [key for key in accepted if key != "self"])
     process = denoiser.process
-    config = dict(options)
+    config: dict[str, Any] = dict(options)
     if module in PRECONDITIONED:
         low, high = _levels(process, [process.t_min, process.t_max])
         config = {"sigma_min": low, "sigma_max": high} | config

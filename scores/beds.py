@@ -1,11 +1,11 @@
 """Test beds by name: denoisers that a sampler can be measured on, exact ones and networks.
 
-    gaussian-16         a Gaussian in 16 dimensions, its flow known
-    mixture-64-flow     a mixture of 8 Gaussians in 64 dimensions, on a flow process (-vp: VP; else EDM)
-    mixture-64x15       its modes 15 deviations apart instead of 7
-    mixture-64~0.1      the same with a smooth error of a tenth in what a network would have to say
-    digits-ideal        the ideal denoiser of scikit-learn's digits, kernel width 0.1
-    emoji, emoji@2      a shipped network or a file; guided by the scale 2
+gaussian-16         a Gaussian in 16 dimensions, its flow known
+mixture-64-flow     a mixture of 8 Gaussians in 64 dimensions, on a flow process (-vp: VP; else EDM)
+mixture-64x15       its modes 15 deviations apart instead of 7
+mixture-64~0.1      the same with a smooth error of a tenth in what a network would have to say
+digits-ideal        the ideal denoiser of scikit-learn's digits, kernel width 0.1
+emoji, emoji@2      a shipped network or a file; guided by the scale 2
 """
 
 import hashlib
@@ -34,8 +34,8 @@ EXACT = re.compile(
 HINT = "gaussian-16, mixture-64, mixture-64-vp~0.1, digits-ideal-flow, emoji@2, a model of `pfode info models`, a file"
 
 
-def bed(name: str) -> Denoiser:
-    """The denoiser of a name.
+def bed(name: str) -> Any:
+    """The denoiser of a name; exact ones have `sample` and `log_prob`, mixtures `modes`, a Gaussian `flow`.
 
     Raises:
         UsageError: no such bed, dimensions outside 1 to 1,000 (mixtures: from 2), or a network that cannot be guided.
@@ -65,7 +65,7 @@ def gaussian(dimensions: int, process: Process) -> Gaussian:
 
 
 def mixture(dimensions: int, process: Process, apart: float = APART) -> GaussianMixture:
-    """8 modes that lie about so many deviations apart, most of it in the 8 widest directions; weights as 1 : 2 : ... : 8.
+    """8 modes about so many deviations apart, most of it in the 8 widest directions; weights as 1 : 2 : ... : 8.
 
     Deviations as the Gaussian's, times factors of 0.7 to 1.4 of each mode's own. Modes much farther apart make of every
     trajectory near a border a coin toss, and of the root mean square error a count of those: mixture-64x15.
@@ -82,8 +82,8 @@ class Erring:
     """An exact denoiser that errs as a network does: D + error c_out g(x).
 
     c_out = sigma s / sqrt(sigma^2 + alpha^2 s^2) with s = 0.5 is the factor of an EDM network's output (Karras et al.
-    2022, table 1), and g a fixed smooth field of root mean square 1: waves in random directions, as long as the data are
-    wide. `sample`, `log_prob` and `modes` stay those of the truth.
+    2022, table 1), and g a fixed smooth field of root mean square 1: waves in random directions, about as
+    long as the data are wide. `sample`, `log_prob` and `modes` stay those of the truth.
     """
 
     def __init__(self, exact: GaussianMixture, error: float):

@@ -115,7 +115,9 @@ def test_texts():
     assert {text: Sampler.parse(text).kind for text in kinds} == kinds
 
 
-@pytest.mark.parametrize("text", ["dpm++9m", "ddim?", "ddim?grid", "ddim?grid=", "ddim?a=1&a=2", "x.safetensors?grid=time"])
+@pytest.mark.parametrize(
+    "text", ["dpm++9m", "ddim?", "ddim?grid", "ddim?grid=", "ddim?a=1&a=2", "x.safetensors?grid=time"]
+)
 def test_texts_that_say_nothing(text):
     with pytest.raises(UsageError):
         Sampler.parse(text)

@@ -39,7 +39,7 @@ def test_sliced_wasserstein_of_a_shift():
 def test_frechet_distance_is_heusels_formula():
     a, b = normal(400, 6), normal(300, 6, 1) @ torch.diag(torch.arange(1.0, 7.0, dtype=torch.float64)) + 0.2
     m, c = a.mean(0).numpy() - b.mean(0).numpy(), [np.cov(z.numpy(), rowvar=False) for z in (a, b)]
-    expected = m @ m + np.trace(c[0] + c[1] - 2 * scipy.linalg.sqrtm(c[0] @ c[1]).real)
+    expected = m @ m + np.trace(c[0] + c[1] - 2 * np.real(scipy.linalg.sqrtm(c[0] @ c[1])))
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 

@@ -27,7 +27,9 @@ def test_names(name, shape, process):
     assert found(x, torch.tensor(0.5)).shape == x.shape
 
 
-@pytest.mark.parametrize("name", ["mixture", "mixture-1", "mixture-2000", "gaussian-0", "mixture-4~x", "nothing", "digits@x"])
+@pytest.mark.parametrize(
+    "name", ["mixture", "mixture-1", "mixture-2000", "gaussian-0", "mixture-4~x", "nothing", "digits@x"]
+)
 def test_names_that_are_none(name):
     with pytest.raises(UsageError):
         bed(name)
