@@ -79,6 +79,7 @@ class Panel:
     what: str
     curves: Sequence[Curve]
     floors: Sequence[tuple[str, float]] = ()
+    band: float = 0.09  # opacity of the intervals
 
 
 WIDTH, HEIGHT, GAP, MARGIN, HEAD = 372.0, 286.0, 20.0, 22.0, 14.0
@@ -125,7 +126,7 @@ def _panel(drawing: Drawing, panel: Panel, x: float, y: float) -> None:
     drawing.text((x + WIDTH - RIGHT, y + 13), panel.what, "soft", 12, anchor="end")
     if not counts or not values:
         return
-    floors = [(what, value) for what, value in panel.floors if value > 0 and value > min(values) / 30]
+    floors = [(what, value) for what, value in panel.floors if value > 0 and value > min(values) / 4]
     low, high = min([*values, *(value for _, value in floors)]), max(values)
     low, high = math.log10(low) - 0.06, math.log10(high) + 0.06
     first, last = math.log(counts[0]), math.log(counts[-1])
@@ -146,10 +147,6 @@ def _panel(drawing: Drawing, panel: Panel, x: float, y: float) -> None:
         drawing.text((at, y1 + 17), f"{k}", "soft", 11, anchor="middle")
     drawing.line([(x0, y1), (x1, y1)], "soft", 1.0)
     drawing.text(((x0 + x1) / 2, y1 + 33), "network evaluations", "soft", 11, anchor="middle")
-    for what, value in floors:
-        _, at = place(counts[0], value)
-        drawing.line([(x0, at), (x1, at)], "floor", 1.2, dash=True, text=f"{what}: {value:.3g}")
-        drawing.text((x0 + 4, at - 4), what, "floor", 10.5)
 
     def on_top(curve: Curve) -> tuple[bool, int]:  # the first series on top
         named = curve.colour in SERIES
@@ -160,10 +157,14 @@ def _panel(drawing: Drawing, panel: Panel, x: float, y: float) -> None:
         named = curve.colour != "other"
         if named and len(points) > 1:
             upper, lower = [place(k, h) for k, _, _, h in points], [place(k, low_) for k, _, low_, _ in points]
-            drawing.area([*upper, *reversed(lower)], curve.colour, 0.09)
+            drawing.area([*upper, *reversed(lower)], curve.colour, panel.band)
         drawing.line([place(k, v) for k, v, *_ in points], curve.colour, 2.2 if named else 1.0, text=curve.label)
         for k, v, *_ in points if named or len(points) == 1 else []:
             drawing.dot(place(k, v), curve.colour, 2.9, f"{curve.label}, {k} evaluations: {v:.4g}")
+    for what, value in floors:
+        _, at = place(counts[0], value)
+        drawing.line([(x0, at), (x1, at)], "floor", 1.2, dash=True, text=f"{what}: {value:.3g}")
+        drawing.text((x1 - 4, at - 5), what, "floor", 10.5, anchor="end")
 
 
 def _ticks(low: float, high: float) -> list[float]:

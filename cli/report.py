@@ -1,6 +1,7 @@
 """What a benchmark says: table.md, quality.svg and .png, and report.html, which needs nothing beside it."""
 
 import base64
+import collections
 import html
 import io
 import re
@@ -98,7 +99,7 @@ def panels(result: Result, colours: dict[str, str]) -> list[plot.Panel]:
                 floors = [("the teacher's own error", teacher.get("error") or 0.0)]
             else:
                 floors = [("two sets of true samples", bench.figure(truth, key) or 0.0)]
-            found.append(plot.Panel(bed, METRICS[key][0], curves, floors))
+            found.append(plot.Panel(bed, METRICS[key][0], curves, floors, 0.09 if key == "rms" else 0.035))
     return found
 
 
@@ -213,8 +214,9 @@ th,td{padding:5px 12px 5px 0;text-align:right;white-space:nowrap;border-bottom:1
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:500}
 td.best{font-weight:700}caption{text-align:left;padding:14px 0 4px}
 .scroll{overflow-x:auto}.lead td{font-size:15px;padding:7px 22px 7px 0;text-align:left}.lead td b{font-weight:650}
+.lead small{display:block;color:var(--soft);font-size:12.5px;line-height:1.3}.lead td{vertical-align:top}
 .lead th{text-align:left;padding-right:22px}.lead td span{color:var(--soft)}
-.wide{margin:26px 0 6px}.wide svg{width:100%;height:auto;display:block}
+.wide{margin:26px 0 6px}.wide svg{width:calc(100% + 44px);margin-left:-22px;height:auto;display:block}
 details{border-top:1px solid var(--grid);padding:8px 0}summary{cursor:pointer;font-weight:600}
 .strip{display:grid;grid-template-columns:max-content max-content;gap:6px 16px;align-items:center;margin:0 34px 18px 0}
 .strip img{display:block;height:48px}.strip img.small{image-rendering:pixelated}
@@ -231,7 +233,9 @@ def _lead(result: Result) -> str:
         cells = [f"<td>{ranking.evals}</td>"]
         for i, (text, mean) in enumerate(ranking.order[:3]):
             name = html.escape(label(text))
-            cells.append(f"<td>{f'<b>{name}</b>' if i == 0 else name} <span>{mean:.2f}x</span></td>")
+            taken = html.escape(_taken(result, text, ranking.evals)) if i == 0 else ""
+            named = f"<b>{name}</b> <span>{mean:.2f}x</span><small>{taken}</small>" if i == 0 else name
+            cells.append(f"<td>{named}</td>" if i == 0 else f"<td>{named} <span>{mean:.2f}x</span></td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     if not rows:
         return "<p>No end points were compared.</p>"
@@ -242,6 +246,18 @@ def _lead(result: Result) -> str:
         '<div class="scroll"><table class="lead"><tr><th>evaluations</th><th>use</th><th>then</th><th>then</th></tr>'
         f"{''.join(rows)}</table></div>"
     )
+
+
+def _taken(result: Result, text: str, evals: int) -> str:
+    """What most beds take of a sampler's alternatives."""
+    words = [c["chosen"] for c in result["cells"] if c["sampler"] == text and c["evals"] == evals and c.get("chosen")]
+    if not words:
+        return ""
+    (most, count), *_ = collections.Counter(words).most_common(1)
+    plain = most.replace("grid=", "").replace("chart=", "")
+    if count == len(words):
+        return plain
+    return f"{plain} on {count} of {len(words)} beds" if 2 * count > len(words) else "by bed, see below"
 
 
 def _details(result: Result, bed: str) -> str:

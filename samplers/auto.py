@@ -1,7 +1,7 @@
 """sampler="auto": the recipe and grid to take for a process and a number of calls, read off a measured table.
 
 The table is benchmarks/recipes.json, part of which is in benchmarks/README.md: distance from the converged pictures by
-recipe, grid and number of calls on the digits and emoji-small networks, on EDM, VP and flow processes. Where the best
+recipe, grid and number of calls on the digits networks, and on emoji-small on EDM, VP and flow processes. Where the best
 differ between the two networks, the choice is what loses least on both, by the geometric mean. benchmarks/quality.py
 measures it on others.
 """
@@ -28,7 +28,11 @@ TABLE: dict[tuple[str, bool], tuple[tuple[int, Choice], ...]] = {  # (family, gu
         (MANY, Choice("unipc3", "ays-svd", "flow")),
     ),
     ("alpha = 1", True): ((MANY, Choice("ipndm2", "ays-svd", "trig")),),
-    ("VP", False): ((MANY, Choice("unipc2", "time-quadratic", "dpm++")),),
+    ("VP", False): (
+        (4, Choice("unipc2", "time(1.5)", "dpm++")),
+        (8, Choice("unipc2", "ays-svd", "dpm++")),
+        (MANY, Choice("unipc2", "ays-svd", "flow")),
+    ),
     ("VP", True): ((MANY, Choice("ipndm2", "time-quadratic", "ddim")),),
     ("Flow", False): (
         (4, Choice("unipc2", "time", "flow")),
