@@ -1,7 +1,7 @@
 """sampler="auto": the recipe and grid to take for a process and a number of calls, read off a measured table.
 
 The table is benchmarks/recipes.json, part of which is in benchmarks/README.md: distance from the converged pictures by
-recipe, grid and number of calls on the digits networks, and on emoji-small on EDM, VP and flow processes. Where the best
+recipe, grid and number of calls on the digits networks, and on emoji-small as EDM, VP and flow process. Where the best
 differ between the two networks, the choice is what loses least on both, by the geometric mean. benchmarks/quality.py
 measures it on others.
 """

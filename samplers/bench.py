@@ -15,6 +15,7 @@ from held-out true ones. A *sampler* is written
 What is chosen or searched for is chosen on the validation noise, never on the noise that is measured on.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -124,13 +125,19 @@ class Bed:
         how: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "batch": self.batch, "nan": "flag"}
         return torch.cat([part.x.cpu() for part in batches(self.denoiser, plan, seeds, label=labels, **how)])
 
-    def true(self, which: int) -> Tensor | None:
-        """A set of n held-out true samples; the second for the floor."""
+    def true(self) -> Tensor | None:
+        """Held-out true samples: those given, or as many as are drawn."""
         if self.truth is not None:
-            half = len(self.truth) // 2
-            return self.truth[:half] if which else self.truth[half:]
+            return self.truth
         draw = getattr(self.denoiser, "sample", None)
-        return None if draw is None else draw(self.n, seed=(1 + which) * TRUTH)
+        return None if draw is None else draw(self.n, seed=TRUTH)
+
+    def two_true(self) -> tuple[Tensor, Tensor] | None:
+        """Two sets of true samples, for the floor: the halves of those given."""
+        truth = self.true()
+        if truth is None or self.truth is not None:
+            return None if truth is None or len(truth) < 8 else (truth[::2], truth[1::2])
+        return truth, self.denoiser.sample(self.n, seed=2 * TRUTH)  # type: ignore[attr-defined]
 
 
 GRIDS = {  # alternatives of grid=best
@@ -381,8 +388,13 @@ class Measurer:
 
     def distribution(self, x: Tensor) -> dict[str, Any]:
         """Distances from held-out true samples; empty where there are none."""
-        truth = self.bed.true(0)
-        return {} if truth is None else distances(self.bed, x, truth)
+        return {} if self.truth is None else distances(self.bed, x, *self.truth)
+
+    @functools.cached_property
+    def truth(self) -> tuple[Tensor, Tensor] | None:
+        """Held-out true samples, and their features."""
+        found = self.bed.true()
+        return None if found is None else (found, featured(self.bed, found))
 
     def floor(self) -> dict[str, Any]:
         """What no sampler can pass: the teacher's own error, its distances, those between two sets of true samples."""
@@ -390,9 +402,9 @@ class Measurer:
         if self.bed.teacher:
             x, how = self.converged()
             found["teacher"] = how | self.distribution(x)
-        pair = self.bed.true(0), self.bed.true(1)
-        if pair[0] is not None and pair[1] is not None:
-            found["truth"] = distances(self.bed, pair[1], pair[0])
+        pair = self.bed.two_true()
+        if pair is not None:
+            found["truth"] = distances(self.bed, pair[1], pair[0], featured(self.bed, pair[0]))
         return found
 
     def _keep(self, sampler: Sampler, evals: int, x: Tensor) -> None:
@@ -437,16 +449,21 @@ def ends(x: Tensor, converged: Tensor, peak: float | None) -> dict[str, Any]:
     return {"rms": _three(found.rms), "median": _three(found.median), **psnr, "flipped": _three(found.flipped)}
 
 
-def distances(bed: Bed, x: Tensor, truth: Tensor) -> dict[str, Any]:
-    """Every distribution metric that the bed has, as JSON."""
-    a, b = x[:PAIRS], truth[:PAIRS]
+def featured(bed: Bed, x: Tensor) -> Tensor:
+    """Samples in the bed's features."""
+    return x if bed.features is None else bed.features(x)
+
+
+def distances(bed: Bed, x: Tensor, truth: Tensor, seen: Tensor) -> dict[str, Any]:
+    """Every distribution metric that the bed has, as JSON; `seen` are the features of the truth."""
+    a, b, features = x[:PAIRS], truth[:PAIRS], featured(bed, x)
     found: dict[str, Any] = {
         "energy": _three(metrics.energy_distance(a, b)),
         "sliced": _three(metrics.sliced_wasserstein(a, b)),
-        "frechet": _round(metrics.frechet_distance(x, truth, bed.features)),
-        "kid": _round(metrics.kernel_distance(a, b, bed.features)),
+        "frechet": _round(metrics.frechet_distance(features, seen)),
+        "kid": _round(metrics.kernel_distance(features[:PAIRS], seen[:PAIRS])),
     }
-    precision, recall = metrics.precision_recall(a, b, bed.features)
+    precision, recall = metrics.precision_recall(features[:PAIRS], seen[:PAIRS])
     found |= {"precision": _round(precision), "recall": _round(recall)}
     modes = getattr(bed.denoiser, "modes", None)
     weights = getattr(bed.denoiser, "weights", None)
