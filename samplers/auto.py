@@ -29,8 +29,7 @@ TABLE: dict[tuple[str, bool], tuple[tuple[int, Choice], ...]] = {  # (family, gu
     ),
     ("alpha = 1", True): ((MANY, Choice("ipndm2", "ays-svd", "trig")),),
     ("VP", False): (
-        (4, Choice("unipc2", "time(1.5)", "dpm++")),
-        (8, Choice("unipc2", "ays-svd", "dpm++")),
+        (8, Choice("unipc2", "time-quadratic", "dpm++")),
         (MANY, Choice("unipc2", "ays-svd", "flow")),
     ),
     ("VP", True): ((MANY, Choice("ipndm2", "time-quadratic", "ddim")),),
