@@ -196,7 +196,7 @@ def main() -> None:
         return
     result = bench.bench([], options.out)
     report.write(options.out, result, "Quality against evaluations, beside diffusers and k-diffusion")
-    (options.out / bench.LINES).unlink()  # results.json says the same, and a later run goes on from it
+    (options.out / bench.LINES).unlink(missing_ok=True)  # results.json says the same, and a later run goes on from it
     print(targets(result))
     print(f"{time.perf_counter() - began:.0f} s")
 
