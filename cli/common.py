@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": "Write a model of diffusers or EDM as one file.",
     "info": "Say what a model, a plan or a picture holds.",
     "samplers": "List the samplers.",
+    "bench": "Measure samplers: quality against evaluations.",
 }
 CONFIG_FILE = "pfode.toml"
 CONFIG_LIMIT = 1_000_000  # bytes

@@ -1,8 +1,9 @@
 """sampler="auto": the recipe and grid to take for a process and a number of calls, read off a measured table.
 
 The table is benchmarks/recipes.json, part of which is in benchmarks/README.md: distance from the converged pictures by
-recipe, grid and number of calls on the three digits networks (EDM, VP and flow). Where the best differ between them
-and the larger `emoji` network (EDM), the choice is what loses least on both.
+recipe, grid and number of calls on the digits networks, and on emoji-small as EDM, VP and flow process. Where the best
+differ between the two networks, the choice is what loses least on both, by the geometric mean. benchmarks/quality.py
+measures it on others.
 """
 
 from typing import NamedTuple
@@ -21,14 +22,20 @@ class Choice(NamedTuple):
 MANY = 10**9
 TABLE: dict[tuple[str, bool], tuple[tuple[int, Choice], ...]] = {  # (family, guided): (most calls, choice), ...
     ("alpha = 1", False): (
-        (5, Choice("unipc2", "cosine", "flow")),
-        (MANY, Choice("unipc2", "ays-svd", "flow")),
+        (3, Choice("unipc2", "cosine", "flow")),
+        (10, Choice("ipndm3", "ays-svd", "ddim")),
+        (15, Choice("unipc2", "ays-svd", "flow")),
+        (MANY, Choice("unipc3", "ays-svd", "flow")),
     ),
     ("alpha = 1", True): ((MANY, Choice("ipndm2", "ays-svd", "trig")),),
-    ("VP", False): ((MANY, Choice("unipc2", "time-quadratic", "dpm++")),),
+    ("VP", False): (
+        (8, Choice("unipc2", "time-quadratic", "dpm++")),
+        (MANY, Choice("unipc2", "ays-svd", "flow")),
+    ),
     ("VP", True): ((MANY, Choice("ipndm2", "time-quadratic", "ddim")),),
     ("Flow", False): (
-        (7, Choice("unipc2", "cosine(0.7)", "flow")),
+        (4, Choice("unipc2", "time", "flow")),
+        (15, Choice("unipc2", "ays-svd", "flow")),
         (MANY, Choice("unipc3", "beta", "flow")),
     ),
     ("Flow", True): ((MANY, Choice("unipc2", "cosine(0.7)", "flow")),),

@@ -88,6 +88,10 @@ class GaussianMixture:
         flat, alpha, sigma = self._flatten(x, self.process.t_data if t is None else t)
         return torch.logsumexp(self._log_joint(*self._components(flat, alpha, sigma)), 1)
 
+    def modes(self, x: Tensor) -> Tensor:
+        """The probability of each component, given data x: shape (batch, k)."""
+        return torch.softmax(self._log_joint(*self._components(*self._flatten(x, self.process.t_data))), 1)
+
     def sample(self, n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
         """n samples of the data, shape (n, *shape); sample i depends on seed + i alone."""
         seeds = [seed + i for i in range(n)]
@@ -183,10 +187,24 @@ class Empirical(GaussianMixture):
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """As the mixture's, by two matrix products instead of a (batch, n, d) array."""
+        flat, alpha, closeness, total = self._closeness(x, t)
+        mean = torch.softmax(closeness, 1) @ self.means.to(x)
+        return (mean + alpha * self.variances[0, 0].to(x) / total * (flat - alpha * mean)).reshape(x.shape)
+
+    def log_prob(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
+        """As the mixture's."""
+        flat, _, closeness, total = self._closeness(x, self.process.t_data if t is None else t)
+        k, d = self.means.shape
+        square = 0.5 * (flat**2).sum(1) / total[:, 0] + 0.5 * d * torch.log(2 * math.pi * total[:, 0]) + math.log(k)
+        return torch.logsumexp(closeness, 1) - square
+
+    def modes(self, x: Tensor) -> Tensor:
+        """As the mixture's."""
+        return torch.softmax(self._closeness(x, self.process.t_data)[2], 1)
+
+    def _closeness(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, alpha, the logarithm of the joint density but for what does not depend on the point, and the variance."""
         flat, alpha, sigma = self._flatten(x, t)
-        alpha, sigma = alpha[:, 0], sigma[:, 0]
-        points, variance = self.means.to(x), self.variances[0, 0].to(x)
-        total = alpha**2 * variance + sigma**2
-        closeness = alpha * (flat @ points.T) - 0.5 * alpha**2 * (points**2).sum(1)
-        mean = torch.softmax(closeness / total, 1) @ points
-        return (mean + alpha * variance / total * (flat - alpha * mean)).reshape(x.shape)
+        alpha, sigma, points = alpha[:, 0], sigma[:, 0], self.means.to(x)
+        total = alpha**2 * self.variances[0, 0].to(x) + sigma**2
+        return flat, alpha, (alpha * (flat @ points.T) - 0.5 * alpha**2 * (points**2).sum(1)) / total, total

@@ -1,0 +1,205 @@
+"""pfode bench: measure samplers on models, write the folder with its report."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pfode.cli.common import Command, Output, bar, output
+from pfode.cli.settings import listed
+from pfode.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pfode.denoiser import Denoiser
+    from pfode.samplers.bench import Bed
+
+SAMPLERS = ("auto", "ddim", "dpm++2m?grid=best", "ipndm3?grid=best", "unipc2?chart=dpm++/flow&grid=best")
+EVALS = "3,4,5,6,8,10,15,20"
+
+
+@click.command(cls=Command, name="bench")
+@click.option(
+    "--model",
+    multiple=True,
+    default=("emoji",),
+    show_default=True,
+    metavar="NAME|FILE|MODULE:NAME",
+    help="A model, guided: emoji@2; an exact one: gaussian-16, mixture-64-vp, mixture-64~0.1, digits-ideal; or a "
+    "denoiser of your own, or a function that makes one.",
+)
+@click.option(
+    "--sampler",
+    multiple=True,
+    default=SAMPLERS,
+    metavar="TEXT",
+    help="A sampler with options, alternatives between strokes: 'ipndm3?chart=ddim/trig&grid=best'; "
+    "'ipndm3?grid=gits'; a plan file or a folder of them; diffusers:CLASS; k-diffusion:sample_NAME.",
+)
+@click.option("--nfe", default=EVALS, show_default=True, metavar="LIST", help="Network evaluations per sample.")
+@click.option("--n", type=click.IntRange(2), default=256, show_default=True, metavar="N", help="Samples.")
+@click.option("--seed", type=click.IntRange(0), metavar="N", help="Of the first sample; by default a far one.")
+@click.option(
+    "--validation",
+    type=click.IntRange(2),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Samples, others, on which alternatives are chosen.",
+)
+@click.option(
+    "--teacher",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Most evaluations of the converged solution; 0: compare no end points.",
+)
+@click.option("--truth", metavar="DATA", help="True pictures: digits, emoji, a folder, a zip or an npz.")
+@click.option(
+    "--features", metavar="FILE|MODULE:NAME", help="Of the distribution distances: a TorchScript Inception, a function."
+)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute.")
+@click.option("--batch", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Samples at a time.")
+@click.option("--out", default="bench", show_default=True, metavar="DIR", help="The folder; goes on with what it has.")
+@click.option("--overwrite", is_flag=True, help="Start anew instead of going on.")
+@click.pass_context
+def command(ctx: click.Context, **options: Any) -> None:
+    """Measure how near samplers come to the converged solution, and to the truth, by network evaluations.
+
+    Writes results.json, table.md, quality.svg, quality.png and report.html, and prints the path of the last.
+    """
+    out = output(ctx)
+    from pfode.cli import report
+    from pfode.samplers import bench
+
+    evals = sorted(set(listed("--nfe", options["nfe"], int, "whole numbers", f"--nfe {EVALS}")))
+    beds = [(find_bed(name, options), options["sampler"]) for name in dict.fromkeys(options["model"])]
+    folder = Path(options["out"])
+    with Progress(out) as progress:
+        result = bench.bench(beds, folder, evals, overwrite=options["overwrite"], progress=progress)
+    files = [*report.write(folder, result), str(folder / bench.RESULTS)]
+    skipped = [cell for cell in result["cells"] if "skipped" in cell]
+    for cell in skipped[:3]:
+        out.note(f"left out: {cell['sampler']} at {cell['evals']} on {cell['bed']}: {cell['skipped']}")
+    if len(skipped) > 3:
+        out.note(f"left out: {len(skipped) - 3} more, see {folder / bench.RESULTS}")
+    best = {str(ranking.evals): ranking.order[0][0] for ranking in bench.rank(result)}
+    for count, text in best.items():
+        out.note(f"{count} evaluations: {report.label(text)}")
+    out.emit({"out": files[0], "files": files, "cells": len(result["cells"]), "best": best}, files[0])
+
+
+def find_bed(name: str, options: dict[str, Any]) -> "Bed":
+    """A bed of the options.
+
+    Raises:
+        UsageError, FileError: no such model, truth or features, or samples whose shape is not known.
+    """
+    from pfode.files import read_header
+    from pfode.samplers.bench import SEED, Bed
+    from pfode.samplers.sampling import find_device
+    from pfode.scores.shipped import model_path
+
+    device, digest = find_device(options["device"]), None
+    denoiser = find_denoiser(name)
+    if hasattr(denoiser, "to"):
+        denoiser = denoiser.to(device)  # type: ignore[attr-defined]
+    shape = getattr(denoiser, "shape", None)
+    if not shape:
+        raise UsageError(f"model {name!r}: does not say the shape of its samples", "give the denoiser a `shape`")
+    if getattr(denoiser, "dtype", None) is not None and ":" not in name:
+        path = model_path(name.rpartition("@")[0] or name)
+        digest = read_header(path).metadata.get("pfode.digest")
+    return Bed(
+        name,
+        denoiser,
+        n=options["n"],
+        seed=SEED if options["seed"] is None else options["seed"],
+        validation=options["validation"],
+        teacher=options["teacher"],
+        truth=None if options["truth"] is None else find_truth(options["truth"], tuple(shape)),
+        features=None if options["features"] is None else find_features(options["features"]),
+        digest=digest,
+        device=str(device),
+        batch=options["batch"],
+    )
+
+
+def find_denoiser(name: str) -> "Denoiser":
+    """The denoiser of --model."""
+    from pfode.denoiser import Denoiser
+    from pfode.scores.beds import bed
+
+    if ":" not in name or os.path.exists(name):
+        return bed(name)
+    found = imported("--model", name)
+    if isinstance(found, type) or (not isinstance(found, Denoiser) and callable(found)):
+        found = found()
+    if not isinstance(found, Denoiser) or not hasattr(found, "process"):
+        what = f"{type(found).__name__} is no denoiser: a callable (x, t) -> x0 with a process"
+        raise UsageError(f"--model {name}: {what}", "pfode.scores.Denoiser(network, process, prediction)")
+    return found
+
+
+def find_truth(source: str, shape: tuple[int, ...]) -> "Tensor":
+    """The pictures of --truth in [-1, 1]."""
+    from pfode.scores.data import load_data
+
+    images = load_data(source, size=shape[-1]).images
+    if tuple(images.shape[1:]) != shape:
+        raise UsageError(f"--truth {source}: pictures of shape {tuple(images.shape[1:])}, the model has {shape}")
+    return images.float() / 127.5 - 1
+
+
+def find_features(name: str) -> Any:
+    """The function of --features."""
+    from pfode.samplers.metrics import inception
+
+    if os.path.exists(name) or ":" not in name:
+        return inception(name)
+    found = imported("--features", name)
+    if not callable(found):
+        raise UsageError(f"--features {name}: {type(found).__name__} cannot be called", "a function (n, ...) -> (n, d)")
+    return found
+
+
+def imported(option: str, name: str) -> Any:
+    """What MODULE:NAME stands for; modules of the working folder count.
+
+    Raises:
+        UsageError: no such module, or nothing of this name in it.
+    """
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        where = "it is looked for from the working folder"
+        raise UsageError(f"{option} {name}: no module {error.name!r}", where) from error
+    except AttributeError as error:
+        raise UsageError(f"{option} {name}: {error}", f"{module}:NAME, something defined in it") from error
+
+
+class Progress:
+    """A bar over the cells, with what is being measured; the callback of `bench`."""
+
+    def __init__(self, out: Output):
+        self.out, self.bar = out, bar(out, 0, unit=" cells")
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.bar.total = total
+        self.bar.set_postfix_str(what, refresh=False)
+        self.bar.update(done - self.bar.n)
+        self.bar.refresh()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()

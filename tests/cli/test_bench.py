@@ -1,0 +1,161 @@
+"""`pfode bench`: the folder it writes, going on, what it says; the figure and the report."""
+
+import io
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from PIL import Image
+
+import pfode
+from pfode.cli import plot, report
+
+SMALL = ("--n", 16, "--validation", 8, "--nfe", "3,5", "--out", "b")
+TEXTS = ("--sampler", "auto", "--sampler", "dpm++2m?grid=karras/cosine")
+
+
+@pytest.fixture
+def made(cli):
+    done = cli("bench", "--model", "mixture-4", *TEXTS, *SMALL, "--json")
+    assert done.code == 0, done.err
+    return done.json
+
+
+def test_the_folder(cli, made, tmp_path):
+    files = ["report.html", "table.md", "quality.svg", "quality.png", "results.json"]
+    assert made["files"] == [f"b/{name}" for name in files]
+    assert made["cells"] == 4
+    assert set(made["best"]) == {"3", "5"}
+    assert all((tmp_path / name).stat().st_size > 500 for name in made["files"])
+    before = {name: (tmp_path / name).read_bytes() for name in made["files"]}
+    assert cli("bench", "--model", "mixture-4", *TEXTS, *SMALL).out == "b/report.html\n"
+    assert {name: (tmp_path / name).read_bytes() for name in made["files"]} == before
+    refused = cli("bench", "--model", "mixture-4", *TEXTS, *SMALL, "--seed", 3)
+    assert refused.code == 2
+    assert "seed is 1000000000 there, 3 here" in refused.err
+    assert cli("bench", "--model", "mixture-4", *TEXTS, *SMALL, "--seed", 3, "--overwrite").code == 0
+
+
+def test_the_report_needs_nothing_beside_it_and_says_first_what_to_use(made, tmp_path):
+    page = (tmp_path / "b/report.html").read_text()
+    assert not re.findall(
+        r"""(?:src|href)=["'](?!data:)|@import|url\(|<script|https?://(?!www\.w3\.org/2000/svg)""", page
+    )
+    assert "prefers-color-scheme:dark" in page
+    body = re.sub(r"<[^>]+>", " ", page.split("<main>")[1])
+    assert body.index("Which sampler to use") < 60
+    best = report.label(made["best"]["5"])
+    assert re.search(rf"<td>5</td><td><b>{re.escape(best)}</b>", page)
+    assert "bootstrap bands" in page
+
+
+def test_the_figure_is_svg_and_png_of_one_shape(made, tmp_path):
+    root = ET.fromstring((tmp_path / "b/quality.svg").read_text())
+    *_, width, height = map(float, root.attrib["viewBox"].split())
+    with Image.open(io.BytesIO((tmp_path / "b/quality.png").read_bytes())) as picture:
+        assert picture.size == (round(2 * width), round(2 * height))
+    titles = [found.text for found in root.iter() if found.tag.endswith("title")]
+    assert any(text and text.startswith("auto, 3 evaluations") for text in titles)
+
+
+def test_the_table_marks_the_best(made, tmp_path):
+    text = (tmp_path / "b/table.md").read_text()
+    lines = text.split("RMS error by")[1].split("median")[0].splitlines()[2:]
+    rows = [line.split("|")[2:-1] for line in lines if "|" in line]
+    for column in list(zip(*rows[2:], strict=True)):
+        values = [float(cell.strip(" *")) for cell in column]
+        assert "**" in column[values.index(min(values))]
+
+
+def test_strips_of_a_network_with_its_classes(cli, tmp_path):
+    done = cli("bench", "--model", "digits", "--sampler", "ddim", "--n", 7, "--nfe", 4, "--teacher", 32, "--out", "b")
+    assert done.code == 0, done.err
+    page = (tmp_path / "b/report.html").read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 2  # converged, ddim
+
+
+MODULE = """
+import torch, pfode
+class Mine:
+    process, shape = pfode.EDM(), (2,)
+    def __call__(self, x, t, **cond):
+        return x / (1 + t**2)
+def make():
+    return Mine()
+def halves(x):
+    return x.flatten(1)[:, :1]
+number = 3
+"""
+
+
+def test_a_denoiser_and_features_of_your_own(cli, tmp_path):
+    (tmp_path / "my_bed.py").write_text(MODULE)
+    words = ("--sampler", "ddim", "--n", 4, "--nfe", 3, "--out", "b")
+    done = cli("bench", "--model", "my_bed:make", "--features", "my_bed:halves", *words)
+    assert done.code == 0, done.err
+    assert cli("bench", "--model", "my_bed:Mine", *words, "--overwrite").code == 0
+    for name, match in (("my_bed:number", "no denoiser"), ("my_bed:none", "none"), ("no_such:x", "no module")):
+        wrong = cli("bench", "--model", name, *words)
+        assert (wrong.code, match in wrong.err) == (2, True), wrong.err
+
+
+def test_true_pictures_give_distances_of_a_network(cli, tmp_path):
+    words = ("--sampler", "ddim", "--n", 8, "--nfe", 3, "--teacher", 0, "--out", "b")
+    done = cli("bench", "--model", "digits", "--truth", "digits", *words, "--json")
+    assert done.code == 0, done.err
+    text = (tmp_path / "b/table.md").read_text()
+    assert "energy distance by" in text
+    assert "RMS error by" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "match"),
+    [
+        (("--model", "no-such"), 2, "unknown test bed"),
+        (("--model", "x.safetensors"), 3, "no such file"),
+        (("--sampler", "dpm++9m"), 2, "unknown sampler"),
+        (("--sampler", "ddim?grid"), 2, "cannot read"),
+        (("--nfe", "3,x"), 2, "whole numbers"),
+        (("--nfe", "0"), 2, "evals"),
+        (("--truth", "nothing"), 2, "no such file or data set"),
+        (("--features", "nothing.pt"), 3, "TorchScript"),
+        (("--out", "/proc/none"), 7, "cannot be made"),
+    ],
+)
+def test_errors(cli, words, code, match):
+    given = ("--model", "gaussian-2") if "--model" not in words else ()
+    done = cli("bench", *given, "--n", 4, "--sampler", "ddim", *words)
+    assert (done.code, match in done.err) == (code, True), done.err
+    assert "Traceback" not in done.err
+
+
+def test_what_cannot_be_is_left_out_and_said(cli):
+    pfode.make_plan("ddim", pfode.EDM(), 4).save("four.safetensors")
+    done = cli(
+        "bench", "--model", "gaussian-2", "--sampler", "four.safetensors", "--n", 4, "--nfe", "4,5", "--out", "b"
+    )
+    assert done.code == 0
+    assert "left out: four.safetensors at 5 on gaussian-2" in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("auto", "auto"),
+        ("unipc2?chart=dpm++/flow&grid=best", "unipc2 (dpm++/flow)"),
+        ("plans/six.safetensors", "six.safetensors"),
+        ("diffusers:UniPCMultistepScheduler?solver_order=2/3&grid=best", "diffusers UniPC (order=2/3)"),
+        ("k-diffusion:sample_lms", "k-diffusion lms"),
+    ],
+)
+def test_labels(text, shown):
+    assert report.label(text) == shown
+
+
+def test_ticks_are_round_and_few():
+    for low, high in ((-3.2, 0.1), (-0.9, -0.6), (-8.0, 2.0)):
+        found = plot._ticks(low, high)
+        assert 2 <= len(found) <= 11
+        assert all(low <= torch.tensor(value).log10().item() + 1e-6 and value <= 10**high for value in found)
