@@ -168,6 +168,8 @@ def _kernel(field: Field, how: Compiled, norm: RMS | None, control: PID | None) 
 
 def _compiled(f: Callable[..., Any], device: torch.device, options: dict[str, Any]) -> Kernel:
     """torch.compile, whose failures are errors of ours."""
+    from torch._dynamo.exc import TorchDynamoException
+
     if device.type == "cpu":
         _require_compiler()
     f.__code__ = f.__code__.replace()  # torch.compile limits how often one code object is compiled
@@ -176,7 +178,7 @@ def _compiled(f: Callable[..., Any], device: torch.device, options: dict[str, An
     def call(*inputs: Any) -> Any:
         try:
             return kernel(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             reason = next((line for line in lines if line.startswith("Explanation:")), lines[0])
             raise UsageError(

@@ -191,7 +191,7 @@ class Loan:
         self.stack = self.make()
         self.tensors = self.stack.unbind()
         self.flat = self.stack.view(len(self.stack), -1).unbind()
-        self.array = self.stack.numpy() if self.stack.ndim == 1 and self.stack.device.type == "cpu" else None
+        self.array: Any = self.stack.numpy() if self.stack.ndim == 1 and self.stack.device.type == "cpu" else None
         self.storage = self.stack.untyped_storage()._cdata
         self.idle = max(map(sys.getrefcount, self.tensors)), self._uses(self.storage)
 
