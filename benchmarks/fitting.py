@@ -83,7 +83,7 @@ class Noise:
     def run(self, plan: Plan) -> Tensor:
         with torch.no_grad():
             parts = [slice(i, i + 128) for i in range(0, len(self.x), 128)]
-            cond = [{key: value[part] for key, value in self.cond.items()} for part in parts]
+            cond: list[dict[str, Any]] = [{key: v[part] for key, v in self.cond.items()} for part in parts]
             runs = [pfode.run(plan, self.denoiser, self.x[p], **c) for p, c in zip(parts, cond, strict=True)]
             return torch.cat(runs)
 

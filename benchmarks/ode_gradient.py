@@ -98,7 +98,7 @@ def problem(seed: int = 0) -> tuple[Network, Tensor, Gradient]:
 
 def ways(net: Network, y0: Tensor, tol: float) -> dict[str, Callable[[], Tensor]]:
     """Losses by library, adjoint and method."""
-    from torchdiffeq import odeint_adjoint
+    from torchdiffeq import odeint_adjoint  # pyright: ignore[reportMissingImports]
 
     def ours(adjoint: str = "checkpoint", method: str = "dopri5", wide: bool = False) -> Callable[[], Tensor]:
         options: dict[str, Any] = {"rtol": tol, "atol": tol, "adjoint": adjoint, "method": method}

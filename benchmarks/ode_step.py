@@ -116,7 +116,7 @@ def ours(y0: Tensor, **options: Any) -> Solve:
 
 
 def torchdiffeq(y0: Tensor) -> Solve:
-    from torchdiffeq import odeint
+    from torchdiffeq import odeint  # pyright: ignore[reportMissingImports]
 
     ts = torch.tensor([0.0, END])
 

@@ -444,7 +444,7 @@ def _host(lanes: Lanes, *values: Tensor) -> list[Any]:
     """Values as the lanes have them: read, or left on the device in the clock's dtype."""
     if lanes.per_sample:
         return [value.to(clock(value.device)) for value in values]
-    return torch.stack(values).tolist() if len(values) > 1 else [value.item() for value in values]
+    return torch.stack(values).tolist() if len(values) != 1 else [values[0].item()]
 
 
 def _nudged(t: Any, other: Any, sign: Any, condition: Any, field: Field) -> Any:

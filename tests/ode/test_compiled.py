@@ -1,6 +1,7 @@
 """What a step costs beside the field: read-backs, memory lent to the field, and steps that are compiled with it."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,7 @@ def test_an_attempted_step_reads_at_most_once(reads, method, batch):
 
 def test_output_times_and_events_are_read_in_the_same_transfer(reads):
     y0, events = torch.ones(3, dtype=f64), Event(lambda t, y: y[0] - 2.0)
+    options: dict[str, Any]
     for options in ({}, {"events": events}):
         counts = []
         for rtol in (1e-4, 1e-9):
@@ -138,7 +140,7 @@ def as_it_is(monkeypatch):
         return carried
 
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
-    monkeypatch.setattr(torch._higher_order_ops, "while_loop", loop)
+    monkeypatch.setattr("torch._higher_order_ops.while_loop", loop)
 
 
 def pendulum():

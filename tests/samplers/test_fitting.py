@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -87,13 +88,14 @@ def test_tangents_and_gradients(process):
     assert torch.allclose(y, run(plan, denoiser, x), atol=1e-9)
     free = Numbers(numbers.vector.clone().requires_grad_(), plan.nfe)
     run(free.plan(plan), denoiser, x).square().sum().backward()
-    gradient = (2 * y * moved).flatten(1).sum(1)
-    assert torch.allclose(gradient, free.vector.grad, rtol=2e-2, atol=2e-2 * gradient.abs().median())
+    gradient, found = (2 * y * moved).flatten(1).sum(1), free.vector.grad
+    assert found is not None
+    assert torch.allclose(gradient, found, rtol=2e-2, atol=2e-2 * float(gradient.abs().median()))
     for i in range(0, count, 3):
         ahead = end(Numbers(numbers.vector + h[i] * unit[i], plan.nfe), call, x)
         slope = (ahead - y) / h[i] if i == 0 else (
             ahead - end(Numbers(numbers.vector - h[i] * unit[i], plan.nfe), call, x)) / (2 * h[i])  # fmt: skip
-        assert torch.allclose(slope.mul(2 * y).sum(), free.vector.grad[i], rtol=2e-3, atol=1e-6), i
+        assert torch.allclose(slope.mul(2 * y).sum(), found[i], rtol=2e-3, atol=1e-6), i
 
 
 @pytest.mark.parametrize("process", [pfode.EDM(), pfode.VP(), pfode.Flow(), problems.zero_terminal_snr()])
@@ -107,6 +109,7 @@ def test_slopes_of_losses(loss):
     value, slope = LOSSES[loss]
     q = torch.logspace(-6, 1, 20, dtype=torch.float64, requires_grad=True)
     value(q, 1e-3, 2e-2).sum().backward()
+    assert q.grad is not None
     assert torch.allclose(slope(q.detach(), 1e-3, 2e-2), q.grad)
 
 
@@ -240,7 +243,7 @@ def test_features():
 def test_labels_and_a_range_of_scales():
     """A group has one scale; the classes come in turn."""
     net = small.denoiser()
-    options = {"n": 48, "check": 32, "active": 48, "teacher": 12, "iterations": 1}
+    options: dict[str, Any] = {"n": 48, "check": 32, "active": 48, "teacher": 12, "iterations": 1}
     plain = fit_plan(net, 3, **options)
     guided = fit_plan(net, 3, guidance=(1.0, 3.0), label=["ant", 2], **options)
     assert plain != guided
@@ -290,6 +293,7 @@ def test_auto_takes_a_fitted_plan():
     assert pfode.sample(net, 1, nfe=4).plan is plan
     assert pfode.sample(net, 1, steps=4).plan is plan
     assert pfode.sample(net.to(dtype=torch.float64), 1, nfe=4).plan is plan
+    options: dict[str, Any]
     for options in ({"nfe": 5}, {"nfe": 4, "fitted": False}, {"nfe": 4, "grid": "karras"}, {"steps": 4, "start": 10.0},
                     {"nfe": 4, "sampler": "auto", "chart": "flow"}, {"nfe": 4, "guidance": 2.0, "label": 0},
                     {"steps": 4, "final": "stop"}):  # fmt: skip
