@@ -5,7 +5,7 @@ import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,6 @@ class Denoiser(Preconditioned):
             raise UsageError(f"unknown prediction {prediction!r}", did_you_mean(prediction, KNOWN))
         if not sigma_data > 0 or not time_scale > 0:
             raise UsageError(f"sigma_data and time_scale must be positive, got {sigma_data} and {time_scale}")
-        self.net: Any = network
         self.process = process
         self.prediction = prediction
         self.sigma_data = float(sigma_data)
@@ -78,11 +77,12 @@ class Denoiser(Preconditioned):
         self.digest = digest
         self.plans: Mapping[int, Plan] = {} if plans is None else plans
         self.data_std = self.sigma_data if prediction == "edm" else None
-        weight = (
-            next((p for p in network.parameters() if p.is_floating_point()), None)
-            if isinstance(network, nn.Module)
-            else None
-        )
+        self._take(network)
+
+    def _take(self, network: Callable[..., Tensor]) -> None:
+        self.net: Any = network
+        parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+        weight = next((p for p in parameters if p.is_floating_point()), None)
         self.dtype = None if weight is None else weight.dtype
         self.device = None if weight is None else weight.device
 
@@ -182,7 +182,7 @@ class Denoiser(Preconditioned):
             raise UsageError(f"unknown label {name!r}", hint)
         return number
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Denoiser":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """A copy on another device or in another dtype; this one stays as it is. A plain function moves nowhere."""
         same_device = device is None or torch.device(device) == self.device
         if not isinstance(self.net, nn.Module) or (same_device and dtype in (None, self.dtype)):
@@ -198,21 +198,14 @@ class Denoiser(Preconditioned):
 
     def with_network(
         self, network: Callable[..., Tensor], digest: str | None = None, plans: Mapping[int, Plan] | None = None
-    ) -> "Denoiser":
-        """The same preconditioning around another network, of which digest and plans may be known."""
-        return Denoiser(
-            network,
-            self.process,
-            self.prediction,
-            sigma_data=self.sigma_data,
-            shape=self.shape,
-            labels=self.labels,
-            time_scale=self.time_scale,
-            digest=digest,
-            plans=plans,
-        )
+    ) -> Self:
+        """The same around another network, of which digest and plans may be known."""
+        other = copy.copy(self)
+        other._take(network)
+        other.digest, other.plans = digest, {} if plans is None else plans
+        return other
 
-    def compiled(self) -> "Denoiser":
+    def compiled(self) -> Self:
         """The same denoiser with its network through torch.compile."""
         return self.with_network(torch.compile(self.net), self.fingerprint, self.plans)
 

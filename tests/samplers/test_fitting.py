@@ -232,7 +232,7 @@ def test_features():
     denoiser = bed(pfode.EDM())
     plan = quick(denoiser, 3, iterations=6, features=lambda x: x.square().sum(1, keepdim=True))
     found = plan.meta["fitted"]["validation"]
-    assert found["median"] < 0.3 * found["start median"]
+    assert found["median"] < 0.5 * found["start median"]
     x = noises(denoiser, 64, 10**6)
     fine = run(make_plan("exp-ab3", denoiser.process, 150, grid="karras"), denoiser, x)
     begin = make_plan("auto", denoiser.process, nfe=3)
