@@ -545,7 +545,7 @@ def _fold(plan: Plan, net: Preconditioned, x: Tensor) -> list[_Row]:
     learnt = own.requires_grad
     if not learnt and b.shape[1] > 1:
         only = ~(b[:, 1:].any(1) | plan.r_prev.bool() | plan.c.any(1) | _used(b[:, 2:], made[:, 2:]) | plan.node[1:])
-        only &= own.abs() > 0.5
+        only &= own.abs() > 0.2
         back = torch.where(kept & only, b.roll(-1, 0)[:, 1] * g / own, 0.0)  # what y_{k+1} gets for it
         kept &= ~only
         back = back.roll(1)
