@@ -5,7 +5,7 @@ import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,16 +68,19 @@ class Denoiser(Preconditioned):
             raise UsageError(f"unknown prediction {prediction!r}", did_you_mean(prediction, KNOWN))
         if not sigma_data > 0 or not time_scale > 0:
             raise UsageError(f"sigma_data and time_scale must be positive, got {sigma_data} and {time_scale}")
-        self.net: Any = network
         self.process = process
         self.prediction = prediction
         self.sigma_data = float(sigma_data)
         self.shape = None if shape is None else tuple(shape)
         self.labels = None if labels is None else tuple(labels)
         self.time_scale = float(time_scale)
+        self.data_std = self.sigma_data if prediction == "edm" else None
+        self._take(network, digest, plans)
+
+    def _take(self, network: Callable[..., Tensor], digest: str | None, plans: Mapping[int, Plan] | None) -> None:
+        self.net: Any = network
         self.digest = digest
         self.plans: Mapping[int, Plan] = {} if plans is None else plans
-        self.data_std = self.sigma_data if prediction == "edm" else None
         weight = (
             next((p for p in network.parameters() if p.is_floating_point()), None)
             if isinstance(network, nn.Module)
@@ -182,7 +185,7 @@ class Denoiser(Preconditioned):
             raise UsageError(f"unknown label {name!r}", hint)
         return number
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Denoiser":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """A copy on another device or in another dtype; this one stays as it is. A plain function moves nowhere."""
         same_device = device is None or torch.device(device) == self.device
         if not isinstance(self.net, nn.Module) or (same_device and dtype in (None, self.dtype)):
@@ -198,21 +201,13 @@ class Denoiser(Preconditioned):
 
     def with_network(
         self, network: Callable[..., Tensor], digest: str | None = None, plans: Mapping[int, Plan] | None = None
-    ) -> "Denoiser":
-        """The same preconditioning around another network, of which digest and plans may be known."""
-        return Denoiser(
-            network,
-            self.process,
-            self.prediction,
-            sigma_data=self.sigma_data,
-            shape=self.shape,
-            labels=self.labels,
-            time_scale=self.time_scale,
-            digest=digest,
-            plans=plans,
-        )
+    ) -> Self:
+        """The same in all else around another network, of which digest and plans may be known."""
+        made = copy.copy(self)
+        made._take(network, digest, plans)
+        return made
 
-    def compiled(self) -> "Denoiser":
+    def compiled(self) -> Self:
         """The same denoiser with its network through torch.compile."""
         return self.with_network(torch.compile(self.net), self.fingerprint, self.plans)
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -80,10 +80,10 @@ class LatentDenoiser(Denoiser):
         side = self.autoencoder.side
         return (self.autoencoder.vae.config.out_channels, *(side * length for length in self.shape[1:]))
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """See `Denoiser.to`; the autoencoder goes along to the device."""
         moved = super().to(device, dtype)
-        if isinstance(moved, LatentDenoiser) and moved is not self and moved.autoencoder is not None:
+        if moved is not self and moved.autoencoder is not None:
             moved.autoencoder = moved.autoencoder.to(device)
         return moved
 
@@ -96,18 +96,6 @@ class LatentDenoiser(Denoiser):
         if x.ndim != 4 or (self.shape is not None and tuple(x.shape[1:]) != self.shape):
             raise UsageError(f"decode: need samples of shape (n, {_sides(self.shape)}), got {tuple(x.shape)}")
         return x.clamp(-1, 1) if self.autoencoder is None else self.autoencoder.decode(x)
-
-    def with_network(self, network: Callable[..., Tensor]) -> "LatentDenoiser":
-        return LatentDenoiser(
-            network,
-            self.process,
-            self.prediction,
-            autoencoder=self.autoencoder,
-            sigma_data=self.sigma_data,
-            shape=self.shape,
-            labels=self.labels,
-            time_scale=self.time_scale,
-        )
 
 
 def _sides(shape: Sequence[int] | None) -> str:

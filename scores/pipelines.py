@@ -121,13 +121,13 @@ class PipelineDenoiser(LatentDenoiser):
             shape=shape,
             time_scale=known.time_scale,
         )
-        self.known, self.sides, self.decoder = known, shape, autoencoder
-        self.evals = network.evals
 
-    def with_network(self, network: Any) -> "PipelineDenoiser":
-        return PipelineDenoiser(network, self.known, self.sides, self.decoder)
+    @property
+    def evals(self) -> int:  # type: ignore[override]
+        """Network forwards per sample of one call."""
+        return self.net.evals
 
-    def guided(self, scale: float) -> "PipelineDenoiser":
+    def guided(self, scale: float) -> Self:
         """The same prompts with another scale of guidance.
 
         Raises:
