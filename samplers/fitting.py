@@ -357,7 +357,11 @@ class _Problem:
 
         def attempt(damping: float) -> tuple[float, Tensor]:
             step = _minimised(q, g, h, lambda each: slope(each, *usual), damping * diagonal)
-            found = value(self.errors(self.family.numbers(state.theta + step), groups).each, *usual).mean().item()
+            try:
+                numbers = self.family.numbers(state.theta + step)
+            except UsageError:  # two of its times have become one
+                return math.inf, step
+            found = value(self.errors(numbers, groups).each, *usual).mean().item()
             return found if math.isfinite(found) else math.inf, step
 
         least, damping = value(q, *usual).mean().item(), state.damping
