@@ -263,7 +263,8 @@ class _State:
     def load(cls, path: Path) -> "_State":
         found = _read(path)
         damping, mark, *counts = found["rest"].tolist()
-        return cls(found["theta"], found["best"], damping, *map(int, counts), mark)
+        done, stale, failed, phase = map(int, counts)
+        return cls(found["theta"], found["best"], damping, done, stale, failed, phase, mark)
 
 
 class Errors:
@@ -475,7 +476,7 @@ class _Fit:
             plan = make_plan("exp-ab3", process, self.settings["teacher"], grid="karras")
             parts, total = [], sum(map(len, groups))
             for group in groups:
-                cond = {} if group.label is None else {"label": group.label}
+                cond: dict[str, Any] = {} if group.label is None else {"label": group.label}
                 parts.append(run(plan, group.denoiser, group.x, **cond))
                 self.tell(Progress("teacher", sum(map(len, parts)), total))
             ends = torch.cat(parts)
