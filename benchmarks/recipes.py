@@ -23,6 +23,7 @@ from pfode.plan import Plan
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.catalogue import recipe
+from pfode.samplers.peers import Moved
 
 BUDGETS = [3, 4, 5, 6, 8, 10, 15, 20]
 CANDIDATES = [
@@ -56,20 +57,6 @@ MIXTURES: dict[str, Process] = {
 }
 GUIDED = 3.0
 Errors = tuple[float, float]
-
-
-class Moved:
-    """A denoiser of an EDM process on another one; noisier levels than it knows are taken for its noisiest."""
-
-    def __init__(self, inner: Denoiser, process: Process):
-        self.inner, self.process = inner, process
-
-    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        alpha, sigma = self.process.alpha(t).item(), self.process.sigma(t).item()
-        low, high = self.inner.process.t_min, self.inner.process.t_max
-        far = sigma > high * alpha
-        level = high if far else max(sigma / alpha, low)
-        return self.inner(x * (high / sigma if far else 1 / alpha), torch.tensor(level), **cond)
 
 
 def errors(a: Tensor, b: Tensor) -> Errors:

@@ -1,9 +1,10 @@
 """sampler="auto": the recipe and grid to take for a process and a number of calls, read off a measured table.
 
 The table is benchmarks/recipes.json, part of which is in benchmarks/README.md: distance from the converged pictures by
-recipe, grid and number of calls on the digits networks, and on emoji-small as EDM, VP and flow process. Where the best
-differ between the two networks, the choice is what loses least on both, by the geometric mean. benchmarks/quality.py
-measures it on others.
+recipe, grid and number of calls on the digits networks, and on emoji-small with its own process. The choices for guided
+networks, and what emoji-small says as VP and flow process, are from runs of benchmarks/recipes.py whose figures the
+file does not hold. Where the best differ between networks, a choice loses little on both, by the geometric mean over
+its range of calls. benchmarks/quality.py measures it on others.
 """
 
 from typing import NamedTuple

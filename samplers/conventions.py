@@ -7,7 +7,6 @@ c_in = 1/sqrt(sigma^2 + sigma_data^2). Then no pipeline has to scale anything, w
 import functools
 import importlib
 import inspect
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 
 from pfode import grids
+from pfode.compat import schedules
+from pfode.compat.schedules import OWN, PREDICTION_TYPES
 from pfode.errors import UsageError, integer, number, unknown
 from pfode.prediction import PREDICTIONS, Coefficient, Pair
 from pfode.process import EDM, Flow, Process, VPDiscrete
@@ -34,14 +35,12 @@ LIKE_FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", 
 LIKE_EDM = ("EDMEuler", "EDMDPMSolverMultistep")
 HURRIED = ("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "EDMDPMSolverMultistep")
 KNOWN = {f"{name}Scheduler" for name in (*LIKE_DDIM, *LIKE_DPM, *LIKE_FLOW, *LIKE_EDM)}
-OWN = "PFODEScheduler"
 SAMPLER_KEYS = {  # of shipped configs: they say which sampler was used there, for which `sampler` stands here
     *("solver_order", "solver_type", "algorithm_type", "predict_x0", "disable_corrector", "solver_p", "euler_at_final"),
     *("predictor_order", "corrector_order", "tau_func", "skip_prk_steps", "stochastic_sampling", "noise_sampler_seed"),
     *("original_inference_steps", "timestep_scaling", "eta", "s_noise", "interpolation_type", "upscale_mode"),
 }
 MEANING_KEYS = {"scale_factors": None, "quantization_config": None}  # others, and the value at which they do nothing
-NAMES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 LEARNED = ("learned", "learned_range")
 _FLOW_MIN = 1e-3
 _FEW = 15  # the number of steps below which some heed lower_order_final
@@ -234,32 +233,8 @@ class Scaled(Convention):
 
 
 def betas(config: Config) -> Tensor:
-    """The betas of a config, shape (num_train_timesteps,), rounded to float32 where diffusers rounds.
-
-    Raises:
-        UsageError: an unknown schedule.
-    """
-    n, kind = integer("num_train_timesteps", config["num_train_timesteps"], 1), config["beta_schedule"]
-    first, last = config["beta_start"], config["beta_end"]
-    if config["trained_betas"] is not None:
-        made = torch.tensor(np.asarray(config["trained_betas"]), dtype=torch.float32)
-    elif kind == "linear":
-        made = torch.linspace(first, last, n, dtype=torch.float32)
-    elif kind == "scaled_linear":
-        made = torch.linspace(first**0.5, last**0.5, n, dtype=torch.float32) ** 2
-    elif kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
-        bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
-        made = torch.tensor([min(1 - b / a, 0.999) for a, b in itertools.pairwise(bar)])
-    elif kind == "sigmoid":
-        made = torch.sigmoid(torch.linspace(-6, 6, n)) * (last - first) + first
-    else:
-        raise unknown("beta_schedule", kind, ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"))
-    if config["rescale_betas_zero_snr"]:  # Lin et al. 2024, algorithm 1
-        root = torch.cumprod(1 - made, 0).sqrt()
-        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-        bar = root**2
-        made = 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
-    return made
+    """The betas of a config of ours, shape (num_train_timesteps,)."""
+    return schedules.betas(OWN, {**config, "trained_betas": _list(config["trained_betas"])})
 
 
 def convention(config: Config) -> Convention:
@@ -269,8 +244,8 @@ def convention(config: Config) -> Convention:
         UsageError: a prediction type that this kind has not.
     """
     kind = config["prediction_type"]
-    if kind not in NAMES:
-        raise unknown("prediction_type", kind, NAMES)
+    if kind not in PREDICTION_TYPES:
+        raise unknown("prediction_type", kind, PREDICTION_TYPES)
     continuous = config["timestep_type"] == "continuous"
     if config["sigma_data"] is not None or continuous:
         allowed = ("v_prediction",) if config["sigma_data"] is None else ("epsilon", "v_prediction")
@@ -281,10 +256,10 @@ def convention(config: Config) -> Convention:
         return Scaled(EDM(low, high), data, kind == "v_prediction")
     if config["use_flow_sigmas"]:
         train = integer("num_train_timesteps", config["num_train_timesteps"], 1)
-        return Straight(Flow(t_min=_FLOW_MIN), NAMES[kind], train, bool(config["invert_sigmas"]))
+        return Straight(Flow(t_min=_FLOW_MIN), PREDICTION_TYPES[kind], train, bool(config["invert_sigmas"]))
     if kind == "flow_prediction":
         raise UsageError("prediction_type 'flow_prediction' needs a flow", "use_flow_sigmas=True")
-    return Discrete(VPDiscrete(torch.cumprod(1 - betas(config), 0).double()), NAMES[kind])
+    return Discrete(VPDiscrete(torch.cumprod(1 - betas(config), 0).double()), PREDICTION_TYPES[kind])
 
 
 def nodes(

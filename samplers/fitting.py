@@ -263,7 +263,8 @@ class _State:
     def load(cls, path: Path) -> "_State":
         found = _read(path)
         damping, mark, *counts = found["rest"].tolist()
-        return cls(found["theta"], found["best"], damping, *map(int, counts), mark)
+        done, stale, failed, phase = map(int, counts)
+        return cls(found["theta"], found["best"], damping, done, stale, failed, phase, mark)
 
 
 class Errors:
@@ -357,7 +358,11 @@ class _Problem:
 
         def attempt(damping: float) -> tuple[float, Tensor]:
             step = _minimised(q, g, h, lambda each: slope(each, *usual), damping * diagonal)
-            found = value(self.errors(self.family.numbers(state.theta + step), groups).each, *usual).mean().item()
+            try:
+                numbers = self.family.numbers(state.theta + step)
+            except UsageError:  # two of its times have become one
+                return math.inf, step
+            found = value(self.errors(numbers, groups).each, *usual).mean().item()
             return found if math.isfinite(found) else math.inf, step
 
         least, damping = value(q, *usual).mean().item(), state.damping
@@ -471,7 +476,7 @@ class _Fit:
             plan = make_plan("exp-ab3", process, self.settings["teacher"], grid="karras")
             parts, total = [], sum(map(len, groups))
             for group in groups:
-                cond = {} if group.label is None else {"label": group.label}
+                cond: dict[str, Any] = {} if group.label is None else {"label": group.label}
                 parts.append(run(plan, group.denoiser, group.x, **cond))
                 self.tell(Progress("teacher", sum(map(len, parts)), total))
             ends = torch.cat(parts)

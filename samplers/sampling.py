@@ -49,7 +49,7 @@ class Samples:
 
     x: Tensor
     seeds: list[int]
-    plan: Any
+    plan: Plan | Adaptive
     nfe: int
     evals: int
     times: Tensor

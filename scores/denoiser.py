@@ -74,15 +74,18 @@ class Denoiser(Preconditioned):
         self.shape = None if shape is None else tuple(shape)
         self.labels = None if labels is None else tuple(labels)
         self.time_scale = float(time_scale)
+        self.data_std = self.sigma_data if prediction == "edm" else None
+        self._take(network, digest, plans)
+
+    def _take(self, network: Callable[..., Tensor], digest: str | None, plans: Mapping[int, Plan] | None) -> None:
+        self.net: Any = network
         self.digest = digest
         self.plans: Mapping[int, Plan] = {} if plans is None else plans
-        self.data_std = self.sigma_data if prediction == "edm" else None
-        self._take(network)
-
-    def _take(self, network: Callable[..., Tensor]) -> None:
-        self.net: Any = network
-        parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
-        weight = next((p for p in parameters if p.is_floating_point()), None)
+        weight = (
+            next((p for p in network.parameters() if p.is_floating_point()), None)
+            if isinstance(network, nn.Module)
+            else None
+        )
         self.dtype = None if weight is None else weight.dtype
         self.device = None if weight is None else weight.device
 
@@ -199,11 +202,10 @@ class Denoiser(Preconditioned):
     def with_network(
         self, network: Callable[..., Tensor], digest: str | None = None, plans: Mapping[int, Plan] | None = None
     ) -> Self:
-        """The same around another network, of which digest and plans may be known."""
-        other = copy.copy(self)
-        other._take(network)
-        other.digest, other.plans = digest, {} if plans is None else plans
-        return other
+        """The same in all else around another network, of which digest and plans may be known."""
+        made = copy.copy(self)
+        made._take(network, digest, plans)
+        return made
 
     def compiled(self) -> Self:
         """The same denoiser with its network through torch.compile."""

@@ -123,7 +123,7 @@ class PipelineDenoiser(LatentDenoiser):
         )
 
     @property
-    def evals(self) -> int:
+    def evals(self) -> int:  # type: ignore[override]
         """Network forwards per sample of one call."""
         return self.net.evals
 

@@ -1,4 +1,4 @@
-"""The noise process and the prediction that a configuration of a diffusers scheduler states.
+"""The betas, the noise process and the prediction that a configuration of a diffusers scheduler states.
 
 A `scheduler_config.json` holds what the network was trained for, and how its authors sampled; only the first is used
 here. Nothing here imports diffusers.
@@ -29,13 +29,14 @@ FLOW_LIKE = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 CLASSES = (*DISCRETE, *EDM_LIKE, *FLOW_LIKE)
 
 OWN = "PFODEScheduler"
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 STRING = Field("a string", lambda value: isinstance(value, str)).or_none
 ANY_NUMBER = Field("a number", lambda value: type(value) in (int, float) and not math.isnan(value)).or_none
 SWITCH = either(FLAG, real(0, 1)).or_none
 COUNT = whole(0, 1_000_000).or_none
 NOISE: dict[str, Field] = {
-    "num_train_timesteps": whole(2, 100_000).otherwise(1000),
+    "num_train_timesteps": whole(1, 100_000).otherwise(1000),
     "beta_start": real(0, 0.9999).or_none,
     "beta_end": real(0, 0.9999).or_none,
     "beta_schedule": word("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace").or_none,
@@ -147,18 +148,30 @@ def _shift(name: str, c: Mapping[str, Any], tokens: int | None) -> float:
 
 def _alphas_cumprod(name: str, c: Mapping[str, Any]) -> Tensor:
     """In float32, as the schedulers and the training scripts of diffusers compute it."""
-    betas = _betas(name, c)
-    alphas = torch.cumprod(1 - betas, 0)
-    if c["rescale_betas_zero_snr"]:
-        alphas = torch.cumprod(1 - _zero_snr(alphas), 0)
+    alphas = torch.cumprod(1 - betas(name, c), 0)
     falling = bool((alphas[1:] < alphas[:-1]).all()) and float(alphas[-1]) >= 0 and float(alphas[0]) < 1
-    if not falling:
+    if not falling or len(alphas) < 2:
         key = "trained_betas" if c["trained_betas"] is not None else "beta_start"
+        key = key if len(alphas) > 1 else "num_train_timesteps"
         raise UsageError(f"{name}: {key}: the noise must grow at every step, up to alpha = 0 at most")
     return alphas
 
 
-def _betas(name: str, c: Mapping[str, Any]) -> Tensor:
+def betas(name: str, config: Mapping[str, Any]) -> Tensor:
+    """The betas of a configuration, shape (num_train_timesteps,), float32 as in diffusers.
+
+    Args:
+        name: of the scheduler, for messages. config: of its fields, those of BETAS are read.
+
+    Raises:
+        UsageError: a value out of range, or one that is missing; the message names the field.
+    """
+    c = checked(name, {key: config[key] for key in BETAS if key in config}, {key: NOISE[key] for key in BETAS})
+    made = _unscaled(name, c)
+    return _zero_snr(torch.cumprod(1 - made, 0)) if c["rescale_betas_zero_snr"] else made
+
+
+def _unscaled(name: str, c: Mapping[str, Any]) -> Tensor:
     count, schedule = c["num_train_timesteps"], c["beta_schedule"]
     if c["trained_betas"] is not None:
         if len(c["trained_betas"]) != count:

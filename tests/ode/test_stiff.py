@@ -85,7 +85,7 @@ def units(ys, exact, name, rtol):
 @pytest.mark.parametrize("rtol", [1e-4, 1e-6])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_radau_beside_scipy(name, rtol):
-    exact, _ = by_scipy(name, 1e-11)
+    exact, _ = by_scipy(name, 1e-9)
     theirs, steps = by_scipy(name, rtol)
     out = ours(name, "radauIIA5", rtol)
     assert out.stats.accepted <= 1.5 * steps
@@ -98,7 +98,7 @@ def test_radau_beside_scipy(name, rtol):
 @pytest.mark.parametrize("method", ["kvaerno3", "kvaerno4", "kvaerno5", "radauIIA3", "trbdf2", "sdirk2"])
 @pytest.mark.parametrize("name", ["robertson", "linear"])
 def test_others_keep_the_tolerance(name, method):
-    exact, _ = by_scipy(name, 1e-11)
+    exact, _ = by_scipy(name, 1e-9)
     out = ours(name, method, 1e-4)
     found = units(out.ys, exact, name, 1e-4)
     assert found[-1] < 10
@@ -108,7 +108,7 @@ def test_others_keep_the_tolerance(name, method):
 
 def test_stages_one_by_one_are_solved_so_exactly_that_errors_do_not_add_up():
     """With Newton's usual tolerance this was 12,000 tolerances off, at the end of two relaxations."""
-    exact, _ = by_scipy("van der pol", 1e-11)
+    exact, _ = by_scipy("van der pol", 1e-9)
     out = ours("van der pol", "kvaerno4", 1e-4)
     assert units(out.ys, exact, "van der pol", 1e-4)[-1] < 3
 

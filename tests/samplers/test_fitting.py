@@ -207,6 +207,20 @@ def test_never_worse_than_the_start(options):
     assert found["median"] <= found["start median"]
 
 
+def test_a_step_that_joins_two_times_is_not_taken():
+    denoiser = bed(pfode.EDM())
+    family = General(
+        make_plan("ddim", denoiser.process, 3), lambda times: make_plan("ddim", denoiser.process, grid=times)
+    )
+    far = torch.zeros(family.size, dtype=torch.float64)
+    far[0] = -1e4
+    with pytest.raises(UsageError, match="must fall strictly"):
+        family.numbers(far)
+    plan = fit_plan(small.denoiser(), 2, n=32, active=32, check=16, teacher=6, iterations=1, start="ddim")
+    found = plan.meta["fitted"]["validation"]
+    assert found["rms"] <= found["start rms"]
+
+
 def test_of_several_starts_the_best():
     denoiser = bed(pfode.EDM())
     starts = [make_plan(name, denoiser.process, 4, grid="karras") for name in ("ddim", "ipndm3", "dpm++2m")]
@@ -230,12 +244,12 @@ def test_a_fitted_plan_is_a_start():
 def test_features():
     """Errors count in them: here the distance from the origin, where the plan is to end."""
     denoiser = bed(pfode.EDM())
-    plan = quick(denoiser, 3, iterations=6, features=lambda x: x.square().sum(1, keepdim=True))
+    begin = make_plan("ddim", denoiser.process, 3, grid="karras")
+    plan = quick(denoiser, 3, start=begin, features=lambda x: x.square().sum(1, keepdim=True))
     found = plan.meta["fitted"]["validation"]
     assert found["median"] < 0.5 * found["start median"]
     x = noises(denoiser, 64, 10**6)
     fine = run(make_plan("exp-ab3", denoiser.process, 150, grid="karras"), denoiser, x)
-    begin = make_plan("auto", denoiser.process, nfe=3)
     new, old = ((run(p, denoiser, x).norm(dim=1) - fine.norm(dim=1)).abs().median() for p in (plan, begin))
     assert new < 0.5 * old
 
@@ -243,9 +257,9 @@ def test_features():
 def test_labels_and_a_range_of_scales():
     """A group has one scale; the classes come in turn."""
     net = small.denoiser()
-    options: dict[str, Any] = {"n": 48, "check": 32, "active": 48, "teacher": 12, "iterations": 1}
-    plain = fit_plan(net, 3, **options)
-    guided = fit_plan(net, 3, guidance=(1.0, 3.0), label=["ant", 2], **options)
+    options: dict[str, Any] = {"n": 32, "check": 16, "active": 32, "teacher": 6, "iterations": 1, "start": "ddim"}
+    plain = fit_plan(net, 2, **options)
+    guided = fit_plan(net, 2, guidance=(1.0, 3.0), label=["ant", 2], **options)
     assert plain != guided
     assert guided.meta["fitted"]["settings"]["guidance"] == (1.0, 3.0)
     assert guided.meta["fitted"]["model"] == net.fingerprint

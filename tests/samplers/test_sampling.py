@@ -65,6 +65,7 @@ def test_a_plan_or_states_of_ones_own():
     plan = pfode.make_plan("exp-ab3", MIX.process, 6)
     a, b = pfode.sample(MIX, 3, plan=plan), pfode.sample(MIX, 3, steps=6, sampler="exp-ab3")
     assert torch.equal(a.x, b.x)
+    assert isinstance(a.plan, pfode.Plan)
     x = a.plan.sigma[0] * pfode.noise.normal([0, 1, 2], 0, (2,))
     assert torch.allclose(pfode.sample(MIX, x=x.float(), plan=plan).x, a.x)
     again = pfode.sample(MIX, x=a.x + 2.0 * pfode.noise.normal([0, 1, 2], 1, (2,)), start=2.0, steps=5)

@@ -154,6 +154,7 @@ def test_forwards_are_counted_where_they_are_made(wrap):
     wrapped, beside = WRAPS[wrap]
     guided = wrapped(guide(exact, 3.0, label=0, interval=(0.3, 20.0)), exact)
     out = pfode.sample(guided, n=4, steps=12)
+    assert isinstance(out.plan, pfode.Plan)
     inside = int(((out.plan.t > 0.3) & (out.plan.t <= 20.0)).sum())
     assert 0 < inside < out.nfe
     assert out.evals == (1 + beside) * out.nfe + inside
