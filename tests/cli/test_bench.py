@@ -180,3 +180,14 @@ def test_one_name_in_the_configuration_is_for_all_commands(cli, tmp_path):
     (tmp_path / "pfode.toml").write_text('[tool.pfode]\nmodel = "digits"\nsampler = "ddim"\nnfe = 3\n')
     done = cli("bench", "--n", 2, "--validation", 2, "--teacher", 2, "--json")
     assert (done.code, done.json["cells"], done.json["best"]) == (0, 1, {"3": "ddim"}), done.err
+    found = cli("info", "config", "--json").json["bench"]
+    assert found["model"] == {"value": ["digits"], "source": "pfode.toml"}
+    assert found["teacher"] == {"value": 512, "source": "default"}
+
+
+def test_what_the_configuration_has_for_others_is_shown_though_bench_refuses_it(cli, tmp_path):
+    (tmp_path / "pfode.toml").write_text("[tool.pfode]\nn = 1\n")
+    found = cli("info", "config", "--json").json
+    assert found["sample"]["n"] == {"value": 1, "source": "pfode.toml"}
+    assert found["bench"] == {"error": "pfode.toml: Invalid value for '--n': 1 is not in the range x>=2."}
+    assert "[bench]  pfode.toml: Invalid value" in cli("info", "config").out
