@@ -139,7 +139,10 @@ def find_denoiser(name: str) -> "Denoiser":
         return bed(name)
     found = imported("--model", name)
     if isinstance(found, type) or (not isinstance(found, Denoiser) and callable(found)):
-        found = found()
+        try:
+            found = found()
+        except Exception as error:
+            raise failed("--model", name, error) from error
     if not isinstance(found, Denoiser) or not hasattr(found, "process"):
         what = f"{type(found).__name__} is no denoiser: a callable (x, t) -> x0 with a process"
         raise UsageError(f"--model {name}: {what}", "pfode.scores.Denoiser(network, process, prediction)")
@@ -184,6 +187,14 @@ def imported(option: str, name: str) -> Any:
         raise UsageError(f"{option} {name}: no module {error.name!r}", where) from error
     except AttributeError as error:
         raise UsageError(f"{option} {name}: {error}", f"{module}:NAME, something defined in it") from error
+    except Exception as error:
+        raise failed(option, name, error) from error
+
+
+def failed(option: str, name: str, error: Exception) -> UsageError:
+    """The error for code of the user's own that raised one."""
+    problem = f"{option} {name}: {type(error).__name__}: {error}"
+    return error if isinstance(error, UsageError) else UsageError(problem, "--debug shows where it was raised")
 
 
 class Progress:

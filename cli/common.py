@@ -167,15 +167,23 @@ def read_config(file: Path, command: click.Command, name: str) -> dict[str, Any]
     for key, value in table.items():
         option = key.replace("-", "_")
         if option in known:
-            values[option] = check_value(f"{file}: {key}", known[option], value)
+            values[option] = check_value(f"{file}: {key}", known[option], _several(known[option], value))
         elif not isinstance(value, dict) and not any(option in _config_options(c) for c in map(find_command, COMMANDS)):
             raise FileError(f"{file}: unknown key {key!r}", did_you_mean(key, known))
     for key, value in table.get(name, {}).items():
         option = key.replace("-", "_")
         if option not in known:
             raise FileError(f"{file}: [{name}]: unknown key {key!r}", did_you_mean(key, known))
-        values[option] = check_value(f"{file}: [{name}]: {key}", known[option], value)
+        values[option] = check_value(f"{file}: [{name}]: {key}", known[option], _several(known[option], value))
     return values
+
+
+def _several(option: click.Parameter, value: Any) -> Any:
+    """A list of one string for an option that takes one in another command: `model = "digits"` is meant for both."""
+    if not option.multiple or not isinstance(value, str):
+        return value
+    others = (_config_options(find_command(name)).get(option.name or "") for name in COMMANDS)
+    return [value] if any(other is not None and not other.multiple for other in others) else value
 
 
 def check_value(where: str, option: click.Parameter, value: Any) -> Any:

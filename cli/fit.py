@@ -63,6 +63,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     counts = listed("--nfe", options["nfe"], int, "whole numbers", "--nfe 4,6,8")
     import torch
 
+    from pfode.samplers.fitting import stated
     from pfode.samplers.sampling import find_device
     from pfode.scores.shipped import model_path
 
@@ -72,17 +73,17 @@ def command(ctx: click.Context, **options: Any) -> None:
     how |= {key: options[key] for key in ("parameterisation", "grid", "chart", "batch")}
     how |= {"device": device, "dtype": getattr(torch, DTYPES[options["dtype"]]), "cache": folder / "cache"}
     how |= {"label": find_label(options["label"], net), "guidance": find_range(options["guidance"])}
+    starts = {nfe: [find_start(name.replace("{nfe}", str(nfe))) for name in options["start"]] for nfe in counts}
     make_folder(folder)
     done = []
-    for nfe in counts:
+    for nfe, start in starts.items():
         file = folder / f"{path.stem}.plan-{nfe}.safetensors"
         plan = pfode.Plan.load(file) if file.exists() and not options["overwrite"] else None
         kept = plan is not None
         with Bar(out, nfe) as progress:
-            start = [find_start(name.replace("{nfe}", str(nfe))) for name in options["start"]]
             plan = plan or pfode.fit_plan(net, nfe, start=start, callback=progress, **how)
         if kept:
-            check_same(file, plan, net, how)
+            check_same(file, plan, net, how | {"begun": stated(start, how["grid"], how["chart"])})
         else:
             plan.save(file)
         said = plan.meta["fitted"]
@@ -157,7 +158,10 @@ def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
     if said.get("model") != net.fingerprint:
         differ.insert(0, "model")
     if differ:
-        raise UsageError(f"{file} is there already, fitted with another {differ[0]}", "--overwrite, or another --out")
+        other = {"model": "to another model", "begun": "from another start"}.get(differ[0])
+        if other is None:
+            other = f"with other settings: {differ[0]} is {said['settings'][differ[0]]} there, {wanted[differ[0]]} here"
+        raise UsageError(f"{file} is there already, fitted {other}", "--overwrite, or another --out")
 
 
 def make_folder(folder: Path) -> None:

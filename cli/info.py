@@ -127,11 +127,18 @@ def _models(ctx: click.Context) -> tuple[Any, str]:
 
 
 def _config(ctx: click.Context) -> tuple[Any, str]:
-    """Every option of the commands that compute, with the configuration this call sees."""
-    found, parts = {}, []
-    for name in ("sample", "train", "fit"):
-        with find_command(name).make_context(name, _config_arguments(ctx), parent=ctx.parent) as inner:
-            values = {key: (inner.params[key], source(inner, key)) for key in sorted(inner.params)}
+    """Every option of the commands that compute, with the configuration this call sees; or what one refuses in it."""
+    found: dict[str, Any] = {}
+    parts = []
+    for name in ("sample", "train", "fit", "bench"):
+        try:
+            with find_command(name).make_context(name, _config_arguments(ctx), parent=ctx.parent) as inner:
+                values = {key: (inner.params[key], source(inner, key)) for key in sorted(inner.params)}
+        except click.BadParameter as error:
+            where = f"{source(error.ctx, error.param.name)}: " if error.ctx and error.param and error.param.name else ""
+            found[name] = {"error": f"{where}{error.format_message()}"}
+            parts.append(f"[{name}]  {found[name]['error']}")
+            continue
         found[name] = {key: {"value": value, "source": where} for key, (value, where) in values.items()}
         rows = [[key, _value(value), where] for key, (value, where) in values.items()]
         parts.append(table((f"[{name}]", "value", "source"), rows))

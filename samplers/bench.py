@@ -18,6 +18,7 @@ What is chosen or searched for is chosen on the validation noise, never on the n
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import math
@@ -34,13 +35,14 @@ from torch import Tensor
 
 import pfode
 from pfode import grids, noise
+from pfode.chart import CHARTS
 from pfode.denoiser import Denoiser
-from pfode.errors import FileError, NumericalError, PfodeError, UsageError, WriteError, integer
+from pfode.errors import FileError, NumericalError, PfodeError, UsageError, WriteError, integer, unknown
 from pfode.files import read_header, write_atomic
 from pfode.plan import Plan
 from pfode.process import Flow, Process
 from pfode.samplers import metrics, peers
-from pfode.samplers.catalogue import make_plan, recipe
+from pfode.samplers.catalogue import CATALOGUE, make_plan, recipe
 from pfode.samplers.sampling import batches
 from pfode.samplers.search import Jumps, measure_jumps
 
@@ -54,6 +56,7 @@ PAIRS = 2048  # samples that metrics of all pairs look at
 SHOWN = 6  # end points of a cell that are kept for strips
 JUMPS = 32  # trajectories of the grid search
 RESULTS, LINES, CACHE = "results.json", "results.jsonl", "cache"
+NOT_OPTIONS = {"sampler", "process", "steps", "nfe", "guided", "options"}  # of make_plan: they are no part of a text
 OTHERWISE = "another --out, or --overwrite to start anew"
 Cell = dict[str, Any]
 
@@ -183,6 +186,29 @@ class Sampler:
         if found.kind in ("plan", "plans", "fitted") and options:
             raise UsageError(f"sampler {text!r:.200}: a plan has no options", name)
         return found
+
+    def check(self) -> None:
+        """Look its names up, before anything is measured: what is only misspelt is not left out.
+
+        Raises:
+            UsageError: an unknown option, chart, grid or peer. MissingError: a peer's package is not installed.
+        """
+        for one in self.options.get("grid", ()):
+            if one not in ("auto", "best", "gits"):
+                grids.grid(str(one))
+        if self.kind == "peer":
+            peers.find(self.name)
+        if self.kind != "catalogue":
+            return
+        recipes = CATALOGUE.values() if self.name == "auto" else [recipe(self.name)]
+        known = {name for one in recipes for name in one.method.options} | {"coefficient"}
+        known |= inspect.signature(make_plan).parameters.keys() - NOT_OPTIONS
+        for key in self.options:
+            if key not in known:
+                raise unknown(f"option of {self.name}", key, sorted(known))
+        for one in self.options.get("chart", ()):
+            if one not in CHARTS:
+                raise unknown("chart", one, CHARTS)
 
     @property
     def kind(self) -> str:
@@ -547,7 +573,7 @@ class Folder:
         lines = self._of_results()
         try:
             raw = (self.path / LINES).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return lines
         except OSError as error:
             raise FileError(f"{self.path / LINES}: cannot be read: {error.strerror}", OTHERWISE) from error
@@ -601,10 +627,12 @@ def bench(
         what results.json holds.
 
     Raises:
-        UsageError: a text that says nothing, or a folder with cells of other settings.
+        UsageError: a text that says nothing or has an unknown name, or a folder with cells of other settings.
         WriteError: the folder cannot be written.
     """
     listed = [(bed, [Sampler.parse(text) for text in texts]) for bed, texts in beds]
+    for sampler in itertools.chain(*(samplers for _, samplers in listed)):
+        sampler.check()
     counts = [integer("evals", k, 1, grids.MAX_STEPS) for k in evals]
     folder = Folder(out, [bed for bed, _ in listed], overwrite)
     folder.compare()

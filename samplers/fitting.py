@@ -632,11 +632,23 @@ def fit_plan(
         "nfe": nfe, "parameterisation": parameterisation, "time_only": time_only, "loss": loss,
         **{name: value for name, value in counts.items() if name != "batch"},
         "label": label, "guidance": guidance, "seed": seed, "features": features is not None,
+        "begun": stated(start, grid, chart),
     }  # fmt: skip
     begun = _Fit(denoiser, settings, shape, dtype, device, cache, batch, tell)
     families = _starts(start, denoiser.process, nfe, grid, chart, begun.guided, parameterisation, time_only)
     with torch.no_grad():
         return begun.run(families, features)
+
+
+def stated(start: Any, grid: Any = None, chart: str | None = None) -> list[Any]:
+    """What a fit was told to start from, as JSON: the names, the numbers of plans, then grid and chart."""
+    several = list(start) if isinstance(start, Sequence) and not isinstance(start, str) else [start]
+    told: list[Any] = []
+    for one in several:
+        told.append(
+            [one.name, *Numbers.of(one).vector.tolist()] if isinstance(one, Plan) else getattr(one, "name", one)
+        )
+    return [*told, grid.tolist() if isinstance(grid, Tensor) else grid if grid is None else str(grid), chart]
 
 
 def _starts(

@@ -289,6 +289,27 @@ def draw(
     raise UsageError(f"{peer}: no number of steps makes at most {nfe} calls", "a larger --nfe")
 
 
+def find(peer: str) -> None:
+    """Look for a peer.
+
+    Raises:
+        UsageError: there is none. MissingError: its package is not installed.
+    """
+    package, _, name = peer.partition(":")
+    if package not in DRIVERS:
+        raise unknown("package", package, DRIVERS)
+    (_module_of if package == "diffusers" else _k_diffusion_with)(name)
+
+
+def _k_diffusion_with(name: str) -> ModuleType:
+    """k-diffusion's module of samplers, which has this one."""
+    module = k_diffusion_sampling()
+    known = [key for key, found in vars(module).items() if key.startswith("sample_") and _on_sigmas(found)]
+    if name not in known:
+        raise unknown("sampler of k-diffusion", name, known)
+    return module
+
+
 def _diffusers(
     name: str,
     denoiser: Denoiser,
@@ -340,10 +361,7 @@ def _k_diffusion(
     cond: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Tensor, int] | None:
-    module, process = k_diffusion_sampling(), denoiser.process
-    known = [key for key, found in vars(module).items() if key.startswith("sample_") and _on_sigmas(found)]
-    if name not in known:
-        raise unknown("sampler of k-diffusion", name, known)
+    module, process = _k_diffusion_with(name), denoiser.process
     times = grids.times(process, "karras", steps) if lay is None else lay(steps)
     sigmas = torch.tensor(_levels(process, times), dtype=torch.float64)
     if _calls(name, steps) > nfe:

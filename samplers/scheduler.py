@@ -52,13 +52,14 @@ class Table:
         if plan.init[1] == 0 and plan.init[0] != 1:
             raise UsageError(f"plan {plan.name!r}: its first step is made without a call", "afs=None")
         alpha, sigma = plan.alpha[:-1], plan.sigma[:-1]
-        skip, out = kind.to_x0(alpha, sigma)
+        asked = _asked(plan)
+        skip, out = kind.to_x0(*asked)
         if not torch.isfinite(torch.stack([skip, out])).all():
             at = plan.t[~torch.isfinite(skip + out)][0].item()
             problem = f"a network that predicts the noise says nothing about the data where alpha = 0 (t = {at:g})"
             raise UsageError(problem, "a network of another prediction_type, or nodes that start below that time")
         p, q = row_affine(plan.prediction, alpha, sigma)
-        scale = torch.as_tensor(kind.scale(plan.sigma), dtype=torch.float64).clone()
+        scale = torch.as_tensor(kind.scale(torch.cat([asked[1], plan.sigma[-1:]])), dtype=torch.float64).clone()
         if plan.sigma[-1] == 0:
             scale[-1] = 1
         here, after = scale[:-1], scale[1:]
@@ -100,6 +101,13 @@ class Table:
             skip,
             out,
         )
+
+
+def _asked(plan: Plan) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma) of the times that the network is told, which need not be the register's in a fitted plan."""
+    apart, process = plan.t != plan.time[:-1], plan.process
+    alpha = torch.where(apart, process.alpha(plan.t), plan.alpha[:-1])
+    return alpha, torch.where(apart, process.sigma(plan.t), plan.sigma[:-1])
 
 
 def _used(factors: Tensor, age: int) -> Tensor:
@@ -371,8 +379,11 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         run = self._run()
         if not isinstance(self._kind, conventions.Scaled):
             return 1.0
-        sigma = self._kind.process.sigma_max if run is None else run.plan.sigma[0].item()
-        return sigma * self._kind.scale(sigma)
+        if run is None:
+            sigma = self._kind.process.sigma_max
+            return sigma * self._kind.scale(sigma)
+        asked = _asked(run.plan)[1][0].item()
+        return run.plan.sigma[0].item() * self._kind.scale(asked)
 
     @property
     def timesteps(self) -> Tensor:

@@ -117,18 +117,32 @@ def test_true_pictures_give_distances_of_a_network(cli, tmp_path):
         (("--model", "x.safetensors"), 3, "no such file"),
         (("--sampler", "dpm++9m"), 2, "unknown sampler"),
         (("--sampler", "ddim?grid"), 2, "cannot read"),
+        (("--sampler", "ddim?grid=kerras"), 2, "unknown grid 'kerras'"),
+        (("--sampler", "ddim?grid=best/kerras"), 2, "unknown grid 'kerras'"),
+        (("--sampler", "ddim?tau=1"), 2, "unknown option of ddim 'tau'"),
+        (("--sampler", "auto?taw=1"), 2, "unknown option of auto 'taw'"),
+        (("--sampler", "ddim?chart=trigg"), 2, "unknown chart 'trigg'"),
+        (("--sampler", "diffusers:Nope"), 2, "unknown scheduler of diffusers 'Nope'"),
+        (("--sampler", "k-diffusion:nope"), 2, "unknown sampler of k-diffusion 'nope'"),
         (("--nfe", "3,x"), 2, "whole numbers"),
         (("--nfe", "0"), 2, "evals"),
         (("--truth", "nothing"), 2, "no such file or data set"),
         (("--features", "nothing.pt"), 3, "TorchScript"),
         (("--out", "/proc/none"), 7, "cannot be made"),
+        (("--out", "file"), 7, "cannot be made"),
+        (("--model", "broken_syntax:x"), 2, "broken_syntax:x: SyntaxError: "),
+        (("--model", "broken_maker:x"), 2, "broken_maker:x: RuntimeError: boom"),
     ],
 )
-def test_errors(cli, words, code, match):
+def test_errors(cli, tmp_path, words, code, match):
+    (tmp_path / "file").touch()
+    (tmp_path / "broken_syntax.py").write_text("def (")
+    (tmp_path / "broken_maker.py").write_text("def x():\n    raise RuntimeError('boom')\n")
     given = ("--model", "gaussian-2") if "--model" not in words else ()
     done = cli("bench", *given, "--n", 4, "--sampler", "ddim", *words)
     assert (done.code, match in done.err) == (code, True), done.err
     assert "Traceback" not in done.err
+    assert not (tmp_path / "bench" / "results.jsonl").exists()
 
 
 def test_what_cannot_be_is_left_out_and_said(cli):
@@ -159,3 +173,21 @@ def test_ticks_are_round_and_few():
         found = plot._ticks(low, high)
         assert 2 <= len(found) <= 11
         assert all(low <= torch.tensor(value).log10().item() + 1e-6 and value <= 10**high for value in found)
+
+
+def test_one_name_in_the_configuration_is_for_all_commands(cli, tmp_path):
+    """`sample` takes one model and one sampler, `bench` several."""
+    (tmp_path / "pfode.toml").write_text('[tool.pfode]\nmodel = "digits"\nsampler = "ddim"\nnfe = 3\n')
+    done = cli("bench", "--n", 2, "--validation", 2, "--teacher", 2, "--json")
+    assert (done.code, done.json["cells"], done.json["best"]) == (0, 1, {"3": "ddim"}), done.err
+    found = cli("info", "config", "--json").json["bench"]
+    assert found["model"] == {"value": ["digits"], "source": "pfode.toml"}
+    assert found["teacher"] == {"value": 512, "source": "default"}
+
+
+def test_what_the_configuration_has_for_others_is_shown_though_bench_refuses_it(cli, tmp_path):
+    (tmp_path / "pfode.toml").write_text("[tool.pfode]\nn = 1\n")
+    found = cli("info", "config", "--json").json
+    assert found["sample"]["n"] == {"value": 1, "source": "pfode.toml"}
+    assert found["bench"] == {"error": "pfode.toml: Invalid value for '--n': 1 is not in the range x>=2."}
+    assert "[bench]  pfode.toml: Invalid value" in cli("info", "config").out

@@ -36,7 +36,11 @@ def test_there_and_back(fit, cli, tmp_path):
     assert "another model" not in drawn.err
     again = fit("--nfe", "3", "--json").json["plans"][0]
     assert again == {**second, "kept": True}
-    assert fit("--nfe", "3", "--loss", "l2").code == 2
+    refused = fit("--nfe", "3", "--loss", "l2")
+    assert (refused.code, "loss is balanced there, l2 here" in refused.err) == (2, True), refused.err
+    for words in (("--start", "heun"), ("--grid", "karras"), ("--chart", "nowhere")):
+        refused = fit("--nfe", "3", *words)
+        assert (refused.code, "fitted from another start" in refused.err) == (2, True), refused.err
     other = fit("--nfe", "3", "--loss", "l2", "--overwrite", "--json").json["plans"][0]
     assert other["kept"] is False
 
@@ -93,6 +97,7 @@ def test_errors(fit, tmp_path, words, code, problem):
     run = fit(*words)
     assert (run.code, problem in run.err) == (code, True), run.err
     assert "Traceback" not in run.err
+    assert "none.safetensors" not in words or not (tmp_path / "plans").exists()
 
 
 def test_auto_finds_plans_beside_the_model(fit, cli, tmp_path, monkeypatch):

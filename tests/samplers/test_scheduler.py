@@ -7,6 +7,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -884,6 +885,21 @@ def test_a_saved_plan_is_a_sampler(tmp_path):
     scheduler.set_timesteps()
     scheduler.set_begin_index(2)  # its rows look back on nothing
     assert scheduler.step_index is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_may_ask_at_other_times_than_its_nodes(kind, tmp_path):
+    """As fitted ones do: the network's output means what it means at the time that the network is told."""
+    first = PFODEScheduler(sampler="unipc2", **KINDS[kind])
+    first.set_timesteps(5)
+    plan = planned(first)
+    times = torch.cat([0.97 * plan.t[:1], 0.9 * plan.t[1:-1], plan.t[-1:]])
+    path = str(replace(plan, t=times).save(tmp_path / "moved.safetensors"))
+    scheduler = PFODEScheduler(sampler=path, **KINDS[kind])
+    scheduler.set_timesteps()
+    denoiser, x = bed(scheduler), unit()
+    wanted = pfode.run(pfode.Plan.load(path), denoiser, x * plan.sigma[0] if kind == "EDM" else x)
+    assert relative(drive(scheduler, network(scheduler, denoiser), x), wanted) < 2e-6
 
 
 # ---- what cannot be done

@@ -93,6 +93,22 @@ def test_flux(embedded, true_cfg):
     close(den.decode(result.x) / 2 + 0.5, pictures)
 
 
+def test_a_plan_fitted_to_a_pipeline_runs_in_it(tmp_path):
+    """Fitted through `from_pipeline`, saved, and the sampler of the pipeline's own scheduler: the same latents."""
+    pipe = tiny.stable_diffusion(ddim())
+    den = pfode.from_pipeline(pipe, guidance=5.0, **WORDS)
+    plan = pfode.fit_plan(den, 3, start="ipndm3@ddim", n=8, active=8, check=8, teacher=8, iterations=1)
+    path = plan.save(tmp_path / "three.safetensors")
+    found = plan.meta["fitted"]["validation"]
+    assert found["rms"] < found["start rms"]
+    result = pfode.sample(den, x=LATENTS, plan=pfode.Plan.load(path))
+    assert result.evals == 6
+    pipe.scheduler = pfode.samplers.PFODEScheduler.from_config(pipe.scheduler.config, sampler=str(path))
+    options = {**two(WORDS), "guidance_scale": 5.0, "num_inference_steps": 3, "latents": LATENTS}
+    close(pipe(**options, output_type="latent").images, result.x)
+    close(pipe(**options, output_type="pt").images, den.decode(result.x) / 2 + 0.5)
+
+
 def test_the_shift_is_that_of_the_resolution():
     pipe = tiny.flux(flow(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=64))
     for side, mu in ((16, 0.5), (32, 1.15)):
