@@ -1,10 +1,10 @@
 """sampler="auto": the recipe and grid to take for a process and a number of calls, read off a measured table.
 
 The table is benchmarks/recipes.json, part of which is in benchmarks/README.md: distance from the converged pictures by
-recipe, grid and number of calls on the digits networks, and on emoji-small with its own process. The choices for guided
-networks, and what emoji-small says as VP and flow process, are from runs of benchmarks/recipes.py whose figures the
-file does not hold. Where the best differ between networks, a choice loses little on both, by the geometric mean over
-its range of calls. benchmarks/quality.py measures it on others.
+recipe, grid and number of calls on the digits networks (two of them guided, too) and on emoji-small with its own
+process. The choices for guided flows, and what emoji-small says as VP and flow process, are from runs of
+benchmarks/recipes.py whose figures the file does not hold. Where the best differ between networks, a choice loses
+little on both, by the geometric mean over its range of calls. benchmarks/quality.py measures it on others.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,10 @@ TABLE: dict[tuple[str, bool], tuple[tuple[int, Choice], ...]] = {  # (family, gu
         (8, Choice("unipc2", "time-quadratic", "dpm++")),
         (MANY, Choice("unipc2", "ays-svd", "flow")),
     ),
-    ("VP", True): ((MANY, Choice("ipndm2", "time-quadratic", "ddim")),),
+    ("VP", True): (
+        (5, Choice("dpm++2m", "time(1.5)", "dpm++")),
+        (MANY, Choice("ipndm2", "time-quadratic", "ddim")),
+    ),
     ("Flow", False): (
         (4, Choice("unipc2", "time", "flow")),
         (15, Choice("unipc2", "ays-svd", "flow")),
