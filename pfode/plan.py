@@ -410,7 +410,7 @@ def _walk(
         x = r_init * x
     if _alive(plan.init[1]):
         x = x + c_init * draw(plan.nfe)
-    dtype, landing, x0 = x.dtype, None, None
+    dtype, x0 = x.dtype, None
     for k, (row, network) in enumerate(zip(rows, networks, strict=True)):
         c_in, g = row.c_in, row.g
         out = network(x if c_in is None else x * c_in, row.c_noise)
@@ -425,12 +425,12 @@ def _walk(
         if noise_ages >= 0:
             noises = [draw(k) if row.draws else x, *noises[:noise_ages]]  # x: a place kept, never used
         x, previous = _combine(row, x, previous, past, noises), x
+        landing = None
         if row.fresh is not None:
             mean = x
             x = torch.addcmul(mean, noises[0], row.fresh)
             landing = Landing(x, mean, row.fresh) if preview else None
         sent = yield k, x, x0, landing
-        landing = None
         if sent is not None:
             x = replaced(x, sent)
         if len(past) > ages:
@@ -484,10 +484,10 @@ def _combine(row: _Row, x: Tensor, previous: Tensor, past: list[Tensor], noises:
     for j, factor in row.b:
         y = past[j] * factor if y is None else y.addcmul_(past[j], factor) if own else torch.addcmul(y, past[j], factor)
         own = True
-    if row.r_prev is not None or row.c:
-        extra = [(previous, row.r_prev)] if row.r_prev is not None else []
-        for tensor, factor in extra + [(noises[j], factor) for j, factor in row.c]:
-            y = tensor * factor if y is None else torch.addcmul(y, tensor, factor)
+    if row.r_prev is not None:
+        y = previous * row.r_prev if y is None else torch.addcmul(y, previous, row.r_prev)
+    for j, factor in row.c:
+        y = noises[j] * factor if y is None else torch.addcmul(y, noises[j], factor)
     return torch.zeros_like(x) if y is None else y
 
 
@@ -505,7 +505,7 @@ def _noise_source(plan: Plan, x: Tensor, seeds: Seeds, brownian: bool) -> Callab
     checked, kind = noise.check_seeds(seeds), (x.shape[1:], x.dtype, x.device)
     if not brownian:
         return lambda k: noise.normal(checked, k + 1, *kind)
-    drawn = [*_used(plan.c, _made(plan.c)).tolist(), bool(_alive(plan.init[1]))]
+    drawn = [*used(plan.c).tolist(), bool(_alive(plan.init[1]))]
     for k, (span, draws) in enumerate(zip(plan.span, drawn, strict=True)):
         if draws and torch.isnan(span).any():
             problem = f"plan {plan.name!r}: the noise of row {k} belongs to no interval of a Brownian path"
@@ -537,14 +537,12 @@ def _fold(plan: Plan, net: Preconditioned, x: Tensor) -> list[_Row]:
     p, q = row_affine(plan.prediction, plan.alpha[:-1], plan.sigma[:-1])
     scale = q * pre.c_out
     g = (p + q * pre.c_skip) / scale
-    made = _made(plan.b)
-    b = plan.b * torch.where(made >= 0, scale[made.clamp_min(0)], 0.0)
+    b = weighed(plan.b, scale)
     own = plan.r + b[:, 0] * g
-    later = made[:, 1:]
-    kept = _alive(g) & _used(b[:, 1:], later)
+    kept = _alive(g) & used(b, 1)
     learnt = own.requires_grad
     if not learnt and b.shape[1] > 1:
-        only = ~(b[:, 1:].any(1) | plan.r_prev.bool() | plan.c.any(1) | _used(b[:, 2:], made[:, 2:]) | plan.node[1:])
+        only = ~(b[:, 1:].any(1) | plan.r_prev.bool() | plan.c.any(1) | used(b, 2) | plan.node[1:])
         only &= own.abs() > 0.2
         back = torch.where(kept & only, b.roll(-1, 0)[:, 1] * g / own, 0.0)  # what y_{k+1} gets for it
         kept &= ~only
@@ -555,7 +553,7 @@ def _fold(plan: Plan, net: Preconditioned, x: Tensor) -> list[_Row]:
     if not learnt:
         r = torch.where(r.abs() < 1e-13 * plan.r.abs(), 0.0, torch.where((r - 1).abs() < 1e-14, 1.0, r))
     g = torch.where(kept, g, 0.0)
-    draws = _used(plan.c, _made(plan.c)).tolist()
+    draws = used(plan.c).tolist()
 
     # where r + sum_j b_j = 1, by linear interpolation from each partial sum to the next: one operation less
     sums = torch.cumsum(torch.cat([r[:, None], b], 1), 1)
@@ -611,8 +609,14 @@ def _made(factors: Tensor) -> Tensor:
     return torch.arange(n)[:, None] - torch.arange(window)
 
 
-def _used(factors: Tensor, made: Tensor) -> Tensor:
-    """For every row, whether any of these factors weighs what it made."""
-    used = torch.zeros(len(factors), dtype=torch.bool)
-    used[made[_alive(factors) & (made >= 0)]] = True
-    return used
+def weighed(factors: Tensor, scale: Tensor) -> Tensor:
+    """factors[k, j] scale[k - j]: of what is `scale` times smaller; 0 before the first row."""
+    made = _made(factors)
+    return factors * torch.where(made >= 0, scale[made.clamp_min(0)], 0.0)
+
+
+def used(factors: Tensor, age: int = 0) -> Tensor:
+    """For every row, whether a factor of this age or more weighs what it made."""
+    made, found = _made(factors)[:, age:], torch.zeros(len(factors), dtype=torch.bool)
+    found[made[_alive(factors[:, age:]) & (made >= 0)]] = True
+    return found

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pfode import noise
 from pfode.errors import UsageError, unknown
-from pfode.plan import Plan, row_affine
+from pfode.plan import Plan, row_affine, used, weighed
 from pfode.process import Process
 from pfode.samplers import auto, conventions
 from pfode.samplers.catalogue import Recipe, make_plan, recipe
@@ -64,18 +64,16 @@ class Table:
             scale[-1] = 1
         here, after = scale[:-1], scale[1:]
         self.ages, self.noise_ages = plan.b.shape[1] - 1, plan.c.shape[1] - 1
-        made = torch.arange(plan.nfe)[:, None] - torch.arange(plan.b.shape[1])
-        b = plan.b * (q * out)[made.clamp_min(0)] * after[:, None]
-        b[made < 0] = 0
+        b = weighed(plan.b, q * out) * after[:, None]
         back = plan.r_prev * after / torch.cat([here[:1], here[:-1]])
         g, r = (p + q * skip) / (q * out) / here, plan.r * after / here
-        lone = ~_used(plan.b, 1)
+        lone = ~used(plan.b, 1)
         r, g = torch.where(lone, r + b[:, 0] * g, r), torch.where(lone, 0.0, g)
         r = torch.where(r.abs() < 1e-13 * (plan.r * after / here).abs(), 0.0, r)
         columns = torch.stack([g, r, back, skip / here, out], 1)
         self.columns = torch.cat([columns, b, plan.c * after[:, None]], 1)
         self.alive = self.columns != 0
-        self.draws = _used(plan.c, 0).tolist()
+        self.draws = used(plan.c).tolist()
         self.pair = bool(self.alive[:, 2].any())
 
     def begins_at(self, i: int) -> bool:
@@ -108,15 +106,6 @@ def _asked(plan: Plan) -> tuple[Tensor, Tensor]:
     apart, process = plan.t != plan.time[:-1], plan.process
     alpha = torch.where(apart, process.alpha(plan.t), plan.alpha[:-1])
     return alpha, torch.where(apart, process.sigma(plan.t), plan.sigma[:-1])
-
-
-def _used(factors: Tensor, age: int) -> Tensor:
-    """For every row, whether what it made has a factor at this age or a greater one."""
-    made = torch.arange(len(factors))[:, None] - torch.arange(factors.shape[1])
-    used = torch.zeros(len(factors), dtype=torch.bool)
-    made, alive = made[:, age:], factors[:, age:] != 0
-    used[made[alive & (made >= 0)]] = True
-    return used
 
 
 class Run:
