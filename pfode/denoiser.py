@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pfode.process import Process
+from pfode.tensors import raw
 
 
 @runtime_checkable
@@ -103,9 +104,9 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of a description and of tensors by their names: a `fingerprint`."""
     whole = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
+        value = tensors[name]
         whole.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        whole.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        whole.update(raw(value))
     return whole.hexdigest()
 
 

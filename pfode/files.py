@@ -49,6 +49,19 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     return target
 
 
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        WriteError: it cannot be made.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        problem = f"{os.fspath(path)}: cannot be made: {error.strerror or error}"
+        raise WriteError(problem, "choose another folder") from error
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a safetensors file: dtype, shape and its bytes [start, stop) in the data section."""

@@ -28,10 +28,11 @@ from torch.utils import checkpoint as rematerialise
 from pfode import noise
 from pfode.denoiser import Bare, Denoiser, Preconditioned, at, fingerprint, preconditioned
 from pfode.errors import FileError, OtherModelWarning, UsageError
-from pfode.files import content_digest, read_header, write_atomic
+from pfode.files import read_header
 from pfode.grids import ROUNDING
 from pfode.prediction import prediction
 from pfode.process import Process, from_config
+from pfode.tensors import write_tensors
 
 Seeds = Sequence[int] | Callable[[int], Tensor] | None  # or a function: row k -> its noise; the init row is plan.nfe
 
@@ -180,11 +181,7 @@ class Plan:
         """Write the plan as one safetensors file with its process, name and digest in the metadata."""
         config = {"name": self.name, "process": self.process.config(), "prediction": self.prediction, "meta": self.meta}
         tensors = {key: getattr(self, key).detach().contiguous() for key in _TENSORS}
-        metadata = {"format": "pt", "pfode.kind": "plan", "pfode.config": json.dumps(config)}
-        names = {torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}
-        raw = {k: (names[v.dtype], tuple(v.shape), v.numpy().tobytes()) for k, v in tensors.items()}
-        metadata["pfode.digest"] = content_digest(metadata, raw)
-        return write_atomic(path, safetensors.torch.save(tensors, metadata))
+        return write_tensors(path, tensors, {"pfode.kind": "plan", "pfode.config": json.dumps(config)})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Plan":

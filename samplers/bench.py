@@ -37,8 +37,8 @@ import pfode
 from pfode import grids, noise
 from pfode.chart import CHARTS
 from pfode.denoiser import Denoiser
-from pfode.errors import FileError, NumericalError, PfodeError, UsageError, WriteError, integer, unknown
-from pfode.files import read_header, write_atomic
+from pfode.errors import FileError, NumericalError, UsageError, WriteError, integer, unknown
+from pfode.files import make_folder, read_header, write_atomic
 from pfode.plan import Plan
 from pfode.process import Flow, Process
 from pfode.samplers import metrics, peers
@@ -710,14 +710,9 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
 
 def _folder(path: Path) -> None:
     """Make a folder; that of the cache tells git to leave it out."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if path.name == CACHE and not (path / ".gitignore").exists():
-            write_atomic(path / ".gitignore", b"*\n")
-    except OSError as error:
-        if isinstance(error, PfodeError):
-            raise
-        raise WriteError(f"{path}: cannot be made: {error.strerror}", "another --out") from error
+    make_folder(path)
+    if path.name == CACHE and not os.path.exists(path / ".gitignore"):
+        write_atomic(path / ".gitignore", b"*\n")
 
 
 def _words(options: dict[str, Any]) -> str:

@@ -22,14 +22,15 @@ from torch import Tensor
 
 from pfode import grids, noise
 from pfode.denoiser import Denoiser, at, fingerprint
-from pfode.errors import NumericalError, UsageError, WriteError, integer, number, unknown
-from pfode.files import content_digest, read_header, write_atomic
+from pfode.errors import NumericalError, UsageError, integer, number, unknown
+from pfode.files import make_folder, read_header
 from pfode.plan import Plan, run
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.catalogue import Recipe, make_plan
 from pfode.samplers.sampling import DEFAULT_BATCH, find_device, label_indices, prepared, sample_shape, state_dtype
 from pfode.samplers.tangents import Numbers, differences, end, lower, tangents
+from pfode.tensors import write_tensors
 
 GROUP = 8  # samples that share a guidance scale
 MEMORY = 2**27  # bytes that the tangents may take
@@ -41,6 +42,7 @@ STARTS = {  # beside what auto takes by hand: the least loss decides, and with i
     "ipndm3@trig": ("cosine(0.5)", "ays-svd"),
     "unipc2@flow": ("cosine(0.5)",),
 }
+CACHED = {"pfode.kind": "cache"}  # what files of the cache say they are
 PATIENCE = 3  # iterations in which the noise that chooses shows no gain of GAIN
 GAIN = 0.02  # in the logarithm of the median, in the last phase of both errors' product
 DAMPED, DAMPING = 0.3, 8.0  # the first damping; the factor between those that are tried
@@ -257,7 +259,8 @@ class _State:
 
     def save(self, path: Path) -> None:
         rest = [self.damping, self.mark, self.done, self.stale, self.failed, self.phase]
-        _write(path, {"theta": self.theta, "best": self.best.clone(), "rest": torch.tensor(rest, dtype=torch.float64)})
+        kept = {"theta": self.theta, "best": self.best.clone(), "rest": torch.tensor(rest, dtype=torch.float64)}
+        write_tensors(path, kept, CACHED)
 
     @classmethod
     def load(cls, path: Path) -> "_State":
@@ -429,7 +432,7 @@ class _Fit:
             if hasattr(denoiser, "denoiser"):
                 problem = f"cache: {type(denoiser).__name__} has the fingerprint of the denoiser underneath"
                 raise UsageError(problem, "give that one and guidance=, or leave the cache out")
-            _make(self.cache)
+            make_folder(self.cache)
         label = settings["label"]
         names = getattr(denoiser, "labels", None)
         self.labels = (list(range(len(names))) if names else None) if label == "all" else label
@@ -481,7 +484,7 @@ class _Fit:
                 self.tell(Progress("teacher", sum(map(len, parts)), total))
             ends = torch.cat(parts)
             if path is not None:
-                _write(path, {"x0": ends.cpu()})
+                write_tensors(path, {"x0": ends.cpu()}, CACHED)
         if not ends.isfinite().all():
             raise NumericalError("the fine solution is not finite", "check the network and its precision")
         return list(ends.split([len(group) for group in groups]))
@@ -721,23 +724,6 @@ def _ends(guidance: float | tuple[float, float] | None) -> tuple[float, float] |
     return low, high
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    metadata = {"format": "pt", "pfode.kind": "cache"}
-    raw = {name: (_KINDS[value.dtype], tuple(value.shape), value.numpy().tobytes()) for name, value in tensors.items()}
-    metadata["pfode.digest"] = content_digest(metadata, raw)
-    write_atomic(path, safetensors.torch.save(tensors, metadata))
-
-
 def _read(path: Path) -> dict[str, Tensor]:
     read_header(path).verify()
     return safetensors.torch.load_file(path)
-
-
-_KINDS = {torch.float32: "F32", torch.float64: "F64"}
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"{folder}: cannot be made: {error.strerror or error}", "choose another folder") from error

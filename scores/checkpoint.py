@@ -14,24 +14,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 import pfode
 from pfode.errors import FileError, PfodeError, UsageError
-from pfode.files import Header, content_digest, read_header, write_atomic
+from pfode.files import Header, read_header
 from pfode.plan import Plan
 from pfode.process import Process, from_config
 from pfode.scores import edm
 from pfode.scores.denoiser import KNOWN, Denoiser
 from pfode.scores.shipped import model_path, plan_files
 from pfode.scores.unet import UNet, UNetConfig
+from pfode.tensors import FLOATS, NAMES, write_tensors
 
-FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-DTYPES = FLOATS | {
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FIELDS = {"architecture", "process", "prediction", "sigma_data", "time_scale", "shape", "labels"}
 
 
@@ -73,7 +68,6 @@ def save(
                 f"save: {name}: not finite in {dtype}", "the training diverged, or save(..., dtype=torch.float32)"
             )
     metadata = {
-        "format": "pt",
         "pfode.kind": "model",
         "pfode.version": pfode.__version__,
         "pfode.config": text,
@@ -84,9 +78,7 @@ def save(
         "modelspec.license": str(card.get("licence", "")),
         "modelspec.resolution": "x".join(str(side) for side in (den.shape or ())[1:]),
     }
-    raw = {name: (NAMES[dtype], tuple(value.shape), _bytes(value)) for name, value in tensors.items()}
-    metadata["pfode.digest"] = content_digest(metadata, raw)
-    return write_atomic(path, serialise(tensors, metadata=metadata))
+    return write_tensors(path, tensors, metadata)
 
 
 def architecture_of(den: Denoiser) -> dict[str, Any]:
@@ -302,7 +294,3 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], where: Callable[[str
         if not value.isfinite().all():
             raise FileError(f"{where(name)}: tensor {name!r}: not finite", "the training diverged, or it is damaged")
     network.load_state_dict(dict(tensors), assign=True)
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.contiguous().flatten().view(torch.uint8).numpy().tobytes()

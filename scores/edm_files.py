@@ -11,9 +11,10 @@ from pfode.errors import FileError, PfodeError
 from pfode.fields import FLAG, Field, checked, either, real, shown, whole
 from pfode.process import EDM, VP, Process, VPDiscrete
 from pfode.scores import edm, pickles
-from pfode.scores.checkpoint import DTYPES, fill
+from pfode.scores.checkpoint import fill
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.pickles import Stored
+from pfode.tensors import DTYPES
 
 NETWORKS = {"SongUNet": "SongUNet", "DhariwalUNet": "DhariwalUNet", "UNet": "EDM2UNet"}  # their names and ours
 DEPTH = 32  # of modules within modules
