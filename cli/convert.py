@@ -8,11 +8,10 @@ import click
 
 import pfode
 from pfode.cli.common import Command, output
+from pfode.cli.settings import DTYPES
 from pfode.errors import UsageError
 from pfode.files import read_header
 from pfode.scores.shipped import model_path
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
 @click.command(cls=Command, name="convert")

@@ -8,14 +8,14 @@ import click
 
 import pfode
 from pfode.cli.common import Command, Output, bar, output, table
-from pfode.cli.settings import listed
-from pfode.errors import UsageError, WriteError
+from pfode.cli.settings import DTYPES, listed
+from pfode.errors import UsageError
+from pfode.files import make_folder
 
 if TYPE_CHECKING:
     from pfode.plan import Plan
     from pfode.samplers import Progress
 
-DTYPES = {"fp32": "float32", "fp64": "float64"}
 LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
 
 
@@ -48,7 +48,7 @@ LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
 @click.option("--label", default="all", show_default=True, metavar="NAME|all|none", help="Class, where there are any.")
 @click.option("--guidance", metavar="W|LO,HI", help="Classifier-free guidance scale, or a range to be good over.")
 @click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=0, show_default=True)
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the state.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp64"]), default="fp32", show_default=True, help="Of the state.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples per denoiser call.")
 @click.option("--overwrite", is_flag=True, help="Replace plans that were fitted with other settings.")
@@ -162,15 +162,3 @@ def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
         if other is None:
             other = f"with other settings: {differ[0]} is {said['settings'][differ[0]]} there, {wanted[differ[0]]} here"
         raise UsageError(f"{file} is there already, fitted {other}", "--overwrite, or another --out")
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of the plans.
-
-    Raises:
-        WriteError: it cannot be.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"{folder}: cannot be made: {error.strerror or error}", "give --out another place") from error

@@ -20,6 +20,7 @@ import pfode
 from pfode.cli.common import Command, Finite, Output, bar, output
 from pfode.cli.models import model_digest
 from pfode.cli.settings import (
+    DTYPES,
     OF_THE_GUIDANCE,
     check_digest,
     format_seeds,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 SHEET = 100  # pictures of --separate that the contact sheet shows
 OF_THE_MODEL = "model"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
 @click.command(cls=Command, name="sample")
@@ -427,28 +427,22 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan | Adaptive, str 
             chosen |= {"afs": data_std(options, net), **parse_set(options["set"])}
         if options["init"] is not None:
             chosen["start"] = start(net.process, options["strength"])
-        found = fitted(net, chosen) if name == "auto" and options["fitted"] else None
-        if found is not None:
-            check_digest(options, "sampler", found[1])
-            return found
-        return settled(net, name, **chosen), None
+        plan = settled(net, name, fitted=options["fitted"], **chosen)
+        if isinstance(plan, pfode.Plan) and "fitted" in plan.meta:
+            return plan, checked_digest(options, net.plans.files[plan.nfe])
+        return plan, None
     plan = pfode.Plan.load(name)
     if plan.process != net.process:
         message = f"{name}: the plan was made for {plan.process}, the model has {net.process}"
         raise UsageError(message, "take a plan that was made for this model, or a name of `pfode samplers`")
-    digest = read_header(name).metadata.get("pfode.digest", "")
+    return plan, checked_digest(options, name)
+
+
+def checked_digest(options: dict[str, Any], plan: str | Path) -> str:
+    """The digest of a plan's file, which must be the one that the options were recorded with, if they were."""
+    digest = read_header(plan).metadata.get("pfode.digest", "")
     check_digest(options, "sampler", digest)
-    return plan, digest
-
-
-def fitted(net: Any, chosen: dict[str, Any]) -> "tuple[Plan, str | None] | None":
-    """The plan beside the model that `auto` takes for these options, and the digest of its file."""
-    from pfode.samplers.sampling import fitted_plan
-
-    plan = fitted_plan(net, **chosen)
-    if plan is None:
-        return None
-    return plan, read_header(net.plans.files[plan.nfe]).metadata.get("pfode.digest")
+    return digest
 
 
 def data_std(options: dict[str, Any], net: Any) -> float | None:

@@ -21,6 +21,7 @@ RECORDED = (
     "model", "sampler", *OF_THE_PLAN, "brownian", "init", "label", "guidance", *OF_THE_GUIDANCE,
     "seed", "n", "seeds", "dtype", "scale",
 )  # fmt: skip
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}  # and torch's names
 MAX_SAMPLES = 1_000_000
 
 

@@ -132,10 +132,7 @@ def sample(
     denoiser = prepared(denoiser, guidance, device, compile)
     options |= {"nfe": nfe, "grid": grid, "start": start, "stop": stop, "afs": _data_std(denoiser, afs)}
     if plan is None:
-        if sampler == "auto" and fitted:
-            plan = fitted_plan(denoiser, steps, final=final, **options)
-        if plan is None:
-            plan = settled(denoiser, sampler, steps, final=final, **options)
+        plan = settled(denoiser, sampler, steps, fitted=fitted, final=final, **options)
     elif not isinstance(plan, Plan | Adaptive):
         raise UsageError(f"plan: need a Plan, got {plan!r:.60}", "make_plan(...) or Plan.load(path)")
     elif (sampler, final) != ("auto", "denoise") or any(v is not None for v in (steps, *options.values())):
@@ -179,11 +176,17 @@ def sample(
 
 
 def settled(
-    denoiser: Denoiser, sampler: str | Recipe | AdaptiveRecipe = "auto", steps: int | None = None, **options: Any
+    denoiser: Denoiser,
+    sampler: str | Recipe | AdaptiveRecipe = "auto",
+    steps: int | None = None,
+    *,
+    fitted: bool = False,
+    **options: Any,
 ) -> Plan | Adaptive:
     """What a sampler is for a denoiser: adaptive, or a plan, of 20 steps where nothing says how many.
 
     Args:
+        fitted: let "auto" take a `fitted_plan`.
         options: of `make_adaptive` or `make_plan`.
 
     Raises:
@@ -197,6 +200,9 @@ def settled(
             taken = sampler if sampler == "auto" else recipe(sampler).name if isinstance(sampler, str) else sampler.name
             hint = f"leave it out, or an adaptive sampler: {', '.join(ADAPTIVE)}"
             raise UsageError(f"{name}: the steps of {taken} lie on a grid, whatever their errors", hint)
+    found = fitted_plan(denoiser, steps, **options) if fitted and sampler == "auto" else None
+    if found is not None:
+        return found
     if steps is None and options.get("nfe") is None and isinstance(options.get("grid"), str | Grid | None):
         steps = DEFAULT_STEPS
     guided = getattr(denoiser, "evals", 1) > 1
