@@ -147,6 +147,12 @@ class Plan:
         """Whether the plan draws noise beyond the initial one."""
         return bool(_alive(self.c).any() or _alive(self.init[1]))
 
+    @property
+    def fitted_to(self) -> str | None:
+        """The fingerprint of the denoiser that the plan was fitted to; None if to none that says."""
+        fitted = self.meta.get("fitted")
+        return fitted.get("model") if isinstance(fitted, dict) else None
+
     def check_times(self, process: Process) -> None:
         """Raise UsageError if the plan evaluates outside the times of the process."""
         low, high = process.t_min, process.t_max
@@ -447,8 +453,7 @@ def _networks(plan: Plan, net: Preconditioned, cond: dict[str, Any], checkpoint:
 
 def foreign(plan: Plan, denoiser: Denoiser) -> bool:
     """Whether a plan was fitted to another model than this one, as far as both say."""
-    made_for = plan.meta.get("fitted", {}).get("model")
-    return made_for is not None and fingerprint(denoiser) not in (None, made_for)
+    return plan.fitted_to is not None and fingerprint(denoiser) not in (None, plan.fitted_to)
 
 
 def _remark(plan: Plan, denoiser: Denoiser) -> None:

@@ -46,7 +46,11 @@ TABLE: dict[tuple[str, bool], tuple[tuple[int, Choice], ...]] = {  # (family, gu
 }
 
 
+def family(process: Process) -> str:
+    """By which the table goes, and the grids that are worth trying."""
+    return "alpha = 1" if process.alpha(process.t_max) == 1 else "Flow" if isinstance(process, Flow) else "VP"
+
+
 def choose(process: Process, nfe: int, guided: bool = False) -> Choice:
     """What to take for a process, a number of denoiser calls, and with or without guidance."""
-    family = "alpha = 1" if process.alpha(process.t_max) == 1 else "Flow" if isinstance(process, Flow) else "VP"
-    return next(choice for most, choice in TABLE[family, guided] if nfe <= most)
+    return next(choice for most, choice in TABLE[family(process), guided] if nfe <= most)

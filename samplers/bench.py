@@ -40,8 +40,8 @@ from pfode.denoiser import Denoiser
 from pfode.errors import FileError, NumericalError, UsageError, WriteError, integer, unknown
 from pfode.files import make_folder, read_header, write_atomic
 from pfode.plan import Plan
-from pfode.process import Flow, Process
-from pfode.samplers import metrics, peers
+from pfode.process import Process
+from pfode.samplers import auto, metrics, peers
 from pfode.samplers.catalogue import CATALOGUE, make_plan, recipe
 from pfode.samplers.sampling import batches
 from pfode.samplers.search import Jumps, measure_jumps
@@ -151,11 +151,6 @@ GRIDS = {  # alternatives of grid=best
 TEACHER = {"alpha = 1": "karras", "VP": "time-quadratic", "Flow": "time"}
 
 
-def family(process: Process) -> str:
-    """By which grids are chosen."""
-    return "alpha = 1" if process.alpha(process.t_max) == 1 else "Flow" if isinstance(process, Flow) else "VP"
-
-
 @dataclass(frozen=True)
 class Sampler:
     """What a sampler's text says: a name, and alternatives of its options."""
@@ -225,7 +220,7 @@ class Sampler:
         """The options, one choice after the other."""
         given = {**self.options}
         if "grid" in given:
-            best = GRIDS[family(process)]
+            best = GRIDS[auto.family(process)]
             given["grid"] = tuple(itertools.chain(*(best if one == "best" else (one,) for one in given["grid"])))
         return [dict(zip(given, values, strict=True)) for values in itertools.product(*given.values())]
 
@@ -373,7 +368,7 @@ class Measurer:
             own, where = getattr(self.bed.denoiser, "fingerprint", None), sampler.name
             known = [(path.name, plan) for path, plan in _load_plans(where)]
             if sampler.kind == "plans" and own is not None:  # a single file is measured wherever it fits
-                known = [(name, plan) for name, plan in known if _made_for(plan) in (None, own)]
+                known = [(name, plan) for name, plan in known if plan.fitted_to in (None, own)]
         found = [(name, plan) for name, plan in known if plan.nfe == nfe and plan.process == process]
         if not found:
             raise UsageError(f"{where} has no plan of {nfe} calls for {process}")
@@ -452,7 +447,7 @@ def teacher(bed: Bed, validation: bool = False) -> tuple[Tensor, dict[str, Any]]
         shape = denoiser.shape  # type: ignore[attr-defined]
         x = process.sigma(process.t_max) * noise.normal(seeds, noise.INITIAL, shape, bed.dtype)
         return flow(x, process.t_max, process.t_data), {"calls": 0, "error": 0.0}
-    grid, calls = TEACHER[family(process)], min(FIRST, bed.teacher)
+    grid, calls = TEACHER[auto.family(process)], min(FIRST, bed.teacher)
 
     def solved(nfe: int) -> Tensor:
         return bed.run(make_plan("unipc3", process, nfe=nfe, grid=grid, chart="flow"), seeds)
@@ -693,11 +688,6 @@ def _load_plans(name: str) -> list[tuple[Path, Plan]]:
     if not plans:
         raise UsageError(f"{name}: no plan files in it", "pfode fit --out DIR writes some")
     return plans
-
-
-def _made_for(plan: Plan) -> str | None:
-    """The fingerprint of the denoiser that a plan was fitted to."""
-    return plan.meta.get("fitted", {}).get("model")
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:

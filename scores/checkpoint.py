@@ -199,7 +199,7 @@ class Plans(Mapping[int, Plan]):
     def __getitem__(self, nfe: int) -> Plan:
         file = self.files[nfe]
         plan = Plan.load(file)
-        if plan.meta.get("fitted", {}).get("model") != self.digest or plan.nfe != nfe:
+        if plan.fitted_to != self.digest or plan.nfe != nfe:
             raise FileError(f"{file}: not a plan of {nfe} calls fitted to the model beside it", "pfode fit makes one")
         return plan
 

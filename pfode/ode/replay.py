@@ -65,8 +65,8 @@ class Checkpoint:
     """Take the accepted steps again, from states kept on the way.
 
     The gradient is that of the numbers computed, and as far off as they are: a method of higher order ("vern7") leaves
-    less of it at little cost, and at tolerances near the rounding of float32 so does a float64 state, cast for the
-    field (benchmarks/ode_gradient.py).
+    a tenth of that at 1e-5 for two fifths more time, and at tolerances near the rounding of float32 a float64 state,
+    cast for the field, leaves half (benchmarks/ode_gradient.py).
 
     Args:
         memory: bytes that the kept states (and carries) may take, forwards and backwards; the graph of one step and the
