@@ -21,7 +21,7 @@ import click
 
 import pfode
 from pfode.cli.common import Output
-from pfode.cli.sample import Cost, Job, Progress, flaw, non_finite, settings, write_film, write_sheet
+from pfode.cli.sample import Cost, Job, Progress, flaw, flaws, non_finite, settings, write_film, write_sheet
 from pfode.cli.settings import parse_seeds
 from pfode.denoiser import forwards
 from pfode.errors import FileError, PfodeError, UsageError, WriteError
@@ -118,10 +118,7 @@ def _fill(job: Job, folder: "Folder", mine: list[int], batch: int, kept: set[int
             done += len(part.x)
             _write(job, part, indices, folder, kept, add)
             if part.bad and job.options["nan"] == "raise":
-                flaws = [
-                    flaw(job, part.seeds[bad.index], bad.step, bad.time, getattr(bad, "why", None)) for bad in part.bad
-                ]
-                raise non_finite(flaws, job, "--nan flag leaves such pictures out and draws the others")
+                raise non_finite(flaws(job, part), job, "--nan flag leaves such pictures out and draws the others")
 
 
 def _write(
@@ -136,9 +133,9 @@ def _write(
         if seed in kept:
             continue
         if k in spoilt:
-            bad, why = spoilt[k], getattr(spoilt[k], "why", None)
+            bad = spoilt[k]
             line = {"seed": seed, "status": NON_FINITE, "sample": i, "step": bad.step, "time": bad.time}
-            add(line | ({"why": why} if why else {}))
+            add(line | ({"why": bad.why} if bad.why else {}))
             continue
         own = {key: int(part.stats[key][k]) for key in ("steps", "nfe", "evals") if key in part.stats}
         cost = Cost.over([own]) if own else Cost.of(part)

@@ -193,8 +193,7 @@ def one_sheet(job: "Job", out: Output) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     files = write(job, result)
     if result.bad:
-        flaws = [flaw(job, job.seeds[bad.index], bad.step, bad.time, getattr(bad, "why", None)) for bad in result.bad]
-        raise non_finite(flaws, job, f"crossed out in {files[0]}; the other pictures are sound")
+        raise non_finite(flaws(job, result), job, f"crossed out in {files[0]}; the other pictures are sound")
     return {"files": files, "cost": Cost.of(result), "seconds": seconds}
 
 
@@ -571,10 +570,15 @@ def flaw(job: Job, seed: int, step: int, t: float, why: str | None = None) -> st
     return f"seed {seed} after step {step}{of}, t = {t:.6g}" + (f": {why}" if why else "")
 
 
-def non_finite(flaws: list[str], job: Job, hint: str) -> NumericalError:
+def flaws(job: Job, result: Any) -> list[str]:
+    """The same of every picture that a result lost."""
+    return [flaw(job, result.seeds[bad.index], bad.step, bad.time, bad.why) for bad in result.bad]
+
+
+def non_finite(lost: list[str], job: Job, hint: str) -> NumericalError:
     """The error that names the first few pictures that are not finite."""
-    more = [f"and {len(flaws) - 3} more"] if len(flaws) > 3 else []
-    return NumericalError(f"{len(flaws)} of {len(job.seeds)} pictures not finite: {'; '.join(flaws[:3] + more)}", hint)
+    more = [f"and {len(lost) - 3} more"] if len(lost) > 3 else []
+    return NumericalError(f"{len(lost)} of {len(job.seeds)} pictures not finite: {'; '.join(lost[:3] + more)}", hint)
 
 
 def write(job: Job, result: Any) -> list[str]:

@@ -353,6 +353,11 @@ class Bad:
     step: int
     time: float
 
+    @property
+    def why(self) -> str | None:
+        """What went wrong, where more is known than that it is not finite."""
+        return None
+
 
 def find_bad(
     plan: Plan,
