@@ -235,6 +235,7 @@ class Adaptive:
     clean: bool
     max_steps: int
     stochastic = False
+    fitted_to = None  # as of a `Plan` that was fitted to nothing
 
     @property
     def name(self) -> str:
