@@ -100,7 +100,7 @@ def ways(net: Network, y0: Tensor, tol: float) -> dict[str, Callable[[], Tensor]
     """Losses by library, adjoint and method."""
     from torchdiffeq import odeint_adjoint  # pyright: ignore[reportMissingImports]
 
-    def ours(adjoint: str = "checkpoint", method: str = "dopri5", wide: bool = False) -> Callable[[], Tensor]:
+    def ours(adjoint: Any = "checkpoint", method: str = "dopri5", wide: bool = False) -> Callable[[], Tensor]:
         options: dict[str, Any] = {"rtol": tol, "atol": tol, "adjoint": adjoint, "method": method}
         field, start = (Wide(net), y0.double()) if wide else (net, y0)
         return lambda: solve(field, start, [0.0, 4.0], **options).ys[-1].square().mean()
@@ -115,6 +115,7 @@ def ways(net: Network, y0: Tensor, tol: float) -> dict[str, Callable[[], Tensor]
         "checkpoint, tsit5": ours(method="tsit5"),
         "checkpoint, vern7": ours(method="vern7"),
         "checkpoint, dopri8": ours(method="dopri8"),
+        "checkpoint, nothing kept": ours(Checkpoint(graphs=0)),
         "checkpoint, float64 state": ours(wide=True),
         "checkpoint, vern7, float64 state": ours(method="vern7", wide=True),
         "direct": ours("direct"),
@@ -172,6 +173,7 @@ def memory() -> list[dict[str, Any]]:
     for name, adjoint, method, cap in (
         ("direct", "direct", "rk4", 0),
         ("checkpoint", "checkpoint", "rk4", 0),
+        ("checkpoint, no graphs", Checkpoint(graphs=0), "rk4", 0),
         ("capped, 16 states", Checkpoint(16 * state), "rk4", 16 * state),
         ("capped, 4 states", Checkpoint(4 * state), "rk4", 4 * state),
         ("reversible", "reversible", "reversible-rk4", 0),

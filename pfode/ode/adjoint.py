@@ -2,7 +2,8 @@
 
     Direct        record every operation. Exact; can be differentiated again; memory grows with every evaluation.
     Checkpoint    (default) keep the accepted steps and some states; go back step by step, taking each again with its
-                  graph. Exact: the gradient of the numbers that were computed (replay.py).
+                  graph, but for the first ones, whose graphs are kept. Exact: the gradient of the numbers that were
+                  computed (replay.py).
     Reversible    the same, the states computed backwards by a solver that can; memory does not grow (replay.py).
     Interpolated  keep the dense output; solve the adjoint equation along it (continuous.py).
     Backsolve     keep the output states only; solve state and adjoint backwards (Chen et al. 2018; continuous.py).
@@ -27,6 +28,7 @@ Inside torch.func transforms and forward-mode differentiation every operation is
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +41,7 @@ from pfode.ode.loop import Course, End, Lanes, Move
 from pfode.ode.solver import Solver
 from pfode.ode.state import Field, Tree, leaves, rebuild
 
+PLAIN = nullcontext()
 _DEPTH = 4  # containers, closures and attributes are searched for parameters this deep
 
 
@@ -63,13 +66,18 @@ class Work:
 
 
 class Inputs(NamedTuple):
-    """What a solution depends on, all detached or leaves; `tensors`: those in args, then parameters."""
+    """What a solution depends on, all detached or leaves; `tensors`: those in args, then parameters.
+
+    `searched`: whether parameters were looked for; `shared`: whether the field uses tensors that have graphs of their
+    own, through which every evaluation leads.
+    """
 
     y: Tensor
     ts: Tensor
     tensors: tuple[Tensor, ...]
     args: tuple[Any, ...]
     searched: bool
+    shared: bool
 
 
 class Cotangents(NamedTuple):
@@ -79,20 +87,28 @@ class Cotangents(NamedTuple):
     end: Tensor
 
 
-class Tape(Protocol):
-    """What an adjoint keeps of one solve."""
+class Tape:
+    """What an adjoint keeps of one solve.
+
+    `recording`: whether the next step is to be made with its graph; `seen`: what was found in that of the first one.
+    """
+
+    recording = False
+    seen: "Behind | None" = None
+
+    def making(self) -> AbstractContextManager[Any]:
+        """The surroundings to make the next step in."""
+        return PLAIN
 
     def add(self, move: Move, passed: int) -> None:
         """Look at an attempted step; `passed`: output times that it passed (at most, over samples)."""
-        ...
 
     def finish(self, ys: Tensor, end: End) -> None:
         """See the states at the output times, and how it ended."""
-        ...
 
     def pull(self, problem: Problem, inputs: Inputs, given: Cotangents, work: Work) -> list[Tensor | None]:
         """Gradients with respect to the state, the times and `inputs.tensors`; those not required may be None."""
-        ...
+        raise NotImplementedError
 
 
 class Adjoint(Protocol):
@@ -169,49 +185,89 @@ def _held(value: Any) -> Iterator[Any]:
         yield from (held for name, held in vars(value).items() if name not in ("_parameters", "_modules", "_buffers"))
 
 
-def leaves_behind(values: Iterable[Tensor]) -> list[Tensor]:
-    """Leaf tensors in the graphs of tensors."""
-    found, nodes = [], [value.grad_fn for value in values if value.grad_fn is not None]
-    found += [value for value in values if value.grad_fn is None and value.requires_grad]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
+class Behind(NamedTuple):
+    """What lies in the graphs of tensors: nodes, leaf tensors, and whether a node is older than a `mark`."""
+
+    nodes: list[Any]
+    leaves: list[Tensor]
+    older: bool
+
+
+def behind(values: Iterable[Any], until: Iterable[Any] = (), since: int = 0) -> Behind:
+    """Search the graphs of tensors, not beyond some others, for leaves and for nodes older than a mark."""
+    values = [value for value in values if isinstance(value, Tensor)]
+    nodes: list[Any] = [value.grad_fn for value in values if value.grad_fn is not None]
+    found = [value for value in values if value.grad_fn is None and value.requires_grad]
+    seen, older = {*nodes, *(value.grad_fn for value in until if isinstance(value, Tensor))}, False
+    for node in nodes:  # it grows
         if hasattr(node, "variable"):
-            found.append(node.variable)  # type: ignore[attr-defined]
+            found.append(node.variable)
+        elif node._sequence_nr() < since:
+            older = True
         for after, _ in node.next_functions:
             if after is not None and after not in seen:
                 seen.add(after)
                 nodes.append(after)
-    return found
+    return Behind(nodes, found, older)
+
+
+def weight(found: Behind) -> int:
+    """Bytes that graphs keep alive, without those of their leaves."""
+    kept: dict[int, int] = {}
+    for node in found.nodes:
+        for name in _saving(type(node)):
+            try:
+                saved = getattr(node, name)
+            except RuntimeError:  # changed in place meanwhile
+                continue
+            for part in saved if isinstance(saved, tuple | list) else (saved,):
+                if isinstance(part, Tensor):
+                    kept[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    own = {leaf.untyped_storage().data_ptr() for leaf in found.leaves}
+    return sum(size for at, size in kept.items() if at not in own)
+
+
+@functools.cache
+def _saving(kind: type) -> list[str]:
+    """Attributes of a kind of node that hold what it saved."""
+    return [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
+
+
+@torch.enable_grad()
+def mark() -> int:
+    """A number that only later nodes of graphs, of this thread, have reached."""
+    node: Any = torch.zeros((), requires_grad=True).neg().grad_fn
+    return node._sequence_nr()
 
 
 class Sighting:
-    """A field whose first evaluation is made with its graph, to see which leaf tensors it uses."""
+    """A field whose first evaluation is made with its graph, to see what it uses."""
 
     def __init__(self, f: Callable[..., Tree]):
-        self.f, self.found, self.due = f, list[Tensor](), True
+        self.f, self.due, self.seen = f, True, Behind([], [], False)
 
     def __call__(self, t: Tensor, y: Tree, *args: Any) -> Tree:
         if not self.due or transformed():
             return self.f(t, y, *args)
-        self.due = False
+        self.due, since = False, mark()
         with torch.enable_grad():
             slope = self.f(t, y, *args)
         parts = list(leaves(slope))
         if not any(isinstance(part, Tensor) and part.requires_grad for part in parts):
             return slope
-        self.found = leaves_behind([part for part in parts if isinstance(part, Tensor)])
+        self.seen = behind(parts, since=since)._replace(nodes=[])
         return rebuild(slope, iter([part.detach() if isinstance(part, Tensor) else part for part in parts]))
 
 
 class Sources(NamedTuple):
-    """Where gradients may have to go; `declared`: how many of `tensors` get zeros rather than None; `searched`: whether
-    parameters were looked for."""
+    """Where gradients may have to go; `declared`: how many of `tensors` get zeros rather than None; `searched`,
+    `shared`: as in Inputs."""
 
     tensors: list[Tensor]
     places: list[int]
     declared: int
     searched: bool
+    shared: bool = False
 
 
 def sources(f: Any, args: tuple[Any, ...], params: Iterable[Tensor] | None) -> Sources:
@@ -249,12 +305,12 @@ def again(problem: Problem, args: tuple[Any, ...], pure: bool) -> Field:
 
 
 def detached(args: tuple[Any, ...], places: Sequence[int], values: Sequence[Tensor] | None = None) -> tuple[Any, ...]:
-    """args with the tensors at some places detached, or replaced by values."""
+    """args with the tensors at some places as leaves of their own, or replaced by values."""
     if not places:
         return args
     parts = list(leaves(args))
     for i, place in enumerate(places):
-        parts[place] = parts[place].detach() if values is None else values[i]
+        parts[place] = parts[place].detach().requires_grad_() if values is None else values[i]
     return rebuild(args, iter(parts))
 
 
@@ -309,6 +365,7 @@ class _Node(torch.autograd.Function):
             tuple(used),
             args,
             solve.sources.searched,
+            solve.sources.shared,
         )
         with torch.no_grad(), solve.autocast():
             made = solve.tape.pull(solve.problem, inputs, given, solve.work)
@@ -333,18 +390,19 @@ class _Once(torch.autograd.Function):
 
 
 def attach(
-    problem: Problem, tape: Tape, found: Sources, seen: Sequence[Tensor], y: Tensor, ts: Tensor, ys: Tensor, end: Tensor
+    problem: Problem, tape: Tape, found: Sources, seen: Behind, y: Tensor, ts: Tensor, ys: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor, Work]:
     """The states ys at the output times and at the end, depending on what they came from.
 
     Args:
         problem, tape: the solve, made without gradients, and what was kept of it.
-        found, seen: sources of gradients, and leaf tensors that a Sighting met.
+        found, seen: sources of gradients, and what a Sighting, or the tape, met.
         y, ts: the initial state and the output times, with their graphs.
     """
     if found.searched:
-        known = {id(t) for t in found.tensors}
-        found.tensors.extend(t for t in {id(t): t for t in seen}.values() if id(t) not in known)
+        known = {id(t) for t in (problem.y, *leaves(problem.field.args), *found.tensors)}
+        found.tensors.extend(t for t in {id(t): t for t in seen.leaves}.values() if id(t) not in known)
+        found = found._replace(shared=seen.older)
     work = Work()
     if not any(t.requires_grad for t in (y, ts, *found.tensors)):
         return ys, end, work
@@ -352,14 +410,14 @@ def attach(
     return ys, end, work
 
 
-def refuse_unknown(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> None:
-    """Raise where graphs have leaves that gradients would not reach.
+def refuse_unknown(outputs: Iterable[Any], known: Iterable[Tensor], until: Iterable[Any] = ()) -> None:
+    """Raise where graphs, as far as some other tensors, have leaves that gradients would not reach.
 
     Raises:
         UsageError: the field uses tensors that were not found.
     """
     ids = {id(t) for t in known}
-    for leaf in leaves_behind(outputs):
+    for leaf in behind(outputs, until).leaves:
         if id(leaf) not in ids:
             raise UsageError(
                 f"the field uses a tensor of shape {tuple(leaf.shape)} that needs a gradient and was not found at its "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import NumericalError, UsageError
-from pfode.ode.adjoint import Cotangents, Inputs, Problem, Work, again, refuse_unknown
+from pfode.ode.adjoint import Cotangents, Inputs, Problem, Tape, Work, again, refuse_unknown
 from pfode.ode.control import PID
 from pfode.ode.loop import Course, End, Joint, Move, Status, advance
 from pfode.ode.solver import Solver
@@ -69,16 +69,13 @@ class Interpolated(Backsolve):
         return _Along(problem, self)
 
 
-class _Continuous:
+class _Continuous(Tape):
     """The output states of a solve, and the backward solve from them."""
 
     def __init__(self, problem: Problem, how: Backsolve):
         self.how = how
         if problem.ts.ndim > 1:
             raise UsageError("adjoint: ts of shape (batch, times) cannot be solved backwards", 'adjoint="checkpoint"')
-
-    def add(self, move: Move, passed: int) -> None:
-        """Nothing is kept of a step."""
 
     def finish(self, ys: Tensor, end: End) -> None:
         self.ys, self.end, self.version = ys, end, ys._version
@@ -171,7 +168,7 @@ class _System:
         made: Any = [None] * len(into)
         if slope.requires_grad:
             into = [x for x in into if x.requires_grad]
-            found = iter(torch.autograd.grad(slope, into, a, retain_graph=True, allow_unused=True))
+            found = iter(torch.autograd.grad(slope, into, a, retain_graph=self.inputs.shared, allow_unused=True))
             made = [next(found) if x.requires_grad else None for x in (y, *self.inputs.tensors)]
         like = (a, *self.inputs.tensors)
         rates = [torch.zeros_like(x) if g is None else -g for g, x in zip(made, like, strict=True)]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pfode.errors import NumericalError, UsageError, number
-from pfode.ode.adjoint import Cotangents, Inputs, Problem, Work, again, refuse_unknown
-from pfode.ode.loop import End, Move
+from pfode.ode.adjoint import Cotangents, Inputs, Problem, Tape, Work, again, refuse_unknown
+from pfode.ode.loop import End
 from pfode.ode.newton import jacobian
 
 
@@ -35,14 +35,11 @@ class Implicit:
         return _FixedPoint(self)
 
 
-class _FixedPoint:
+class _FixedPoint(Tape):
     """The last state of a solve."""
 
     def __init__(self, how: Implicit):
         self.how = how
-
-    def add(self, move: Move, passed: int) -> None:
-        """Nothing is kept of a step."""
 
     def finish(self, ys: Tensor, end: End) -> None:
         self.end = end
@@ -70,7 +67,9 @@ class _FixedPoint:
         if slope.requires_grad:
             if inputs.searched:
                 refuse_unknown([slope], into)
-            made = iter(torch.autograd.grad(slope, into, a.view_as(slope), retain_graph=True, allow_unused=True))
+            made = iter(
+                torch.autograd.grad(slope, into, a.view_as(slope), retain_graph=inputs.shared, allow_unused=True)
+            )
         work.nfe += field.calls
         found = [next(made, None) if x.requires_grad else None for x in inputs.tensors]
         return [given.ys[0].clone(), torch.zeros_like(problem.ts), *found]

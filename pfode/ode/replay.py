@@ -4,10 +4,11 @@ A leg is an accepted step, (t0, t1) as the solver got them; with the state and t
 again, to the same numbers. Going back, legs are taken again in chunks with their graph, and the gradients of state,
 carry, times and parameters are pulled through each chunk.
 
-Checkpoint keeps the state at every k-th leg. Without a cap k doubles whenever 64 k states are kept: sqrt(n) of them for
-n legs; the k legs in between, or 4, make one chunk, so that nothing is evaluated more than once again. With a cap on
-memory k doubles whenever half of it is used; the other half serves to go back through the k legs by binomial
-checkpoints (Griewank & Walther 2000), with the graph of one leg at a time.
+Checkpoint keeps the graphs of the first legs while they are small, and the state at every k-th leg after these.
+Without a cap k doubles whenever 64 k states are kept: sqrt(n) of them for n legs; the k legs in between, or 4, make
+one chunk, so that nothing is evaluated more than once again. With a cap on memory k doubles whenever half of it is
+used; the other half serves to go back through the k legs by binomial checkpoints (Griewank & Walther 2000), with the
+graph of one leg at a time.
 
 Reversible keeps the last state and computes those before it backwards, `solver.back`. Rounding errors grow on the way
 where the solution forgets its past; at anchors, every `every` legs and at the start, what came out is compared with
@@ -15,6 +16,8 @@ what was there.
 """
 
 import math
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,13 +25,25 @@ import torch
 from torch import Tensor
 
 from pfode.errors import NumericalError, UsageError, integer, number
-from pfode.ode.adjoint import Cotangents, Inputs, Problem, Work, again, refuse_unknown
+from pfode.ode.adjoint import (
+    Behind,
+    Cotangents,
+    Inputs,
+    Problem,
+    Tape,
+    Work,
+    again,
+    behind,
+    mark,
+    refuse_unknown,
+    weight,
+)
 from pfode.ode.loop import Counts, End, Move
 from pfode.ode.outputs import JointOutputs, PerSampleOutputs, outputs
 from pfode.ode.solver import Step
 from pfode.ode.state import Field, leaves, rebuild
 
-_FREE = 64  # states kept before legs are left out: about what the graph of one leg takes
+_FREE = 64  # states kept before legs are left out, about what the graph of one leg takes; also graphs kept at most
 _TOGETHER = 4  # legs that make one chunk at least: one by one they take a tenth longer
 
 
@@ -69,23 +84,27 @@ class Checkpoint:
     cast for the field, leaves half (benchmarks/ode_gradient.py).
 
     Args:
+        graphs: bytes that the graphs of the first 64 steps may take: as many of these as they hold are not taken again.
+            None are kept with a cap on memory, per sample, and with gradients to times.
         memory: bytes that the kept states (and carries) may take, forwards and backwards; the graph of one step and the
-            times of the steps come on top. None: of n steps about 8 sqrt(n) states, every one while n <= 64, and the
-            graphs of 4 steps.
+            times of the steps come on top. None: of n steps about 8 sqrt(n) states, every one while n <= 64, the graphs
+            of 4 steps, and `graphs`.
 
     Raises:
         UsageError: no positive whole number.
     """
 
     memory: int | None = None
+    graphs: int = 2**24
     pure = False
 
     def __post_init__(self) -> None:
+        integer("graphs", self.graphs, 0)
         if self.memory is not None:
             integer("memory", self.memory, 1)
 
     def tape(self, problem: Problem) -> "CheckpointTape":
-        return CheckpointTape(problem, self.memory)
+        return CheckpointTape(problem, self.memory, self.graphs if self.memory is None else 0)
 
 
 @dataclass(frozen=True)
@@ -121,7 +140,7 @@ class Reversible:
         return ReversibleTape(problem, self)
 
 
-class _Tape:
+class _Tape(Tape):
     """The legs of a solve, and how they are taken again."""
 
     def __init__(self, problem: Problem):
@@ -150,9 +169,6 @@ class _Tape:
     def reached(self, state: State) -> None:
         """Keep what is wanted of the state after the newest leg."""
         raise NotImplementedError
-
-    def finish(self, ys: Tensor, end: End) -> None:
-        """Nothing is left to be seen."""
 
 
 class _Again:
@@ -223,25 +239,61 @@ class _Back(_Again):
         self._rewind(legs[0])
         with torch.enable_grad():
             end = self.chunk(legs, State(y, rebuild(state.carry, iter(parts)) if parts else None))
-            pairs: list[tuple[Any, Tensor | None]] = [(end.y, self.slope_y), *self._shown(legs[0])]
+            shown = self._shown(legs[0])
+        wanted = [p for p in parts if _wanted(p)]
+        slopes = iter(self._through(end, shown, [y, *wanted], self.leaves))
+        self.slope_y = _or_zeros(next(slopes), y)
+        self.slope_carry = [next(slopes) if _wanted(p) else None for p in parts]
+        self.work.steps += len(legs)
+
+    def recorded(self, kept: "Recording", ys: Tensor, y: Tensor, args: tuple[Any, ...]) -> None:
+        """Pull the gradients through the steps whose graphs were kept, from output states back to y and args."""
+        assert kept.state
+        own = {id(a): b for a, b in zip(leaves(self.inputs.args), leaves(args), strict=True)}
+        into = [own.get(id(t), t) for t in self.leaves]
+        last = leaves(tuple(kept.before)) if kept.before else ()
+        again: bool = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        first = [y] if y.requires_grad else []
+        with torch.enable_grad():
+            shown = [(ys[1:], self.given.ys[1:])]
+        slopes = self._through(kept.state, shown, first, into, last, again)
+        self.slope_y = _or_zeros(slopes[0] if slopes else None, y)
+        self.work.steps += kept.steps
+
+    def _through(
+        self,
+        end: State,
+        shown: list[tuple[Any, Any]],
+        first: list[Tensor],
+        into: list[Tensor],
+        until: Iterable[Any] = (),
+        keep: bool = False,
+    ) -> Sequence[Tensor | None]:
+        """Pull the gradients through a graph: those of `first` are returned, those of `into` added to the others.
+
+        Args:
+            end: the state and carry where it ends; shown: output states and the gradients given for them.
+            until: how far unknown leaves are looked for; keep: the graph is wanted again.
+        """
+        pairs: list[tuple[Any, Tensor | None]] = [(end.y, self.slope_y), *shown]
         if self.slope_carry:
             pairs += zip(leaves(end.carry), self.slope_carry, strict=True)
         pairs = [(value, slope) for value, slope in pairs if slope is not None and _wanted(value)]
-        into = [y, *(p for p in parts if _wanted(p)), *self.leaves]
+        whole = [*first, *into]
         if not self.checked and self.inputs.searched:
-            refuse_unknown((value for value, _ in pairs), into)
+            refuse_unknown((value for value, _ in pairs), whole, until)
             self.checked = True
-        made: Any = [None] * len(into)
-        if pairs:
+        made: Any = [None] * len(whole)
+        if pairs and whole:
             values, slopes = zip(*pairs, strict=True)
-            made = torch.autograd.grad(values, into, slopes, retain_graph=True, allow_unused=True)
-        self.slope_y = torch.zeros_like(y) if made[0] is None else made[0]
-        rest = iter(made[1:])
-        self.slope_carry = [next(rest) if _wanted(p) else None for p in parts]
+            made = torch.autograd.grad(
+                values, whole, slopes, retain_graph=keep or self.inputs.shared, allow_unused=True
+            )
+        rest = made[len(first) :]
         self.made = [
             new if old is None else old if new is None else old + new for old, new in zip(self.made, rest, strict=True)
         ]
-        self.work.steps += len(legs)
+        return made[: len(first)]
 
     def _rewind(self, leg: Leg) -> None:
         """Set `out` to where it was at the start of a leg."""
@@ -281,6 +333,15 @@ def _leaf(part: Any) -> Any:
     return part.detach().requires_grad_(part.is_floating_point() or part.is_complex())
 
 
+def _or_zeros(slope: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if slope is None else slope
+
+
+def _bare(tree: Any) -> Any:
+    """Without its graph."""
+    return rebuild(tree, iter([part.detach() if isinstance(part, Tensor) else part for part in leaves(tree)]))
+
+
 def _wanted(part: Any) -> bool:
     return isinstance(part, Tensor) and part.requires_grad
 
@@ -295,13 +356,64 @@ def lift(ts: Tensor, t: Any) -> Tensor:
     return moved
 
 
+class Recording:
+    """The first steps of a joint solve, with one graph, while graphs have room.
+
+    Args:
+        room: bytes.
+
+    Attributes:
+        state, before: where the last of them ended and began, with the graph.
+        steps: how many they are; weight: bytes that the graph of one takes, as that of the first.
+    """
+
+    def __init__(self, room: int):
+        self.room, self.steps, self.weight, self.since = room, 0, 0, mark()
+        self.state: State | None = None
+        self.before: State | None = None
+
+    def add(self, state: State) -> Behind | None:
+        """Keep a step up to this state if there is room; what is behind the first one."""
+        found = None
+        if not self.steps:
+            found = behind(leaves(tuple(state)), since=self.since)
+            self.weight, found = weight(found), found._replace(nodes=[])
+        self.room = self.room - self.weight if state.y.requires_grad else -1
+        if self.room >= 0:
+            self.before, self.state, self.steps = self.state, state, self.steps + 1
+        return found
+
+
 class CheckpointTape(_Tape):
     """See `Checkpoint`."""
 
-    def __init__(self, problem: Problem, memory: int | None):
+    def __init__(self, problem: Problem, memory: int | None, graphs: int = 0):
         super().__init__(problem)
         self.memory, self.slots = memory, 0
         self.kept, self.every = [self.start], 1
+        self.recording, self.record = graphs > 0 and not self.lanes.per_sample, Recording(graphs)
+        self.field = problem.field
+
+    def making(self) -> AbstractContextManager[Any]:
+        self.field.pure = self.recording
+        return torch.enable_grad() if self.recording else super().making()
+
+    def add(self, move: Move, passed: int) -> None:
+        if not self.recording:
+            return super().add(move, passed)
+        if not move.accepted:
+            return
+        state = State(move.y, move.carry)
+        self.seen = self.record.add(state) or self.seen
+        self.recording = self.record.room >= self.record.weight and self.record.steps < _FREE
+        bare = State(move.y.detach(), None if move.carry is None else _bare(move.carry))
+        if self.record.state is state:
+            self.done, self.fresh, self.kept = self.done + passed, move.t1 in self.jumps, [bare]
+        else:
+            super().add(move._replace(**bare._asdict()), passed)
+
+    def finish(self, ys: Tensor, end: End) -> None:
+        self.ys = ys
 
     def reached(self, state: State) -> None:
         if self.memory is not None and not self.slots:
@@ -321,7 +433,7 @@ class CheckpointTape(_Tape):
 
     def graph(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """The states at the output times and at the end with one graph, of accepted steps only."""
-        taken = _Again(self, problem, Inputs(problem.y, problem.ts, (), problem.field.args, False))
+        taken = _Again(self, problem, Inputs(problem.y, problem.ts, (), problem.field.args, False, False))
         taken.out.start(problem.y)
         end = taken.chunk(self.legs, State(problem.y, None))
         return taken.out.result(), end.y
@@ -338,6 +450,8 @@ class CheckpointTape(_Tape):
             elif first < end:
                 self._binomial(back, first, end, state, self.slots - len(self.kept) - 1)  # one is on its way
             end = first
+        if self.record.state:
+            back.recorded(self.record, self.ys, problem.y, problem.field.args)
         return back.result()
 
     def _binomial(self, back: _Back, first: int, last: int, state: State, free: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pfode.errors import NumericalError, UsageError, integer, number, unknown
 from pfode.ode import checks, tables
 from pfode.ode.adjoint import (
+    PLAIN,
     Adjoint,
     Direct,
     Problem,
@@ -197,19 +198,22 @@ def solve(
     with torch.no_grad():
         bare = _bare(setup, found.places, how.pure)
         tape, sight = how.tape(bare), Sighting(f)
-        if found.searched:
+        known = any(t.requires_grad for t in (setup.y, *found.tensors))
+        tape.recording = tape.recording and known and not setup.ts.requires_grad
+        if found.searched and not tape.recording:
             bare.field.f = sight
         out, end = _run(bare, None, tape)
         bare.field.f = f
-    ys, y, work = attach(bare, tape, found, sight.found, setup.y, setup.ts, out, end.y)
+    ys, y, work = attach(bare, tape, found, tape.seen or sight.seen, setup.y, setup.ts, out.detach(), end.y.detach())
     return _finish(setup, ts, ys, end._replace(y=y), throw, work)
 
 
 def _bare(setup: Problem, places: Sequence[int], pure: bool) -> Problem:
-    """The same solve without anything that requires a gradient."""
+    """The same solve from leaves of its own."""
     field = Field(setup.field.f, setup.field.layout, detached(setup.field.args, places), pure)
     course = dataclasses.replace(setup.course, lift=None)
-    return setup._replace(field=field, course=course, y=setup.y.detach(), ts=setup.ts.detach())
+    y = setup.y.detach().requires_grad_(setup.y.requires_grad)
+    return setup._replace(field=field, course=course, y=y, ts=setup.ts.detach())
 
 
 def _twice(setup: Problem, ts: Any, throw: bool) -> Solution:
@@ -301,23 +305,25 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
     while True:
         if isinstance(out, JointOutputs) and not seen:
             field.until = out.next
-        try:
-            move = moves.send(halt)
-        except StopIteration as stop:
-            end = stop.value
-            break
-        if isinstance(out, JointOutputs):
-            passed = out.done
-            if move.accepted:
-                out.add(move)
-            passed = out.done - passed
-        else:
-            passed = int(move.tried[0]) if passing else 1
-            out.add(move, passed)
+        with tape.making() if tape else PLAIN:
+            try:
+                move = moves.send(halt)
+            except StopIteration as stop:
+                end = stop.value
+                break
+            if isinstance(out, JointOutputs):
+                passed = out.done
+                if move.accepted:
+                    out.add(move)
+                passed = out.done - passed
+            else:
+                passed = int(move.tried[0]) if passing else 1
+                out.add(move, passed)
         if tape:
             tape.add(move, passed)
         halt = watch.add(move, move.tried[passing:]) if watch else None
-    ys = out.result()
+    with torch.enable_grad() if tape else PLAIN:  # of steps made with their graphs
+        ys = out.result()
     if tape:
         tape.finish(ys, end)
     return (ys, end) if watch is None else (watch.cut(ts, ys), watch.end(end))

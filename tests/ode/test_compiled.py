@@ -8,6 +8,7 @@ import torch
 
 from pfode.errors import MissingError, UsageError
 from pfode.ode import PID, Event, Status, solve
+from pfode.ode.replay import Checkpoint
 from tests.ode import problems
 
 f64 = torch.float64
@@ -215,6 +216,27 @@ def test_many_steps_take_one_call_of_a_kernel(as_it_is, monkeypatch):
         out = solve(pendulum(), torch.ones(2, dtype=f64), [0.0, 3.0], compile=True)
     assert out.stats.steps > 10
     assert calls == ["ahead"]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+def test_gradients_pass_through_what_torch_compiled():
+    """Graphs that lend their buffers can be gone through once: a field compiled by itself, and steps compiled whole."""
+    a, y0 = torch.tensor(0.7, requires_grad=True), torch.tensor([0.3, 1.0])
+
+    def field(t, y):
+        return torch.tanh(a * y.cos())
+
+    def gradient(f, adjoint, compile=False):
+        out = solve(f, y0, [0.0, 1.0, 2.0], method="bosh3", rtol=1e-4, adjoint=adjoint, compile=compile, params=[a])
+        (found,) = torch.autograd.grad(out.ys.square().sum(), a)
+        return found.item()
+
+    wanted = gradient(field, "direct")
+    for adjoint in ("checkpoint", Checkpoint(graphs=0), "interpolated", "backsolve"):
+        assert gradient(torch.compile(field), adjoint) == pytest.approx(wanted, rel=1e-2)
+    for adjoint in ("checkpoint", Checkpoint(graphs=0)):
+        assert gradient(field, adjoint, compile=True) == pytest.approx(wanted, rel=1e-2)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
