@@ -211,26 +211,33 @@ def behind(values: Iterable[Any], until: Iterable[Any] = (), since: int = 0) -> 
     return Behind(nodes, found, older)
 
 
+_PLAIN_KINDS = (int, float, complex, str, torch.Size, torch.dtype, torch.device, torch.layout)
+_saving: dict[type, list[str]] = {}  # attributes of a kind of node that may hold tensors which it saved
+
+
 def weight(found: Behind) -> int:
     """Bytes that graphs keep alive, without those of their leaves."""
     kept: dict[int, int] = {}
     for node in found.nodes:
-        for name in _saving(type(node)):
+        names = _saving.get(type(node))
+        if names is None:
+            names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
+        holding = []
+        for name in names:
             try:
                 saved = getattr(node, name)
             except RuntimeError:  # changed in place meanwhile
                 continue
-            for part in saved if isinstance(saved, tuple | list) else (saved,):
+            parts = saved if isinstance(saved, tuple | list) else (saved,)
+            if not parts or not all(isinstance(part, _PLAIN_KINDS) for part in parts):
+                holding.append(name)
+            for part in parts:
                 if isinstance(part, Tensor):
-                    kept[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+                    storage = part.untyped_storage()
+                    kept[storage.data_ptr()] = storage.nbytes()
+        _saving.setdefault(type(node), holding)
     own = {leaf.untyped_storage().data_ptr() for leaf in found.leaves}
     return sum(size for at, size in kept.items() if at not in own)
-
-
-@functools.cache
-def _saving(kind: type) -> list[str]:
-    """Attributes of a kind of node that hold what it saved."""
-    return [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
 
 
 @torch.enable_grad()

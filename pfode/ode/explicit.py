@@ -154,8 +154,11 @@ class _Kept:
         return self.slopes[i]
 
     def combine(self, row: int) -> Tensor:
-        """y0 + h sum_i w_i k_i by a row of the weights; by the last, the error's, without y0."""
-        return self._moved(self.rows[row], int(row <= self.size))
+        """y0 + h sum_i w_i k_i by a row of the weights; by the last, the error's, without y0 and without gradients."""
+        if row > self.size:
+            with torch.no_grad():
+                return self._moved(self.rows[row], 0)
+        return self._moved(self.rows[row], 1)
 
     def at(self, weights: Tensor) -> Tensor:
         return _at(weights, torch.stack(self.slopes), self.y0, self.h)
