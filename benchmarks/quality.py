@@ -1,14 +1,17 @@
 """Quality against evaluations: our samplers, diffusers' and k-diffusion's, fitted plans; one noise, one denoiser.
 
-    python benchmarks/quality.py [--jobs 2] [--plans DIR] [--beds mixture-64 ...] [--pictures 32]
+    python benchmarks/quality.py [--jobs 2] [--beds mixture-64 ...] [--pictures 32] [--plans DIR]
 
-Writes benchmarks/results/quality/ (report.html, table.md, quality.png and .svg, results.json), goes on with what is
-there, and prints the geometric means that the project's targets are about. Every sampler, ours and theirs, takes the
-best of the same five grids, chosen on validation noise; ours also of its charts, theirs of their orders. Nothing was
-fitted or chosen on the noise that is measured on. Network beds have 256 samples, the emoji beds `--pictures`.
+Fits plans to the beds that have none yet (the emoji beds: those that ship with the model), then measures. Writes
+benchmarks/results/plans/ and benchmarks/results/quality/ (report.html, table.md, quality.png and .svg, results.json),
+goes on with what is there, and prints the geometric means that the project's targets are about. Every sampler, ours and
+theirs, takes the best of the same five grids, chosen on validation noise; ours also of its charts, theirs of their
+orders. Nothing was fitted or chosen on the noise that is measured on. Network beds have 256 samples, the emoji beds
+`--pictures`.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -20,12 +23,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import pfode
 from pfode.cli import report
 from pfode.cli.bench import find_bed
 from pfode.samplers import bench
 from pfode.samplers.bench import EVALS, Bed, Sampler, geometric_mean
 
 OUT = Path(__file__).parent / "results" / "quality"
+PLANS = OUT.parent / "plans"
+FITTED = (3, 4, 5, 6, 8, 10)
 OURS = [
     "auto",
     "ddim?grid=best",
@@ -78,6 +84,31 @@ def beds(pictures: int) -> dict[str, tuple[dict[str, Any], list[str]]]:
     found = {name: ({"n": 1024, "validation": 128}, every) for name in EXACT}
     found |= {name: ({"n": 256, "validation": 32, "teacher": 256}, every) for name in SMALL}
     return found | {name: ({"n": pictures, "validation": 8, "teacher": 128}, FEWER) for name in LARGE}
+
+
+def fit(names: Sequence[str], folder: Path) -> None:
+    """The plans that the folder does not have, and in fits.jsonl what each of them cost and gained."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if name in LARGE:
+            continue
+        bed = made(name, {"n": 1, "validation": 1})
+        sizes = {"n": 1024, "active": 256, "check": 512} if bed.exact else {"n": 256, "active": 96, "check": 128}
+        for nfe in FITTED:
+            path = folder / f"{name}.plan-{nfe}.safetensors"
+            if path.exists():
+                continue
+            began = time.process_time()
+            plan = pfode.fit_plan(bed.denoiser, nfe, iterations=20, dtype=bed.dtype, **sizes)
+            plan.save(path)
+            said = plan.meta["fitted"]
+            line = {"bed": name, "nfe": nfe, "seconds": round(time.process_time() - began, 1)}
+            line |= {"iterations": said["iterations"], "start": said["start"]["name"], **said["validation"]}
+            with (folder / "fits.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{name} {nfe}: {said['validation']['rms'] / said['validation']['start rms']:.3f} of the start's RMS, "
+                  f"{line['seconds']} s", flush=True)  # fmt: skip
 
 
 def made(name: str, sizes: dict[str, Any]) -> Bed:

@@ -5,8 +5,9 @@
 On the shipped networks, unguided and guided: the distance of the drawn pictures from the converged ones, same noise,
 same labels; the root of the mean square over all pictures, and the median over pictures of their own (a few that land
 in another mode dominate the first). `emoji-small` serves in all three processes: D depends on x/alpha and sigma/alpha
-alone. Then the same on what no choice was made from: `emoji`, and exact mixtures; and what lower_order_final makes of
-the chosen ones. A recipe is written sampler@chart. Figures of beds that are not run again stay in the file.
+alone. Then the same on exact test beds, other ones than those of benchmarks/quality.py, and on `emoji`, which no choice
+was made from; and what lower_order_final makes of the chosen ones. `--choices` says which recipe and grid loses least on
+them all. A recipe is written sampler@chart. Figures of beds that are not run again stay in the file.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.catalogue import recipe
 from pfode.samplers.peers import Moved
+from pfode.scores.beds import bed as find
 
 BUDGETS = [3, 4, 5, 6, 8, 10, 15, 20]
 CANDIDATES = [
     *["ddim@ddim", "dpm++2m@dpm++", "dpm++3m@dpm++", "dpm++2s@dpm++", "deis-tab2@deis"],
     *["exp-ab2@dpm++", "exp-ab2@trig", "exp-ab3@trig", "exp-ab3@dpm"],
-    *["ipndm2@ddim", "ipndm3@ddim", "ipndm4@ddim", "ipndm2@trig", "ipndm3@trig", "ipndm-v3@ddim"],
+    *["ipndm2@ddim", "ipndm3@ddim", "ipndm4@ddim", "ipndm2@trig", "ipndm3@trig", "ipndm4@trig", "ipndm-v3@ddim"],
     *["unipc2@dpm++", "unipc3@dpm++", "unipc3-bh1@dpm++", "unipc2@flow", "unipc2@dpm3", "unipc3@flow"],
 ]
 FEWER = [  # where a call takes its time: what is near the best on the small networks, and the best known
@@ -50,11 +52,10 @@ NETWORKS: dict[str, tuple[str, Process | None, int]] = {  # the network, another
     "emoji-small Flow": ("emoji-small", pfode.Flow(), 9),
     "emoji": ("emoji", None, 4),
 }
-MIXTURES: dict[str, Process] = {
-    "mixture EDM": pfode.EDM(),
-    "mixture VP": pfode.VP(),
-    "mixture Flow": pfode.Flow(),
-}
+EXACT = [  # names of test beds
+    *["mixture-16", "mixture-16-vp", "mixture-16-flow", "mixture-256", "mixture-256-vp", "mixture-256-flow"],
+    *["digits-ideal-vp", "digits-ideal-flow"],
+]
 GUIDED = 3.0
 Errors = tuple[float, float]
 
@@ -112,20 +113,18 @@ def network(bed: str, guidance: float) -> dict[str, Any]:
     return measured(denoiser, x, CANDIDATES if name.startswith("digits") else FEWER, guidance != 1, label)
 
 
-def mixture(process: Process, n: int = 256) -> dict[str, Any]:
-    """Eight clusters in 16 dimensions, of deviations falling from 0.5 to 0.05, float64."""
-    draw = torch.Generator().manual_seed(0)
-    means = 0.7 * torch.randn(8, 16, generator=draw, dtype=torch.float64)
-    std = torch.logspace(0, -1, 16, dtype=torch.float64).mul(0.5).expand(8, -1)
-    denoiser = pfode.scores.GaussianMixture(means, std=std, process=process)
-    x = process.sigma(process.t_max) * pfode.noise.normal(range(n), pfode.noise.INITIAL, (16,), torch.float64)
-    print(f"\nmixture on {process}, {n} samples: root mean square by NFE", *BUDGETS)
+def exact(name: str, n: int = 256) -> dict[str, Any]:
+    """A test bed in closed form, float64."""
+    denoiser = find(name)
+    process = denoiser.process
+    x = process.sigma(process.t_max) * pfode.noise.normal(range(n), pfode.noise.INITIAL, denoiser.shape, torch.float64)
+    print(f"\n{name}, {n} samples: root mean square by NFE", *BUDGETS)
     return measured(denoiser, x, CANDIDATES, False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = [*NETWORKS, *MIXTURES]
+    every = [*NETWORKS, *EXACT]
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--beds", nargs="+", default=every, choices=every)
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, GUIDED])
@@ -135,8 +134,8 @@ def main() -> None:
         report = json.loads(options.json.read_text())
     report |= {"nfe": BUDGETS, "torch": torch.__version__}
     for name in options.beds:
-        for guidance in [1.0] if name in MIXTURES else options.guidance:
-            bed = mixture(MIXTURES[name]) if name in MIXTURES else network(name, guidance)
+        for guidance in [1.0] if name in EXACT else options.guidance:
+            bed = exact(name) if name in EXACT else network(name, guidance)
             report["beds"].setdefault(name, {})[f"{guidance:g}"] = bed
             if options.json:
                 options.json.write_text(json.dumps(report) + "\n")
