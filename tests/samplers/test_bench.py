@@ -1,8 +1,11 @@
 """The bench: what it compares, that it goes on, refuses, chooses on other noise; peers driven on any process."""
 
+import importlib
 import json
 import math
+import sys
 import warnings
+from types import ModuleType
 
 import pytest
 import torch
@@ -24,6 +27,19 @@ def small(name: str = "mixture-4", **options) -> Bed:
 
 
 # ---- peers
+
+
+def test_what_a_peer_imports_stays_and_stand_ins_go(tmp_path, monkeypatch):
+    """k-diffusion first imported numpy.fft, was forgotten with it, and diffusers could not import that again."""
+    (tmp_path / "peer_of_it.py").write_text("import stood_for, part_of_it")
+    (tmp_path / "part_of_it.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    stand_in = ModuleType("stood_for")
+    with peers._stand_ins({"stood_for": stand_in, "peer_of_it": None}):
+        found = importlib.import_module("peer_of_it")
+    assert found.stood_for is stand_in
+    assert sys.modules.pop("part_of_it", None) is found.part_of_it
+    assert not {"stood_for", "peer_of_it"} & set(sys.modules)
 
 
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
