@@ -12,7 +12,7 @@ import torch
 
 import pfode
 from pfode import grids
-from pfode.errors import UsageError
+from pfode.errors import PfodeError, UsageError
 from pfode.samplers import bench, make_plan, metrics, peers
 from pfode.samplers.bench import Bed, Folder, Measurer, Sampler
 from pfode.scores.beds import bed
@@ -129,6 +129,23 @@ def test_texts():
         "diffusers:A?x=1": "peer",
     }
     assert {text: Sampler.parse(text).kind for text in kinds} == kinds
+
+
+def test_a_folder_named_like_a_recipe_is_not_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("heun", "auto", "mine"):
+        (tmp_path / name).mkdir()
+    kinds = {"heun": "catalogue", "auto": "catalogue", "./heun": "plans", "mine": "plans"}
+    assert {text: Sampler.parse(text).kind for text in kinds} == kinds
+
+
+@pytest.mark.parametrize("text", ["no.safetensors", "none/", "empty"])
+def test_plans_that_are_not_there_are_said_before_anything_is_measured(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PfodeError, match="cannot be read|no plan files"):
+        bench.bench([(small(), ["ddim", text])], tmp_path / "out", [4])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
