@@ -19,7 +19,7 @@ from pfode.scores.shipped import model_path
 @click.argument("target", metavar="FILE.safetensors")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the weights in the file; by default the source's.")
 @click.option("--name", metavar="TEXT", help="What the model is called; by default the name of the file.")
-@click.option("--licence", metavar="TEXT", help="The licence of the weights, as it is to stand in the file; by default the source's.")
+@click.option("--licence", metavar="TEXT", help="The licence of the weights; by default the source's.")
 @click.pass_context
 def command(ctx: click.Context, source: str, target: str, **options: str | None) -> None:
     """Write a model as one self-contained file.

@@ -143,7 +143,7 @@ def test_a_folder_named_like_a_recipe_is_not_meant(tmp_path, monkeypatch):
 def test_plans_that_are_not_there_are_said_before_anything_is_measured(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PfodeError, match="cannot be read|no plan files"):
+    with pytest.raises(PfodeError, match=r"cannot be read|no plan files"):
         bench.bench([(small(), ["ddim", text])], tmp_path / "out", [4])
     assert not (tmp_path / "out").exists()
 
