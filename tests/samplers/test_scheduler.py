@@ -751,6 +751,15 @@ def test_betas_are_those_of_diffusers(config):
     assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4, atol=1e-9)
 
 
+def test_betas_of_another_number_are_kept_but_not_run(tmp_path):
+    """As diffusers' own SchedulerCommonTest wants it."""
+    scheduler = PFODEScheduler(trained_betas=np.array([0.1, 0.3]))
+    scheduler.save_pretrained(tmp_path)
+    assert PFODEScheduler.from_pretrained(tmp_path).betas.tolist() == scheduler.betas.tolist()
+    with pytest.raises(UsageError, match="2 values for num_train_timesteps = 1000"):
+        scheduler.set_timesteps(2)
+
+
 def test_learned_variances_are_left_aside():
     scheduler = PFODEScheduler(sampler="ddim", variance_type="learned_range")
     scheduler.set_timesteps(3)
