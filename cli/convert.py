@@ -19,7 +19,7 @@ from pfode.scores.shipped import model_path
 @click.argument("target", metavar="FILE.safetensors")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the weights in the file; by default the source's.")
 @click.option("--name", metavar="TEXT", help="What the model is called; by default the name of the file.")
-@click.option("--licence", metavar="TEXT", help="The licence of the weights, as it is to stand in the file.")
+@click.option("--licence", metavar="TEXT", help="The licence of the weights; by default the source's.")
 @click.pass_context
 def command(ctx: click.Context, source: str, target: str, **options: str | None) -> None:
     """Write a model as one self-contained file.
@@ -37,11 +37,12 @@ def command(ctx: click.Context, source: str, target: str, **options: str | None)
     path = model_path(source)
     dtype = options["dtype"]
     net: Any = pfode.load(path, dtype=getattr(torch, DTYPES[dtype]) if dtype else None)
-    card = {
+    card = own_card(path) | {
         "name": options["name"] or Path(target).stem,
-        "licence": options["licence"] or "",
         "source": os.path.basename(os.path.normpath(source)),
     }
+    if options["licence"]:
+        card["licence"] = options["licence"]
     file = save(net, target, card=card, dtype=net.dtype)
     if getattr(net, "autoencoder", None) is not None:
         output(ctx).note("its samples are latents; the autoencoder that makes pictures of them is not in the file")
@@ -59,3 +60,13 @@ def command(ctx: click.Context, source: str, target: str, **options: str | None)
         "digest": header.metadata["pfode.digest"],
     }
     output(ctx).emit(found, target)
+
+
+def own_card(path: Path) -> dict[str, Any]:
+    """What a file of pfode says of its model beside the configuration: its licence, what it was trained on."""
+    from pfode.scores.checkpoint import FIELDS
+
+    if path.suffix != ".safetensors":
+        return {}
+    config = read_header(path).config("pfode.config")
+    return {key: value for key, value in config.items() if key not in FIELDS}

@@ -2,11 +2,10 @@
 
 import functools
 import inspect
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pfode.cli.samplers import ADAPTIVE_GROUP, GROUPS, adaptive_figures, figures, group, options
+from pfode.cli.samplers import ADAPTIVE_GROUP, GROUPS, OF_AUTO, adaptive_figures, choices, figures, group, options
 
 if TYPE_CHECKING:
     from pfode.samplers import AdaptiveRecipe, Recipe
@@ -59,7 +58,6 @@ that of every one beside it.
 `dpm-adaptive` is k-diffusion's, controller and norm included.
 """
 
-MANY = 100  # denoiser calls from which on nothing changes
 
 CHARTS = {
     "ddim": ("eps", "alpha", "s", "1", "DDIM, EDM's Heun, LMS, DEIS (rho)"),
@@ -105,7 +103,7 @@ def page() -> str:
     rows = [(f"`{name}`", *row) for name, row in CHARTS.items()]
     parts += [CHARTS_INTRO, _table(("name", "n", "m", "u", "w", "known as"), rows)]
     parts += [GRIDS_INTRO, _table(("name", "parameters", "rule"), _grids())]
-    return "\n".join([*parts, AUTO_INTRO, _table(("process", "guidance", "NFE", "sampler", "grid", "chart"), _auto())])
+    return "\n".join([*parts, AUTO_INTRO, _table(OF_AUTO, _auto())])
 
 
 def _row(recipe: "Recipe") -> list[str]:
@@ -134,18 +132,7 @@ def _grids() -> list[list[str]]:
 
 
 def _auto() -> list[list[str]]:
-    """The choices by process and guidance, a row per range of NFE."""
-    from pfode.process import EDM, VP, Flow
-    from pfode.samplers.auto import choose
-
-    rows = []
-    for process, guided in itertools.product((VP(), EDM(), Flow()), (False, True)):
-        for chosen, run in itertools.groupby(range(1, MANY + 1), functools.partial(choose, process, guided=guided)):
-            nfe = [*run]
-            calls = f"{nfe[0]} on" if nfe[-1] == MANY else f"{nfe[0]} to {nfe[-1]}"
-            named = (f"`{chosen.sampler}`", f"`{chosen.grid}`", chosen.chart)
-            rows.append([type(process).__name__, "yes" if guided else "no", calls, *named])
-    return rows
+    return [[*where, f"`{name}`", f"`{grid}`", chart] for *where, name, grid, chart in choices()]
 
 
 def _plain(value: Any) -> str:

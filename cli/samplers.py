@@ -1,6 +1,8 @@
 """pfode samplers: the catalogue and the adaptive samplers as tables, one in full, or the page docs/samplers.md."""
 
+import functools
 import inspect
+import itertools
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from pfode.samplers import AdaptiveRecipe, Recipe
 
 ADAPTIVE_GROUP = "adaptive"
+OF_AUTO = ("process", "guidance", "NFE", "sampler", "grid", "chart")
+MANY = 100  # denoiser calls from which on nothing changes
 GROUPS: dict[str, "Callable[[Recipe], bool]"] = {
     "deterministic": lambda recipe: not recipe.stochastic and not recipe.method.pair,
     "exactly invertible": lambda recipe: not recipe.stochastic and recipe.method.pair,
@@ -28,7 +32,8 @@ GROUPS: dict[str, "Callable[[Recipe], bool]"] = {
 @click.option("--markdown", is_flag=True, help="The page docs/samplers.md.")
 @click.pass_context
 def command(ctx: click.Context, name: str | None, markdown: bool) -> None:
-    """List the samplers: order, measured order, network calls per step, charts, source; or show one, by its NAME.
+    """List the samplers: order, measured order, network calls per step, charts, source; or show one, by its NAME; of
+    auto what it takes.
 
     The order is that from exact starting values, in brackets, where it differs, that of the sampler starting by itself;
     of stochastic samplers it is the weak one. Charts are coordinates to step in, the default first. Adaptive samplers
@@ -45,6 +50,9 @@ def command(ctx: click.Context, name: str | None, markdown: bool) -> None:
         click.echo(page(), nl=False)
     elif name in ADAPTIVE:
         out.emit(_adaptive_data(ADAPTIVE[name]), _adaptive_full(ADAPTIVE[name]))
+    elif name == "auto":
+        rows = choices()
+        out.emit([dict(zip(OF_AUTO, row, strict=True)) for row in rows], table(OF_AUTO, rows))
     elif name is not None:
         found = recipe(name)
         out.emit(_data(found), _full(found))
@@ -74,6 +82,20 @@ def group(name: str) -> "list[Recipe]":
     from pfode.samplers import CATALOGUE
 
     return [recipe for recipe in CATALOGUE.values() if GROUPS[name](recipe)]
+
+
+def choices() -> list[list[str]]:
+    """What auto takes by process and guidance, a row per range of NFE."""
+    from pfode.process import EDM, VP, Flow
+    from pfode.samplers.auto import choose
+
+    rows = []
+    for process, guided in itertools.product((VP(), EDM(), Flow()), (False, True)):
+        for chosen, run in itertools.groupby(range(1, MANY + 1), functools.partial(choose, process, guided=guided)):
+            nfe = [*run]
+            calls = f"{nfe[0]} on" if nfe[-1] == MANY else f"{nfe[0]} to {nfe[-1]}"
+            rows.append([type(process).__name__, "yes" if guided else "no", calls, *chosen])
+    return rows
 
 
 def _listing() -> str:

@@ -55,7 +55,8 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
         *((name, "guidance", "2") for name in OF_THE_GUIDANCE),
     ):
         if ranks[name] == 0 and options[other] in (None, 1):
-            raise UsageError(f"{flag(name)} does nothing without --{other}", f"--{other} {value}")
+            how = f"without --{other}" if options[other] is None else f"at --{other} 1"
+            raise UsageError(f"{flag(name)} does nothing {how}", f"--{other} {value}")
     if ranks["nfe"] < ranks["steps"]:
         options["steps"] = None
     else:

@@ -186,8 +186,11 @@ class Sampler:
         """Look its names up, before anything is measured: what is only misspelt is not left out.
 
         Raises:
-            UsageError: an unknown option, chart, grid or peer. MissingError: a peer's package is not installed.
+            UsageError: an unknown option, chart, grid or peer, or a folder without plans. FileError: a plan that
+                cannot be read. MissingError: a peer's package is not installed.
         """
+        if self.kind in ("plan", "plans"):
+            _load_plans(self.name)
         for one in self.options.get("grid", ()):
             if one not in ("auto", "best", "gits"):
                 grids.grid(str(one))
@@ -214,6 +217,8 @@ class Sampler:
             return "plan"
         if self.name == "fitted":
             return "fitted"
+        if self.name in CATALOGUE or self.name == "auto":  # whatever folder has that name
+            return "catalogue"
         return "plans" if os.sep in self.name or os.path.isdir(self.name) else "catalogue"
 
     def alternatives(self, process: Process) -> list[dict[str, Any]]:

@@ -233,8 +233,12 @@ class Scaled(Convention):
 
 
 def betas(config: Config) -> Tensor:
-    """The betas of a config of ours, shape (num_train_timesteps,)."""
-    return schedules.betas(OWN, {**config, "trained_betas": _list(config["trained_betas"])})
+    """The betas of a config of ours, shape (num_train_timesteps,), or as many as it has trained ones: as in diffusers a
+    config may hold those that `nodes` refuses.
+    """
+    trained = _list(config["trained_betas"])
+    count = config["num_train_timesteps"] if trained is None else len(trained)
+    return schedules.betas(OWN, {**config, "trained_betas": trained, "num_train_timesteps": count})
 
 
 def convention(config: Config) -> Convention:
@@ -285,6 +289,10 @@ def nodes(
     """
     if config["final_sigmas_type"] not in ("zero", "sigma_min"):
         raise unknown("final_sigmas_type", config["final_sigmas_type"], ("zero", "sigma_min"))
+    count, trained = config["num_train_timesteps"], config["trained_betas"]
+    if isinstance(kind, Discrete) and trained is not None and len(trained) != count:
+        problem = f"trained_betas: {len(trained)} values for num_train_timesteps = {count}"
+        raise UsageError(problem, f"num_train_timesteps={len(trained)}")
     if isinstance(kind, Straight):
         made, final = _flow_times(config, kind, steps, _list(timesteps), _list(sigmas), mu)
     elif timesteps is not None or sigmas is not None:

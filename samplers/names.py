@@ -3,7 +3,7 @@
 import re
 
 from pfode.errors import unknown
-from pfode.samplers.catalogue import CATALOGUE, Recipe
+from pfode.samplers.catalogue import CATALOGUE, Recipe, recipe
 
 FAMILIES = {  # a family's name -> the member that it means
     "unipc": "unipc2",
@@ -35,9 +35,13 @@ def find(name: str) -> Recipe:
     """The recipe of a name: "dpm++2m", "dpmpp_2m", "unipc".
 
     Raises:
-        UsageError: unknown name.
+        UsageError: unknown name, or an adaptive sampler.
     """
     found = CATALOGUE.get(name) or CATALOGUE.get(_SPELT.get(squeezed(name), ""))
     if found is None:
+        from pfode.samplers.adaptive import ADAPTIVE
+
+        if name in ADAPTIVE:
+            return recipe(name)  # raises
         raise unknown("sampler", name, (*CATALOGUE, *FAMILIES, "auto"))
     return found

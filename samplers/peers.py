@@ -13,7 +13,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,14 +45,25 @@ def k_diffusion_sampling() -> ModuleType:
     package.utils = utils  # type: ignore[attr-defined]
     odeint = ModuleType("torchdiffeq")
     odeint.odeint = None  # type: ignore[attr-defined]
-    stand_ins = {
-        "k_diffusion": package,
-        "k_diffusion.utils": utils,
-        "torchdiffeq": odeint,
-        "torchsde": ModuleType("torchsde"),
-    }
-    with mock.patch.dict(sys.modules, stand_ins):
+    of_theirs = {"k_diffusion": package, "k_diffusion.utils": utils, "k_diffusion.sampling": None}
+    with _stand_ins({**of_theirs, "torchdiffeq": odeint, "torchsde": ModuleType("torchsde")}):
         return importlib.import_module("k_diffusion.sampling")
+
+
+@contextlib.contextmanager
+def _stand_ins(modules: Mapping[str, ModuleType | None]) -> Iterator[None]:
+    """Modules in the place of others, None for one that is to be imported anew. What else is imported meanwhile stays:
+    a part of numpy or scipy that were forgotten could not be imported a second time.
+    """
+    before = {name: sys.modules.pop(name, None) for name in modules}
+    sys.modules.update({name: module for name, module in modules.items() if module is not None})
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
 
 
 class Counted:
@@ -206,13 +217,8 @@ def keyed(seeds: Sequence[int], shape: Sequence[int]) -> Draw:
 def _scheduler_module(name: str) -> ModuleType:
     """The module of one scheduler alone, without torchsde (of which a noise_sampler takes the place)."""
     importlib.import_module("diffusers.schedulers.scheduling_utils")  # looks which packages there are
-    absent = "torchsde" not in sys.modules
-    sys.modules.setdefault("torchsde", ModuleType("torchsde"))
-    try:
+    with _stand_ins({} if "torchsde" in sys.modules else {"torchsde": ModuleType("torchsde")}):
         return importlib.import_module(f"diffusers.schedulers.scheduling_{name}")
-    finally:
-        if absent:
-            del sys.modules["torchsde"]
 
 
 def _is_scheduler(found: Any, module: ModuleType) -> bool:

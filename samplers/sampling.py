@@ -249,7 +249,9 @@ def batches(
         as `sample`; the batches before have been handed out.
     """
     if isinstance(plan, Adaptive):
-        _refuse(plan, brownian=brownian, callback=callback is not None, trajectory=trajectory)
+        _refuse(plan, callback=callback is not None, trajectory=trajectory)
+    if brownian and not (isinstance(plan, Plan) and plan.stochastic):
+        raise UsageError(f"brownian: {plan.name} draws no noise", "leave brownian out, or a stochastic sampler")
     dtype = state_dtype(dtype, x)
     shape = sample_shape(denoiser, x, shape)
     init = _init(init, x, shape, len(seeds))
@@ -302,8 +304,8 @@ def _refuse(plan: Adaptive, **asked: bool) -> None:
     """What needs steps that are the same for all samples."""
     for name, wanted in asked.items():
         if wanted:
-            why = "draws no noise" if name == "brownian" else "has no nodes that all samples share"
-            raise UsageError(f"{name}: {plan.name} {why}", f"leave {name} out, or a sampler of fixed steps")
+            problem = f"{name}: {plan.name} has no nodes that all samples share"
+            raise UsageError(problem, f"leave {name} out, or a sampler of fixed steps")
 
 
 class _Drawn(NamedTuple):

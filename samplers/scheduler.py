@@ -324,6 +324,9 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         options: dict[str, Any] | None = None,
         seed: int | list[int] | None = None,
     ):
+        if not isinstance(sampler, str):
+            problem = f"sampler: need a name or the path of a saved plan, as text, got {sampler!r:.60}"
+            raise UsageError(problem, 'sampler="unipc", or sampler=str(plan.save("six.safetensors"))')
         self.seed = seed
         self.betas = conventions.betas(self.config)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)

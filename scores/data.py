@@ -265,7 +265,7 @@ def _pictures(path: Path, entries: list[tuple[str, int, Callable[[], bytes]]], s
 
 def decode(where: str, raw: bytes, size: tuple[int, int]) -> np.ndarray:
     """One picture as (height, width, 3) on white, of this (width, height); the first frame, its centre, Lanczos."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(raw)) as opened:
@@ -275,7 +275,8 @@ def decode(where: str, raw: bytes, size: tuple[int, int]) -> np.ndarray:
     except FileError:
         raise
     except Exception as error:  # Pillow's readers raise almost anything on broken input
-        raise FileError(f"{where}: broken picture ({type(error).__name__}: {error})", "remove or replace it") from error
+        reason = "of no known kind" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        raise FileError(f"{where}: broken picture ({reason})", "remove or replace it") from error
     ground = Image.new("RGBA", picture.size, "white")
     fitted = ImageOps.fit(Image.alpha_composite(ground, picture).convert("RGB"), size, Image.Resampling.LANCZOS)
     return np.asarray(fitted)

@@ -55,6 +55,6 @@ def model_path(model: str | os.PathLike[str]) -> Path:
 
         return model_path(fetch(found[1], found[2]))
     if not Path(name).suffix and not os.path.exists(name):
-        hint = f"{did_you_mean(name, known)} Or give a .safetensors file, a folder, or owner/name on the hub."
+        hint = f"a .safetensors file, a folder, owner/name on the hub, or a shipped model ({did_you_mean(name, known)})"
         raise UsageError(f"unknown model {name!r:.200}", hint)
     raise FileError(f"{name!r:.200}: no such file", did_you_mean(name, known))

@@ -1,4 +1,5 @@
-"""What the README shows works: its Python runs, its commands succeed, its table is the one of the code."""
+"""What the README shows works: its Python runs, its commands succeed, its table is the one of the code; and the
+commands and lines of the pages beside it are what they say."""
 
 import re
 import shlex
@@ -8,13 +9,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import pfode
 from pfode import errors
 from pfode.cli.__main__ import main
+from pfode.cli.common import COMMANDS, find_command
 from pfode.files import read_header
 from pfode.scores.shipped import shipped
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+
+
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/samplers.md", "docs/pipelines.md", "docs/your_model.md")
+
+
+def indented(name: str) -> list[str]:
+    """The lines of a page's indented blocks."""
+    return re.findall(r"^    (.*)$", re.sub(r"^```.*?^```", "", (ROOT / name).read_text(), flags=re.M | re.S), re.M)
+
+
+def shown() -> list[tuple[str, str]]:
+    """Every command that a page shows, with the lines it goes on."""
+    text = {name: (ROOT / name).read_text().replace("\\\n", "") for name in (*PAGES, "benchmarks/README.md")}
+    known = "|".join(COMMANDS)
+    return [(name, line) for name in text for line in re.findall(rf"^ *(pfode (?:{known})\b.*)$", text[name], re.M)]
 
 
 def blocks(language: str) -> list[str]:
@@ -37,6 +55,28 @@ def test_commands_succeed(block, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as done:
             main(shlex.split(line, comments=True)[1:])
         assert done.value.code == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(("page", "line"), shown())
+def test_every_command_is_one_and_takes_its_options(page, line):
+    """Those that take long, too, as far as they are read."""
+    name, *words = shlex.split(line.split(" > ")[0], comments=True)[1:]
+    find_command(name).make_context(name, words)
+
+
+def test_lines_for_pipelines_are_those_of_their_page():
+    """Which runs, in tests/samplers/test_pipelines.py."""
+    (section,) = re.findall(r"^## In your pipelines\n(.*?)^## ", README, re.M | re.S)
+    lines = re.findall(r"^    (.*)$", section, re.M)
+    assert len(lines) == 2
+    page = (ROOT / "docs/pipelines.md").read_text()
+    assert all(re.search(rf"^{re.escape(line)}( +#|$)", page, re.M) for line in lines)
+
+
+def test_lines_of_the_samplers_page_run():
+    lines = [line for line in indented("docs/samplers.md") if not line.startswith("pfode ")]
+    assert len(lines) >= 3
+    exec("\n".join(lines), {"pfode": pfode, "net": pfode.load("digits")})
 
 
 def test_there_are_blocks():

@@ -61,6 +61,17 @@ def test_convert_to_another_dtype_and_from_our_own(cli, models):
     assert pfode.load("dit.safetensors").shape == (4, 4, 4)
 
 
+def test_what_a_file_says_of_its_licence_and_data_goes_with_it(cli):
+    assert cli("convert", "digits", "half.safetensors", "--dtype", "bf16").code == 0
+    before, after = (cli("info", name, "--json").json for name in ("digits", "half.safetensors"))
+    assert before["licence"]
+    for key in ("licence", "data", "command", "training", "labels"):
+        assert after[key] == before[key]
+    assert (after["name"], after["source"]) == ("half", "digits")
+    assert cli("convert", "half.safetensors", "again.safetensors", "--licence", "MIT").code == 0
+    assert cli("info", "again.safetensors", "--json").json["licence"] == "MIT"
+
+
 def test_info(cli, models):
     found = cli("info", models / "ddpm", "--json").json
     assert (found["kind"], found["pipeline"], found["scheduler"]) == (

@@ -91,7 +91,7 @@ CALLS = [
     ("sample --sampler plan.safetensors --afs", 2, "leave --afs out"),
     ("sample --sampler plan.safetensors --init bare.png --strength 0.5", 2, "leave --strength out"),
     ("sample --negative 3", 2, "--guidance"),
-    ("sample --guidance 1 --guidance-rescale 0.7", 2, "--guidance 2"),
+    ("sample --guidance 1 --guidance-rescale 0.7", 2, "--guidance-rescale does nothing at --guidance 1"),
     ("sample --label 3 --guidance 2 --negative 11", 2, "unknown label '11'"),
     ("sample --label 3 --guidance 2 --guidance-interval 5", 2, "two numbers"),
     ("sample --label 3 --guidance 2 --guidance-interval a,b", 2, "two numbers"),

@@ -77,6 +77,16 @@ def test_an_adaptive_one_in_full(cli, name):
     assert cli("sample", "--n", 1, "--sampler", name, "--rtol", 0.1, "--quiet").code == 0
 
 
+def test_what_auto_takes(cli):
+    rows = cli("samplers", "auto", "--json").json
+    assert [line.split()[:2] for line in cli("samplers", "auto").out.splitlines()[1:]] == [
+        [row["process"], row["guidance"]] for row in rows
+    ]
+    (row,) = (row for row in rows if (row["process"], row["guidance"], row["NFE"]) == ("EDM", "no", "16 on"))
+    plan = pfode.make_plan("auto", pfode.EDM(), 20)
+    assert (row["sampler"], row["grid"], row["chart"]) == (plan.name, plan.meta["grid"], plan.meta["chart"])
+
+
 def test_the_page_is_the_one_in_docs(cli):
     """If not: pfode samplers --markdown > docs/samplers.md."""
     assert cli("samplers", "--markdown").out == (DOCS / "samplers.md").read_text()

@@ -1,15 +1,18 @@
 """The bench: what it compares, that it goes on, refuses, chooses on other noise; peers driven on any process."""
 
+import importlib
 import json
 import math
+import sys
 import warnings
+from types import ModuleType
 
 import pytest
 import torch
 
 import pfode
 from pfode import grids
-from pfode.errors import UsageError
+from pfode.errors import PfodeError, UsageError
 from pfode.samplers import bench, make_plan, metrics, peers
 from pfode.samplers.bench import Bed, Folder, Measurer, Sampler
 from pfode.scores.beds import bed
@@ -24,6 +27,19 @@ def small(name: str = "mixture-4", **options) -> Bed:
 
 
 # ---- peers
+
+
+def test_what_a_peer_imports_stays_and_stand_ins_go(tmp_path, monkeypatch):
+    """k-diffusion first imported numpy.fft, was forgotten with it, and diffusers could not import that again."""
+    (tmp_path / "peer_of_it.py").write_text("import stood_for, part_of_it")
+    (tmp_path / "part_of_it.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    stand_in = ModuleType("stood_for")
+    with peers._stand_ins({"stood_for": stand_in, "peer_of_it": None}):
+        found = importlib.import_module("peer_of_it")
+    assert found.stood_for is stand_in
+    assert sys.modules.pop("part_of_it", None) is found.part_of_it
+    assert not {"stood_for", "peer_of_it"} & set(sys.modules)
 
 
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -113,6 +129,23 @@ def test_texts():
         "diffusers:A?x=1": "peer",
     }
     assert {text: Sampler.parse(text).kind for text in kinds} == kinds
+
+
+def test_a_folder_named_like_a_recipe_is_not_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("heun", "auto", "mine"):
+        (tmp_path / name).mkdir()
+    kinds = {"heun": "catalogue", "auto": "catalogue", "./heun": "plans", "mine": "plans"}
+    assert {text: Sampler.parse(text).kind for text in kinds} == kinds
+
+
+@pytest.mark.parametrize("text", ["no.safetensors", "none/", "empty"])
+def test_plans_that_are_not_there_are_said_before_anything_is_measured(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PfodeError, match=r"cannot be read|no plan files"):
+        bench.bench([(small(), ["ddim", text])], tmp_path / "out", [4])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

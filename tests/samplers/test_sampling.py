@@ -129,6 +129,7 @@ def test_nan_is_never_silent():
         {"batch": 0},
         {"dtype": torch.float16},
         {"nan": "ignore"},
+        {"brownian": True},
         {"guidance": 3.0},
         {"start": 5.0, "stop": 6.0},
         {"x": torch.zeros(3, 7)},

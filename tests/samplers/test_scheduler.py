@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -751,6 +752,17 @@ def test_betas_are_those_of_diffusers(config):
     assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4, atol=1e-9)
 
 
+def test_betas_of_another_number_are_kept_but_not_run(tmp_path):
+    """As diffusers' own SchedulerCommonTest wants it."""
+    two: Any = np.array([0.1, 0.3])
+    scheduler = PFODEScheduler(trained_betas=two)
+    scheduler.save_pretrained(tmp_path)
+    again: Any = PFODEScheduler.from_pretrained(tmp_path)
+    assert again.betas.tolist() == scheduler.betas.tolist()
+    with pytest.raises(UsageError, match="2 values for num_train_timesteps = 1000"):
+        scheduler.set_timesteps(2)
+
+
 def test_learned_variances_are_left_aside():
     scheduler = PFODEScheduler(sampler="ddim", variance_type="learned_range")
     scheduler.set_timesteps(3)
@@ -909,6 +921,8 @@ def test_a_plan_may_ask_at_other_times_than_its_nodes(kind, tmp_path):
     ("config", "call", "words"),
     [
         ({"sampler": "unipcc"}, {}, "unknown sampler"),
+        ({"sampler": "rk45"}, {}, "rk45 is adaptive"),
+        ({"sampler": Path("six.safetensors")}, {}, "as text, got "),
         ({"grid": "karas"}, {}, "unknown grid"),
         ({"prediction_type": "noise"}, {}, "unknown prediction_type"),
         ({"prediction_type": "flow_prediction"}, {}, "needs a flow"),
