@@ -11,6 +11,7 @@ does.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -31,8 +32,9 @@ from pfode.ode.tableau import Tableau
 
 _MOST = 64  # kernels that are kept
 _OPTIONS = (
-    ("cpp.use_decompose_tanh", True),
-)  # on a CPU, where the compiler's own tanh takes six times as long as eager
+    ("cpp.use_decompose_tanh", True),  # on a CPU, where the compiler's own tanh takes six times as long as eager
+    ("size_asserts", False),  # of every tensor in every step: a seventh of the time of small ones
+)
 
 Kernel = Callable[..., Any]
 _kernels: collections.OrderedDict[Any, tuple[Any, Kernel]] = collections.OrderedDict()
@@ -153,9 +155,9 @@ def _kernel(field: Field, how: Compiled, norm: RMS | None, control: PID | None) 
     """A kernel of this field, made or found: `ahead` with a controller, else `step`."""
     layout, f = field.layout, field.f
     f = f.f if isinstance(f, Sighting) else f  # that has seen by now what it wanted to
-    form = repr(rebuild(layout.example, itertools.count())), tuple(layout.shapes), tuple(layout.dtypes)
-    if control is not None:
-        control = dataclasses.replace(control, first_step=None, min_step=0.0, max_step=math.inf)
+    form = "" if layout.plain else repr(rebuild(layout.example, itertools.count()))
+    form = form, tuple(layout.shapes), tuple(layout.dtypes)
+    control = None if control is None else _unlimited(control)
     key = (id(f), how.tableau, layout.device, layout.per_sample, form, norm, control, how.options)
     if key not in _kernels:
         attempt = _attempt(f, layout, how.tableau, norm)
@@ -164,6 +166,12 @@ def _kernel(field: Field, how: Compiled, norm: RMS | None, control: PID | None) 
         if len(_kernels) > _MOST:
             _kernels.popitem(last=False)
     return _kernels[key][1]
+
+
+@functools.cache
+def _unlimited(control: PID) -> PID:
+    """Without what a kernel is told at every call."""
+    return dataclasses.replace(control, first_step=None, min_step=0.0, max_step=math.inf)
 
 
 def _compiled(f: Callable[..., Any], device: torch.device, options: dict[str, Any]) -> Kernel:

@@ -213,13 +213,13 @@ def advance(
 
     t, at, here = course.start, zero, zero - 1  # `at` is the stop ahead, `here` the one that t is, or -1
     course.inform(field)
-    h, slope, status = _first_step(field, solver, control, course, lanes, y)
+    units = _units(course, y) if adaptive else None
+    h, slope, status = _first_step(field, solver, control, course, lanes, y, units)
     u0 = course.lift(t, here) if course.lift else t
     carry = solver.init(field, u0, y, slope)
     counts = Counts(zero, zero, zero + field.calls, zero, zero)
     memory = (lanes.fill(1.0, t), lanes.fill(1.0, t), never)
     read = torch.no_grad()(_read) if field.pure else _read
-    units = _units(course, y) if adaptive else None
     size_of_y = y.detach().abs() if adaptive else y
     differentiable = field.pure and torch.is_grad_enabled() and adaptive
     solved: Any = None  # on fixed grids: whether all steps solved their equations, read at the end
@@ -409,17 +409,16 @@ def _read(
 
 
 def _first_step(
-    field: Field, solver: Solver, control: PID, course: Course, lanes: Lanes, y: Tensor
+    field: Field, solver: Solver, control: PID, course: Course, lanes: Lanes, y: Tensor, units: "_Units | None"
 ) -> tuple[Any, Tensor | None, Any]:
     """The size of the first step, f(t0, y0) if it was needed, and the status: NON_FINITE where f is (H, N & W II.4)."""
     running = lanes.fill(0, course.start) + Status.RUNNING
-    if course.norm is None or control.first_step is not None:
+    if units is None or control.first_step is not None:
         return lanes.fill(control.first_step or math.inf, course.start), None, running
     t = course.lift(course.start, running) if course.lift else course.start
     slope = field(field.time(t), y).clone()  # fields may use one buffer for all their results
     with torch.no_grad():
         here, f = y.detach(), slope.detach()
-        units = _units(course, y)
         scale, norm = units.scale(here.abs()), units.norm
         d0, d1 = _host(lanes, norm(here / scale), norm(f / scale))
         known = lanes.where((d0 < math.inf) & (d1 < math.inf), running, running - Status.RUNNING + Status.NON_FINITE)
@@ -429,7 +428,9 @@ def _first_step(
         room = abs(lanes.pick(course.stops, running - Status.RUNNING) - course.start)
         h = lanes.where(h < room, h, room)
         moved = course.start + h * course.sign
-        (d2,) = _host(lanes, norm((field(field.time(moved), here + f * column(h * course.sign, y)) - f) / scale))
+        far = column(h * course.sign, y)
+        ahead = here + f * far if isinstance(far, Tensor) else torch.add(here, f, alpha=far)
+        (d2,) = _host(lanes, norm((field(field.time(moved), ahead) - f) / scale))
         steepest = lanes.where(d1 > d2 / h, d1, d2 / h)
         flat = steepest <= 1e-15
         h1 = lanes.where(
