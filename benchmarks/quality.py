@@ -1,13 +1,13 @@
 """Quality against evaluations: our samplers, diffusers' and k-diffusion's, fitted plans; one noise, one denoiser.
 
-    python benchmarks/quality.py [--jobs 2] [--beds mixture-64 ...] [--pictures 32] [--plans DIR]
+    python benchmarks/quality.py [--jobs 2] [--beds mixture-64 ...] [--pictures 32] [--transfer]
 
 Fits plans to the beds that have none yet (the emoji beds: those that ship with the model), then measures. Writes
 benchmarks/results/plans/ and benchmarks/results/quality/ (report.html, table.md, quality.png and .svg, results.json),
 goes on with what is there, and prints the geometric means that the project's targets are about. Every sampler, ours and
 theirs, takes the best of the same five grids, chosen on validation noise; ours also of its charts, theirs of their
 orders. Nothing was fitted or chosen on the noise that is measured on. Network beds have 256 samples, the emoji beds
-`--pictures`.
+`--pictures`. With `--transfer` instead: the plans that ship with emoji on digits and on guided emoji, beside auto.
 """
 
 import argparse
@@ -28,7 +28,9 @@ from pfode.cli import report
 from pfode.cli.bench import find_bed
 from pfode.samplers import bench
 from pfode.samplers.bench import EVALS, Bed, Sampler, geometric_mean
+from pfode.scores.shipped import model_path
 
+ROOT = Path(__file__).parents[1]  # where the command runs: results name the plans from there
 OUT = Path(__file__).parent / "results" / "quality"
 PLANS = OUT.parent / "plans"
 FITTED = (3, 4, 5, 6, 8, 10)
@@ -75,6 +77,7 @@ EXACT = [
 ]
 SMALL = ["digits", "digits-vp", "digits-flow"]
 LARGE = ["emoji", "emoji@2"]
+SCALES = (1.5, 2, 3)
 OF_AUTO = [*SMALL, *LARGE]  # beds that the table of `auto` was made from, or weighed against
 
 
@@ -88,7 +91,6 @@ def beds(pictures: int) -> dict[str, tuple[dict[str, Any], list[str]]]:
 
 def fit(names: Sequence[str], folder: Path) -> None:
     """The plans that the folder does not have, and in fits.jsonl what each of them cost and gained."""
-    torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name in LARGE:
@@ -118,15 +120,31 @@ def made(name: str, sizes: dict[str, Any]) -> Bed:
     return find_bed(name, options | sizes)
 
 
-def measure(names: Sequence[str], pictures: int, plans: str | None, out: Path, evals: Sequence[int]) -> None:
+def measure(names: Sequence[str], pictures: int, plans: Path, out: Path, evals: Sequence[int]) -> None:
     """The cells of these beds that the folder does not have."""
-    torch.set_num_threads(1)
     table, listed = beds(pictures), []
     for name in names:
         sizes, samplers = table[name]
         bed = made(name, sizes)
-        own = ["fitted"] if getattr(bed.denoiser, "plans", None) else []
-        listed.append((bed, [*samplers, *own, *([plans] if plans else [])]))
+        fitted = [] if name in LARGE else [os.path.join(os.path.relpath(plans, ROOT), "")]
+        fitted += ["fitted"] if getattr(bed.denoiser, "plans", None) else []
+        listed.append((bed, [*samplers, *fitted]))
+    run(listed, out, evals)
+
+
+def transfer(pictures: int, out: Path) -> dict[str, Any]:
+    """Plans fitted to emoji where they were not fitted."""
+    plans = os.path.relpath(model_path("emoji").with_suffix(""), ROOT)
+    samplers = ["auto", *(f"{plans}.plan-{k}.safetensors" for k in FITTED)]
+    sizes = beds(pictures)
+    run([(made("digits", sizes["digits"][0]), samplers)], out, FITTED)
+    guided = [(made(f"emoji@{scale}", sizes["emoji@2"][0]), samplers) for scale in SCALES]
+    run(guided, out, [2 * k for k in FITTED])
+    return bench.bench([], out)
+
+
+def run(listed: list[tuple[Bed, list[str]]], out: Path, evals: Sequence[int]) -> None:
+    """The bench, with a bar."""
     with tqdm(unit=" cells", ncols=110, mininterval=5) as bar:
 
         def progress(done: int, total: int, what: str) -> None:
@@ -163,7 +181,7 @@ def means(
 
 
 def kind(text: str) -> str:
-    """Whose a sampler is: "peer", "fitted", "searched", "auto" or "hand-made"."""
+    """What a sampler is: "peer", "fitted", "searched", "auto" or "hand-made"."""
     parsed = Sampler.parse(text)
     if parsed.kind in ("plan", "plans", "fitted"):
         return "fitted"
@@ -208,15 +226,22 @@ def main() -> None:
     every = [*EXACT, *SMALL, *LARGE]
     parser.add_argument("--beds", nargs="+", default=every, choices=every)
     parser.add_argument("--nfe", nargs="+", type=int, default=list(EVALS))
-    parser.add_argument("--plans", help="a folder of fitted plans")
+    parser.add_argument("--plans", type=Path, default=PLANS, help="the folder of the plans")
+    parser.add_argument("--transfer", action="store_true", help="instead: emoji's plans on other models")
     parser.add_argument("--pictures", type=int, default=32, help="samples of the emoji beds")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     began = time.perf_counter()
+    torch.set_num_threads(1)
+    if options.transfer:
+        report.write(
+            OUT.parent / "transfer", transfer(options.pictures, OUT.parent / "transfer"), "Emoji's plans elsewhere"
+        )
+        return
     if options.jobs > 1:
         words = ["--out", str(options.out), "--pictures", str(options.pictures), "--nfe", *map(str, options.nfe)]
-        words += ["--plans", options.plans] if options.plans else []
+        words += ["--plans", str(options.plans)]
         runs = [
             subprocess.Popen([sys.executable, __file__, *words, "--beds", *hand], env={**os.environ, "QUALITY": "part"})
             for hand in shares(options.beds, options.jobs)
@@ -224,6 +249,7 @@ def main() -> None:
         codes = [run.wait() for run in runs]
         if any(codes):
             sys.exit("a process failed; the same command goes on with what is there")
+    fit(options.beds, options.plans)
     measure(options.beds, options.pictures, options.plans, options.out, options.nfe)
     if os.environ.get("QUALITY") == "part":
         return
