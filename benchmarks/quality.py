@@ -166,12 +166,16 @@ def means(
     skip: Sequence[str] = (),
     floor: float = 0.0,
 ) -> dict[int, float]:
-    """By evaluations: the geometric mean over beds of the best of ours over the best of theirs."""
+    """By evaluations: the geometric mean over beds of the best of ours over the best of theirs.
+
+    Distribution distances below that of the converged solution, which are luck, count as that.
+    """
     values, found = bench.table(result, key), {}
+    least = {name: bench.figure(bed["floor"]["teacher"], key) or 0.0 for name, bed in result["beds"].items()}
     for k in EVALS:
         ratios = []
         for bed in result["beds"]:
-            here = {s: v for (b, s, at), v in values.items() if b == bed and at == k and bed not in skip}
+            here = {s: max(v, least[b]) for (b, s, at), v in values.items() if b == bed and at == k and b not in skip}
             a, b = [v for s, v in here.items() if ours(s)], [v for s, v in here.items() if theirs(s)]
             if a and b:
                 ratios.append(max(min(a) / min(b), floor))
