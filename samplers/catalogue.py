@@ -42,6 +42,7 @@ from pfode.samplers.methods import (
     taylor,
     variable,
 )
+from pfode.samplers.names import FAMILIES, squeezed
 from pfode.samplers.stochastic import Ancestral, AncestralMidpoint, Churn, ErSde, Reverse, SaSolver
 from pfode.samplers.tape import Linear, Tape
 
@@ -201,20 +202,24 @@ def _recipes() -> list[Recipe]:
 CATALOGUE: dict[str, Recipe] = {recipe.name: recipe for recipe in _recipes()}
 
 
+_SPELT = {squeezed(name): found for name, found in ({name: name for name in CATALOGUE} | FAMILIES).items()}
+
+
 def recipe(name: str) -> Recipe:
-    """Look a recipe up.
+    """Look a recipe up by its name, "dpm++2m", as others write it, "dpmpp_2m", or by its family, "unipc".
 
     Raises:
-        UsageError: unknown name.
+        UsageError: unknown name, or an adaptive sampler.
     """
-    if name not in CATALOGUE:
+    found = CATALOGUE.get(name) or CATALOGUE.get(_SPELT.get(squeezed(name), ""))
+    if found is None:
         from pfode.samplers.adaptive import ADAPTIVE
 
         if name in ADAPTIVE:
             hint = f'pfode.sample(net, sampler="{name}", rtol=1e-3), or make_adaptive("{name}", process)'
             raise UsageError(f"{name} is adaptive: it has no plan, every sample chooses its own steps", hint)
-        raise unknown("sampler", name, (*CATALOGUE, *ADAPTIVE, "auto"))
-    return CATALOGUE[name]
+        raise unknown("sampler", name, (*CATALOGUE, *ADAPTIVE, *FAMILIES, "auto"))
+    return found
 
 
 def make_plan(

@@ -27,7 +27,6 @@ from pfode.process import EDM, VP
 from pfode.samplers.adaptive import ADAPTIVE, Adaptive, make_adaptive
 from pfode.samplers.catalogue import CATALOGUE, Recipe, make_plan, recipe
 from pfode.samplers.methods import Integrator, Method, Trail
-from pfode.samplers.names import find
 from pfode.samplers.stochastic import Ancestral, AncestralMidpoint, Reverse
 from pfode.samplers.tape import Linear
 
@@ -410,7 +409,7 @@ def __getattr__(name: str) -> Any:
         function = _function(name, CATALOGUE[found], taken)
     else:
         try:
-            found = find(short)
+            found = recipe(short)
         except UsageError as error:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}\nhint: {error.hint}") from error
         function = _function(name, found, _options(found))

@@ -20,7 +20,6 @@ from pfode.plan import Plan, row_affine, used, weighed
 from pfode.process import Process
 from pfode.samplers import auto, conventions
 from pfode.samplers.catalogue import Recipe, make_plan, recipe
-from pfode.samplers.names import find
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -335,7 +334,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         if self._plan is not None:
             _check_same(self._plan, self._kind.process)
         elif sampler != "auto":
-            find(sampler)
+            recipe(sampler)
         self._runs, self._last = _Runs(), None
 
     @classmethod
@@ -363,7 +362,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             return 1 if run.plan.nfe == run.plan.steps else -(-run.plan.nfe // run.plan.steps)
         if self._plan is not None:
             return -(-self._plan.nfe // self._plan.steps)
-        return 1 if self.config["sampler"] == "auto" else find(self.config["sampler"]).nfe_per_step
+        return 1 if self.config["sampler"] == "auto" else recipe(self.config["sampler"]).nfe_per_step
 
     @property
     def init_noise_sigma(self) -> float:
@@ -469,7 +468,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
 
             def make(nodes: list[float]) -> Plan:
                 name = config["sampler"]
-                found: str | Recipe = name if name == "auto" else find(name)
+                found: str | Recipe = name if name == "auto" else recipe(name)
                 options = dict(config["options"] or {})
                 few = config["lower_order_final"]
                 low = few is True or (len(times) - 1 < few)

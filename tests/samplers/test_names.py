@@ -4,20 +4,21 @@ import pytest
 
 from pfode.errors import UsageError
 from pfode.samplers import CATALOGUE
-from pfode.samplers.names import FAMILIES, find, squeezed
+from pfode.samplers.catalogue import recipe
+from pfode.samplers.names import FAMILIES, squeezed
 
 
 def test_every_recipe_is_found_by_every_spelling_of_its_name():
     assert len({squeezed(name) for name in CATALOGUE}) == len(CATALOGUE)
     for name in CATALOGUE:
         for spelt in (name, name.upper(), name.replace("++", "pp"), name.replace("-", "_")):
-            assert find(spelt).name == name
+            assert recipe(spelt).name == name
 
 
 def test_families_stand_for_a_member():
     assert not set(FAMILIES) & set(CATALOGUE)
     for name, member in FAMILIES.items():
-        assert find(name) is CATALOGUE[member]
+        assert recipe(name) is CATALOGUE[member]
 
 
 @pytest.mark.parametrize(
@@ -26,9 +27,9 @@ def test_families_stand_for_a_member():
     + [("dpmpp_2m_sde", "dpm++2m-sde"), ("uni_pc", "unipc2"), ("DPM++ 2M", "dpm++2m"), ("res_multistep", "res-2m")],
 )
 def test_k_diffusions_spelling(theirs, ours):
-    assert find(theirs).name == ours
+    assert recipe(theirs).name == ours
 
 
 def test_an_unknown_name_is_answered_with_the_next():
     with pytest.raises(UsageError, match="'unipc'"):
-        find("unpc")
+        recipe("unpc")
