@@ -32,7 +32,7 @@ from pfode.cli.settings import (
     seed_range,
     settle,
 )
-from pfode.errors import NumericalError, OtherModelWarning, UsageError, WriteError, number
+from pfode.errors import NumericalError, OtherModelWarning, UnsoundWarning, UsageError, WriteError, number
 from pfode.files import read_header, write_atomic
 from pfode.scores.shipped import model_path
 
@@ -144,6 +144,7 @@ def command(ctx: click.Context, **options: Any) -> None:
         raise UsageError("--overwrite: nothing is continued without --separate", "--separate DIR")
     from pfode.cli import many
     from pfode.plan import foreign
+    from pfode.samplers.sampling import unsound
 
     if options["separate"] is None and many.launched():
         raise UsageError("several processes share the pictures of a folder", "--separate DIR")
@@ -152,6 +153,9 @@ def command(ctx: click.Context, **options: Any) -> None:
     if foreign(plan, job.net):
         out.note(f"{options['sampler']} was fitted to another model: a hand-made sampler may serve better")
         warnings.simplefilter("ignore", OtherModelWarning)
+    if (text := unsound(plan)) is not None:
+        out.note(text)
+        warnings.simplefilter("ignore", UnsoundWarning)
     how = f"grid {plan.meta.get('grid', 'of the plan')}" if job.fixed else f"rtol {plan.meta['rtol']:g}"
     names = f"model {options['model']}, sampler {plan.name}, {how}"
     if os.environ.get("LOCAL_RANK", "0") == "0":

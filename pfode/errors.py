@@ -69,6 +69,10 @@ class OtherModelWarning(UserWarning):
     """A plan is run with another model than the one it was fitted to."""
 
 
+class UnsoundWarning(UserWarning):
+    """A plan whose steps are too long for it: its errors grow from step to step."""
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest known ones, or all of them."""
     names = list(known)

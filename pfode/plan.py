@@ -19,6 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -454,6 +455,35 @@ def _networks(plan: Plan, net: Preconditioned, cond: dict[str, Any], checkpoint:
     if checkpoint:
         calls = [functools.partial(rematerialise.checkpoint, call, use_reentrant=False) for call in calls]
     return calls
+
+
+def spread(plan: Plan, std: float = 0.5) -> float:
+    """The deviation of a plan's end points on Gaussian data of mean 0 and deviation std, over what it would be exactly.
+
+    About 1 for a sound plan; far above where its steps are so long that errors grow from one to the next. The rows are
+    linear then, and the covariance of state, window and noises is propagated through them: no sampling, on the host.
+    """
+    window, noises = plan.b.shape[1], plan.c.shape[1]
+    size = 2 + window + noises  # y_k, y_{k-1}, the predictions, the noises
+    p, q = (v.tolist() for v in row_affine(plan.prediction, plan.alpha[:-1], plan.sigma[:-1]))
+    alpha, sigma = plan.process.alpha(plan.t), plan.process.sigma(plan.t)
+    gain = (alpha * std**2 / (alpha**2 * std**2 + sigma**2)).tolist()  # D = gain x
+
+    def variance(alpha: float, sigma: float) -> float:
+        return (alpha * std) ** 2 + sigma**2
+
+    state = np.zeros((size, size))
+    state[0, 0] = plan.init[0].item() ** 2 * variance(*plan.first[1:].tolist()) + plan.init[1].item() ** 2
+    for k, (b, c) in enumerate(zip(plan.b.numpy(), plan.c.numpy(), strict=True)):
+        move, drawn = np.eye(size, k=-1), np.zeros(size)  # everything grows older by one
+        move[2, 0], move[2, 1] = p[k] + q[k] * gain[k], 0.0
+        if noises:
+            move[2 + window, 1 + window], drawn[2 + window] = 0.0, 1.0
+        factors = np.array([0.0, 0.0, *b, *c])
+        move[0], drawn[0] = factors @ move, factors @ drawn
+        move[0, :2] += plan.r[k].item(), plan.r_prev[k].item()
+        state = move @ state @ move.T + np.outer(drawn, drawn)
+    return math.sqrt(state[0, 0] / variance(plan.alpha[-1].item(), plan.sigma[-1].item()))
 
 
 def foreign(plan: Plan, denoiser: Denoiser) -> bool:

@@ -22,4 +22,4 @@ FAMILIES = {  # a family's name -> the member that it means
 
 def squeezed(name: str) -> str:
     """A name without what its spellings differ in: "dpm++2s-a" and "dpmpp_2s_ancestral" are both "dpmpp2sa"."""
-    return re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp").replace("ancestral", "a"))
+    return re.sub(r"[\s_-]", "", name.lower().replace("++", "pp").replace("ancestral", "a"))

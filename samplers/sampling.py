@@ -1,6 +1,7 @@
 """`sample`: draw from a denoiser, batch by batch, every sample by its own seed."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,13 +16,14 @@ from pfode.errors import (
     MissingError,
     NumericalError,
     PfodeError,
+    UnsoundWarning,
     UsageError,
     integer,
     number,
     unknown,
 )
 from pfode.grids import Grid
-from pfode.plan import Bad, Plan, Point, find_bad, iterate, not_finite, replaced, run
+from pfode.plan import Bad, Plan, Point, find_bad, iterate, not_finite, replaced, run, spread
 from pfode.process import Process
 from pfode.samplers.adaptive import ADAPTIVE, Adaptive, AdaptiveRecipe, Stopped, find_adaptive, make_adaptive
 from pfode.samplers.catalogue import DEFAULT_STEPS, Recipe, make_plan, recipe
@@ -30,6 +32,7 @@ DEFAULT_BATCH = 64
 EACH = ("nfe", "evals", "steps", "rejected")  # what samples of an adaptive sampler differ in
 MAX_GUIDANCE = 1e4
 DEVICES = ("auto", "cpu", "cuda", "mps")
+WIDE, MANY = 3.0, 100  # how wide what a plan draws may be, in plans of at most so many calls
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # in the RuntimeErrors of torch
 
 
@@ -137,6 +140,9 @@ def sample(
         raise UsageError(f"plan: need a Plan, got {plan!r:.60}", "make_plan(...) or Plan.load(path)")
     elif (sampler, final) != ("auto", "denoise") or any(v is not None for v in (steps, *options.values())):
         raise UsageError("plan given together with what it settles", "leave out sampler, steps, nfe, grid, ...")
+    text = unsound(plan)
+    if text is not None:
+        warnings.warn(text, UnsoundWarning, stacklevel=2)
     began = time.perf_counter()
     parts = list(
         batches(
@@ -207,6 +213,20 @@ def settled(
         steps = DEFAULT_STEPS
     guided = getattr(denoiser, "evals", 1) > 1
     return make_plan(sampler, denoiser.process, steps, guided=guided, **options)  # type: ignore[arg-type]
+
+
+def unsound(plan: Plan | Adaptive) -> str | None:
+    """What to say of a plan whose errors grow from step to step, of few steps mostly; None of a sound one."""
+    if not isinstance(plan, Plan) or plan.nfe > MANY:
+        return None
+    ratio = spread(plan)
+    if ratio <= WIDE:
+        return None
+    chart = "another chart" if plan.meta.get("chart") == "flow" else 'chart "flow"'
+    return (
+        f"plan {plan.name!r}: its {plan.nfe} calls are too few: what it draws is about {ratio:.0f} times too wide; "
+        f'more steps, {chart}, or sampler "auto"'
+    )
 
 
 def fitted_plan(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pfode
-from pfode.errors import NumericalError, UsageError
+from pfode.errors import NumericalError, UnsoundWarning, UsageError
 from pfode.samplers import CATALOGUE
 from pfode.samplers.sampling import find_device
 from tests import problems
@@ -290,3 +290,11 @@ def test_every_recipe_says_what_it_is():
         assert recipe.source
         assert recipe.summary
         assert 1 <= recipe.order_as_shipped <= recipe.order
+
+
+def test_a_plan_of_too_few_steps_says_so():
+    net = pfode.load("digits")
+    with pytest.warns(UnsoundWarning, match=r'80 times too wide; more steps, chart "flow"'):
+        wide = pfode.sample(net, 2, sampler="heun", steps=2).x
+    assert wide.std() > 10
+    assert pfode.sample(net, 2, sampler="heun", steps=2, chart="flow").x.std() < 1  # without a warning

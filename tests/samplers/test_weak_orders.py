@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import pfode
 from pfode import run
-from pfode.plan import Plan, row_affine
+from pfode.plan import Plan, row_affine, spread
 from pfode.process import Process
 from pfode.samplers import CATALOGUE, make_plan
 from tests import problems
@@ -106,3 +107,16 @@ def test_a_large_run_has_the_propagated_moments(name):
     mean, var = propagated(plan, np.zeros(3), np.full(3, plan.first[2].item() ** 2))
     assert np.all(np.abs(end.mean(0) - mean) < 4 * np.sqrt(var / len(end)))
     assert np.all(np.abs(end.var(0) - var) < 4 * var * math.sqrt(2 / len(end)))
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm2-a", "pndm", "sa-solver", "dpm++3m-sde", "unipc3", "bdia"])
+def test_the_spread_of_a_plan_is_that_of_its_propagated_moments(name, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "MEAN", np.zeros(3))
+    process = pfode.VP()
+    plan = make_plan(name, process, nfe=6)
+    begun = plan.first[1].item() ** 2 * VARIANCE + plan.first[2].item() ** 2
+    ends = propagated(plan, np.zeros(3), begun)[1] / (
+        plan.alpha[-1].item() ** 2 * VARIANCE + plan.sigma[-1].item() ** 2
+    )
+    for variance, ratio in zip(np.broadcast_to(VARIANCE, 3), ends, strict=True):
+        assert spread(plan, math.sqrt(variance)) == pytest.approx(math.sqrt(ratio), rel=1e-9)
