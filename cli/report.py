@@ -136,7 +136,7 @@ def _advice(result: Result) -> list[str]:
         rows.append([f"{ranking.evals}", *named, *[""] * (3 - len(named))])
     if not rows:
         return []
-    what = "RMS error over that of the best sampler of each bed, geometric mean over the beds, in brackets."
+    what = "RMS error over that of the best sampler of each bed, geometric mean over its beds, more than half, in brackets."
     return ["Which sampler to use:", "", *_markdown(("evaluations", "first", "second", "third"), rows), "", what]
 
 
@@ -242,7 +242,7 @@ def _lead(result: Result) -> str:
     beds = ", ".join(html.escape(bed) for bed in result["beds"])
     return (
         "<p>Which sampler to use, by network evaluations per sample. The factor is the RMS error over that of the best "
-        f"sampler of each bed, geometric mean over the beds: {beds}.</p>"
+        f"sampler of each bed, geometric mean over those it was measured on, more than half of {beds}.</p>"
         '<div class="scroll"><table class="lead"><tr><th>evaluations</th><th>use</th><th>then</th><th>then</th></tr>'
         f"{''.join(rows)}</table></div>"
     )
