@@ -136,7 +136,7 @@ def _advice(result: Result) -> list[str]:
         rows.append([f"{ranking.evals}", *named, *[""] * (3 - len(named))])
     if not rows:
         return []
-    what = "RMS error over that of the best sampler of each bed, geometric mean over its beds, more than half, in brackets."
+    what = "RMS error over that of each bed's best, geometric mean over the beds measured, more than half, in brackets."
     return ["Which sampler to use:", "", *_markdown(("evaluations", "first", "second", "third"), rows), "", what]
 
 
