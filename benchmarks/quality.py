@@ -3,7 +3,7 @@
     python benchmarks/quality.py [--jobs 2] [--beds mixture-64 ...] [--pictures 32] [--transfer]
 
 Fits plans to the beds that have none yet (the emoji beds: those that ship with the model), then measures. Writes
-benchmarks/results/plans/ and benchmarks/results/quality/ (report.html, table.md, quality.png and .svg, results.json),
+benchmarks/results/fitted/ and benchmarks/results/quality/ (report.html, table.md, quality.png and .svg, results.json),
 goes on with what is there, and prints the geometric means that the project's targets are about. Every sampler, ours and
 theirs, takes the best of the same five grids, chosen on validation noise; ours also of its charts, theirs of their
 orders. Nothing was fitted or chosen on the noise that is measured on. Network beds have 256 samples, the emoji beds
@@ -32,7 +32,7 @@ from pfode.scores.shipped import model_path
 
 ROOT = Path(__file__).parents[1]  # where the command runs: results name the plans from there
 OUT = Path(__file__).parent / "results" / "quality"
-PLANS = OUT.parent / "plans"
+PLANS = OUT.parent / "fitted"
 FITTED = (3, 4, 5, 6, 8, 10)
 OURS = [
     "auto",

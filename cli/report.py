@@ -109,7 +109,8 @@ def _curves(result: Result, bed: str, key: str, colours: dict[str, str]) -> list
         if cell["bed"] == bed and key in cell:
             value, low, high = cell[key]
             points.setdefault(cell["sampler"], []).append((cell["evals"], value, low, high))
-    return [plot.Curve(label(text), colours.get(text, "other"), found) for text, found in points.items()]
+    named = {label(text): colour for text, colour in colours.items()}  # plans of a folder, or of the model's own
+    return [plot.Curve(label(text), named.get(label(text), "other"), found) for text, found in points.items()]
 
 
 # ---- table.md
