@@ -5,8 +5,10 @@
 On the shipped networks, unguided and guided: the distance of the drawn pictures from the converged ones, same noise,
 same labels; the root of the mean square over all pictures, and the median over pictures of their own (a few that land
 in another mode dominate the first). `emoji-small` serves in all three processes: D depends on x/alpha and sigma/alpha
-alone. Then the same on what no choice was made from: `emoji`, and exact mixtures; and what lower_order_final makes of
-the chosen ones. A recipe is written sampler@chart. Figures of beds that are not run again stay in the file.
+alone. Then the same on exact test beds, other ones than those of benchmarks/quality.py, and on `emoji`, which no choice
+was made from; and what lower_order_final makes of the chosen ones. `--choices` only tells what the file says of every
+choice: how much more it errs than the best of the table, bed by bed, and what loses least on all of them. A recipe is
+written sampler@chart. Figures of beds that are not run again stay in the file.
 """
 
 import argparse
@@ -22,14 +24,16 @@ from pfode.denoiser import Denoiser
 from pfode.plan import Plan
 from pfode.process import Process
 from pfode.samplers import auto
+from pfode.samplers.bench import geometric_mean
 from pfode.samplers.catalogue import recipe
 from pfode.samplers.peers import Moved
+from pfode.scores.beds import bed as find
 
 BUDGETS = [3, 4, 5, 6, 8, 10, 15, 20]
 CANDIDATES = [
     *["ddim@ddim", "dpm++2m@dpm++", "dpm++3m@dpm++", "dpm++2s@dpm++", "deis-tab2@deis"],
     *["exp-ab2@dpm++", "exp-ab2@trig", "exp-ab3@trig", "exp-ab3@dpm"],
-    *["ipndm2@ddim", "ipndm3@ddim", "ipndm4@ddim", "ipndm2@trig", "ipndm3@trig", "ipndm-v3@ddim"],
+    *["ipndm2@ddim", "ipndm3@ddim", "ipndm4@ddim", "ipndm2@trig", "ipndm3@trig", "ipndm4@trig", "ipndm-v3@ddim"],
     *["unipc2@dpm++", "unipc3@dpm++", "unipc3-bh1@dpm++", "unipc2@flow", "unipc2@dpm3", "unipc3@flow"],
 ]
 FEWER = [  # where a call takes its time: what is near the best on the small networks, and the best known
@@ -50,11 +54,11 @@ NETWORKS: dict[str, tuple[str, Process | None, int]] = {  # the network, another
     "emoji-small Flow": ("emoji-small", pfode.Flow(), 9),
     "emoji": ("emoji", None, 4),
 }
-MIXTURES: dict[str, Process] = {
-    "mixture EDM": pfode.EDM(),
-    "mixture VP": pfode.VP(),
-    "mixture Flow": pfode.Flow(),
-}
+EXACT = [  # names of test beds
+    *["mixture-16", "mixture-16-vp", "mixture-16-flow", "mixture-256", "mixture-256-vp", "mixture-256-flow"],
+]
+FAMILIES = {"": (pfode.EDM(), ("digits", "emoji-small")), "-vp": (pfode.VP(), ("digits-vp",)),
+            "-flow": (pfode.Flow(), ("digits-flow",))}  # fmt: skip
 GUIDED = 3.0
 Errors = tuple[float, float]
 
@@ -112,31 +116,63 @@ def network(bed: str, guidance: float) -> dict[str, Any]:
     return measured(denoiser, x, CANDIDATES if name.startswith("digits") else FEWER, guidance != 1, label)
 
 
-def mixture(process: Process, n: int = 256) -> dict[str, Any]:
-    """Eight clusters in 16 dimensions, of deviations falling from 0.5 to 0.05, float64."""
-    draw = torch.Generator().manual_seed(0)
-    means = 0.7 * torch.randn(8, 16, generator=draw, dtype=torch.float64)
-    std = torch.logspace(0, -1, 16, dtype=torch.float64).mul(0.5).expand(8, -1)
-    denoiser = pfode.scores.GaussianMixture(means, std=std, process=process)
-    x = process.sigma(process.t_max) * pfode.noise.normal(range(n), pfode.noise.INITIAL, (16,), torch.float64)
-    print(f"\nmixture on {process}, {n} samples: root mean square by NFE", *BUDGETS)
+def exact(name: str, n: int = 256) -> dict[str, Any]:
+    """A test bed in closed form, float64."""
+    denoiser = find(name)
+    process = denoiser.process
+    x = process.sigma(process.t_max) * pfode.noise.normal(range(n), pfode.noise.INITIAL, denoiser.shape, torch.float64)
+    print(f"\n{name}, {n} samples: root mean square by NFE", *BUDGETS)
     return measured(denoiser, x, CANDIDATES, False)
+
+
+def choices(report: dict[str, Any]) -> str:
+    """By family and budget: what auto takes and what loses least, each with its loss in the geometric mean and by bed.
+
+    A loss is the ratio of root mean square errors to the best of the bed's table; networks count half, exact beds half.
+    """
+    lines = []
+    tables = {name: bed["1"]["table"] for name, bed in report["beds"].items()}
+    for family, (process, networks) in FAMILIES.items():
+        exact = [f"mixture-{d}{family}" for d in (16, 256)]
+        beds = [name for name in (*networks, *exact) if name in tables]
+        common = set.intersection(*({(g, c) for g, rows in tables[name].items() for c in rows} for name in beds))
+        lines.append(f"{process}: {', '.join(beds)}")
+        for i, k in enumerate(BUDGETS):
+            best = {bed: min(row[i][0] for rows in tables[bed].values() for row in rows.values()) for bed in beds}
+            losses = {
+                (grid, name): {bed: tables[bed][grid][name][i][0] / best[bed] for bed in beds} for grid, name in common
+            }
+            means = {
+                way: geometric_mean(
+                    geometric_mean(loss[bed] for bed in half if bed in loss) for half in (networks, exact)
+                )
+                for way, loss in losses.items()
+            }
+            sampler, grid, chart = auto.choose(process, k)
+            for title, way in (("auto", (grid, f"{sampler}@{chart}")), ("least", min(means, key=means.__getitem__))):
+                each = " ".join(f"{value:.2f}" for value in losses[way].values())
+                lines.append(f"  {k:3d} {title:6s}{means[way]:6.2f}  {' '.join(reversed(way)):28s}{each}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = [*NETWORKS, *MIXTURES]
+    every = [*NETWORKS, *EXACT]
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--beds", nargs="+", default=every, choices=every)
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, GUIDED])
+    parser.add_argument("--choices", action="store_true", help="measure nothing; read the file")
     options = parser.parse_args()
     report: dict[str, Any] = {"beds": {}}
     if options.json and options.json.exists():
         report = json.loads(options.json.read_text())
+    if options.choices:
+        print(choices(report))
+        return
     report |= {"nfe": BUDGETS, "torch": torch.__version__}
     for name in options.beds:
-        for guidance in [1.0] if name in MIXTURES else options.guidance:
-            bed = mixture(MIXTURES[name]) if name in MIXTURES else network(name, guidance)
+        for guidance in [1.0] if name in EXACT else options.guidance:
+            bed = exact(name) if name in EXACT else network(name, guidance)
             report["beds"].setdefault(name, {})[f"{guidance:g}"] = bed
             if options.json:
                 options.json.write_text(json.dumps(report) + "\n")

@@ -128,7 +128,8 @@ def _panel(drawing: Drawing, panel: Panel, x: float, y: float) -> None:
         return
     floors = [(what, value) for what, value in panel.floors if value > 0 and value > min(values) / 4]
     low, high = min([*values, *(value for _, value in floors)]), max(values)
-    low, high = math.log10(low) - 0.06, math.log10(high) + 0.06
+    span = math.log10(high / low)
+    low, high = math.log10(low) - 0.06 - 0.08 * span * bool(floors), math.log10(high) + 0.06  # the label's room
     first, last = math.log(counts[0]), math.log(counts[-1])
     x0, x1, y0, y1 = x + LEFT, x + WIDTH - RIGHT, y + TOP, y + HEIGHT - BOTTOM
 
@@ -164,7 +165,7 @@ def _panel(drawing: Drawing, panel: Panel, x: float, y: float) -> None:
     for what, value in floors:
         _, at = place(counts[0], value)
         drawing.line([(x0, at), (x1, at)], "floor", 1.2, dash=True, text=f"{what}: {value:.3g}")
-        drawing.text((x1 - 4, at - 5), what, "floor", 10.5, anchor="end")
+        drawing.text((x1 - 4, at + 13), what, "floor", 10.5, anchor="end")
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -109,7 +109,8 @@ def _curves(result: Result, bed: str, key: str, colours: dict[str, str]) -> list
         if cell["bed"] == bed and key in cell:
             value, low, high = cell[key]
             points.setdefault(cell["sampler"], []).append((cell["evals"], value, low, high))
-    return [plot.Curve(label(text), colours.get(text, "other"), found) for text, found in points.items()]
+    named = {label(text): colour for text, colour in colours.items()}  # plans of a folder, or of the model's own
+    return [plot.Curve(label(text), named.get(label(text), "other"), found) for text, found in points.items()]
 
 
 # ---- table.md
@@ -136,7 +137,7 @@ def _advice(result: Result) -> list[str]:
         rows.append([f"{ranking.evals}", *named, *[""] * (3 - len(named))])
     if not rows:
         return []
-    what = "RMS error over that of the best sampler of each bed, geometric mean over the beds, in brackets."
+    what = "RMS error over that of each bed's best, geometric mean over the beds measured, more than half, in brackets."
     return ["Which sampler to use:", "", *_markdown(("evaluations", "first", "second", "third"), rows), "", what]
 
 
@@ -242,7 +243,7 @@ def _lead(result: Result) -> str:
     beds = ", ".join(html.escape(bed) for bed in result["beds"])
     return (
         "<p>Which sampler to use, by network evaluations per sample. The factor is the RMS error over that of the best "
-        f"sampler of each bed, geometric mean over the beds: {beds}.</p>"
+        f"sampler of each bed, geometric mean over those it was measured on, more than half of {beds}.</p>"
         '<div class="scroll"><table class="lead"><tr><th>evaluations</th><th>use</th><th>then</th><th>then</th></tr>'
         f"{''.join(rows)}</table></div>"
     )

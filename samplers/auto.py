@@ -1,10 +1,11 @@
 """sampler="auto": the recipe and grid to take for a process and a number of calls, read off a measured table.
 
 The table is benchmarks/recipes.json, part of which is in benchmarks/README.md: distance from the converged pictures by
-recipe, grid and number of calls on the digits networks (two of them guided, too) and on emoji-small with its own
-process. The choices for guided flows, and what emoji-small says as VP and flow process, are from runs of
+recipe, grid and number of calls on the digits networks (two of them guided, too), on emoji-small with its own process,
+and on exact mixtures. The choices for guided flows, and what emoji-small says as VP and flow process, are from runs of
 benchmarks/recipes.py whose figures the file does not hold. Where the best differ between networks, a choice loses
-little on both, by the geometric mean over its range of calls. benchmarks/quality.py measures it on others.
+little on them, by the geometric mean over its range of calls; the mixtures decide between what serves them alike.
+benchmarks/quality.py measures it on others.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,7 @@ class Choice(NamedTuple):
 MANY = 10**9
 TABLE: dict[tuple[str, bool], tuple[tuple[int, Choice], ...]] = {  # (family, guided): (most calls, choice), ...
     ("alpha = 1", False): (
-        (3, Choice("unipc2", "cosine", "flow")),
+        (3, Choice("unipc2", "ays-svd", "dpm3")),
         (10, Choice("ipndm3", "ays-svd", "ddim")),
         (15, Choice("unipc2", "ays-svd", "flow")),
         (MANY, Choice("unipc3", "ays-svd", "flow")),
@@ -31,7 +32,8 @@ TABLE: dict[tuple[str, bool], tuple[tuple[int, Choice], ...]] = {  # (family, gu
     ("alpha = 1", True): ((MANY, Choice("ipndm2", "ays-svd", "trig")),),
     ("VP", False): (
         (8, Choice("unipc2", "time-quadratic", "dpm++")),
-        (MANY, Choice("unipc2", "ays-svd", "flow")),
+        (15, Choice("unipc2", "ays-svd", "flow")),
+        (MANY, Choice("unipc2", "time-quadratic", "flow")),
     ),
     ("VP", True): (
         (5, Choice("dpm++2m", "time(1.5)", "dpm++")),
@@ -39,7 +41,7 @@ TABLE: dict[tuple[str, bool], tuple[tuple[int, Choice], ...]] = {  # (family, gu
     ),
     ("Flow", False): (
         (4, Choice("unipc2", "time", "flow")),
-        (15, Choice("unipc2", "ays-svd", "flow")),
+        (12, Choice("unipc2", "ays-svd", "flow")),
         (MANY, Choice("unipc3", "beta", "flow")),
     ),
     ("Flow", True): ((MANY, Choice("unipc2", "cosine(0.7)", "flow")),),

@@ -745,9 +745,9 @@ def table(result: dict[str, Any], key: str) -> dict[tuple[str, str, int], float]
 
 
 def rank(result: dict[str, Any], key: str = "rms") -> list[Ranking]:
-    """By number of evaluations, those samplers that have a figure on every bed that has any there.
+    """By number of evaluations, those samplers that have a figure on more than half of the beds that have any there.
 
-    Where no sampler has, those on most beds.
+    Where none has, those on most beds.
     """
     values, rankings = table(result, key), []
     for k in sorted({k for _, _, k in values}):
@@ -757,8 +757,8 @@ def rank(result: dict[str, Any], key: str = "rms") -> list[Ranking]:
         ratios: dict[str, list[float]] = {}
         for (bed, sampler), value in here.items():
             ratios.setdefault(sampler, []).append(value / best[bed])
-        most = max(map(len, ratios.values()))
-        means = {sampler: geometric_mean(found) for sampler, found in ratios.items() if len(found) == most}
+        least = min(max(map(len, ratios.values())), len(beds) // 2 + 1)
+        means = {sampler: geometric_mean(found) for sampler, found in ratios.items() if len(found) >= least}
         rankings.append(Ranking(k, sorted(means.items(), key=lambda item: item[1])))
     return rankings
 
