@@ -225,7 +225,7 @@ def unsound(plan: Plan | Adaptive) -> str | None:
     chart = "another chart" if plan.meta.get("chart") == "flow" else 'chart "flow"'
     return (
         f"plan {plan.name!r}: its {plan.nfe} calls are too few: what it draws is about {ratio:.0f} times too wide; "
-        f'more steps, {chart}, or sampler "auto"'
+        f'more steps, {chart}, another grid, or sampler "auto"'
     )
 
 

@@ -294,7 +294,8 @@ def test_every_recipe_says_what_it_is():
 
 def test_a_plan_of_too_few_steps_says_so():
     net = pfode.load("digits")
-    with pytest.warns(UnsoundWarning, match=r'80 times too wide; more steps, chart "flow"'):
-        wide = pfode.sample(net, 2, sampler="heun", steps=2).x
+    with pytest.warns(UnsoundWarning, match=r'80 times too wide; more steps, chart "flow", another grid'):
+        wide = pfode.sample(net, 2, sampler="heun", steps=2, grid="karras").x
     assert wide.std() > 10
-    assert pfode.sample(net, 2, sampler="heun", steps=2, chart="flow").x.std() < 1  # without a warning
+    for better in ({"grid": "karras", "chart": "flow"}, {"grid": "ays-svd"}):  # without a warning
+        assert pfode.sample(net, 2, sampler="heun", steps=2, **better).x.std() < 1
