@@ -155,6 +155,12 @@ def run(listed: list[tuple[Bed, list[str]]], out: Path, evals: Sequence[int]) ->
         bench.bench(listed, out, evals, progress=progress)
 
 
+def finish(out: Path, result: dict[str, Any], title: str) -> None:
+    """The report; results.json says what the lines said, and a later run goes on from it."""
+    report.write(out, result, title)
+    (out / bench.LINES).unlink(missing_ok=True)
+
+
 # ---- the targets
 
 
@@ -237,17 +243,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     began = time.perf_counter()
+    options.out, options.plans = options.out.resolve(), options.plans.resolve()
+    os.chdir(ROOT)
     torch.set_num_threads(1)
     if options.transfer:
-        report.write(
-            OUT.parent / "transfer", transfer(options.pictures, OUT.parent / "transfer"), "Emoji's plans elsewhere"
-        )
+        out = OUT.parent / "transfer"
+        finish(out, transfer(options.pictures, out), "Plans fitted to emoji, on other models")
         return
     if options.jobs > 1:
         words = ["--out", str(options.out), "--pictures", str(options.pictures), "--nfe", *map(str, options.nfe)]
         words += ["--plans", str(options.plans)]
         runs = [
-            subprocess.Popen([sys.executable, __file__, *words, "--beds", *hand], env={**os.environ, "QUALITY": "part"})
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).resolve()), *words, "--beds", *hand],
+                env={**os.environ, "QUALITY": "part"},
+            )
             for hand in shares(options.beds, options.jobs)
         ]
         codes = [run.wait() for run in runs]
@@ -258,8 +268,7 @@ def main() -> None:
     if os.environ.get("QUALITY") == "part":
         return
     result = bench.bench([], options.out)
-    report.write(options.out, result, "Quality against evaluations, beside diffusers and k-diffusion")
-    (options.out / bench.LINES).unlink(missing_ok=True)  # results.json says the same, and a later run goes on from it
+    finish(options.out, result, "Quality against evaluations, beside diffusers and k-diffusion")
     print(targets(result))
     print(f"{time.perf_counter() - began:.0f} s")
 

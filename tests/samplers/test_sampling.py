@@ -297,5 +297,6 @@ def test_a_plan_of_too_few_steps_says_so():
     with pytest.warns(UnsoundWarning, match=r'80 times too wide; more steps, chart "flow", another grid'):
         wide = pfode.sample(net, 2, sampler="heun", steps=2, grid="karras").x
     assert wide.std() > 10
+    better: dict[str, Any]
     for better in ({"grid": "karras", "chart": "flow"}, {"grid": "ays-svd"}):  # without a warning
         assert pfode.sample(net, 2, sampler="heun", steps=2, **better).x.std() < 1
