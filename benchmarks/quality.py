@@ -96,15 +96,13 @@ def fit(names: Sequence[str], folder: Path) -> None:
         if name in LARGE:
             continue
         bed = made(name, {"n": 1, "validation": 1})
-        sizes: dict[str, Any] = (
-            {"n": 1024, "active": 256, "check": 512} if bed.exact else {"n": 256, "active": 96, "check": 128}
-        )
+        sizes: dict[str, Any] = {"n": 1024, "active": 256, "check": 512} if bed.exact else {}
         for nfe in FITTED:
             path = folder / f"{name}.plan-{nfe}.safetensors"
             if path.exists():
                 continue
             began = time.process_time()
-            plan = pfode.fit_plan(bed.denoiser, nfe, iterations=20, dtype=bed.dtype, **sizes)
+            plan = pfode.fit_plan(bed.denoiser, nfe, dtype=bed.dtype, **sizes)
             plan.save(path)
             said = plan.meta["fitted"]
             line: dict[str, Any] = {"bed": name, "nfe": nfe, "seconds": round(time.process_time() - began, 1)}
