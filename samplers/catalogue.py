@@ -200,8 +200,6 @@ def _recipes() -> list[Recipe]:
 
 
 CATALOGUE: dict[str, Recipe] = {recipe.name: recipe for recipe in _recipes()}
-
-
 _SPELT = {squeezed(name): found for name, found in ({name: name for name in CATALOGUE} | FAMILIES).items()}
 
 

@@ -39,7 +39,7 @@ from pfode.errors import UsageError
 from pfode.ode.control import PID
 from pfode.ode.loop import Course, End, Lanes, Move
 from pfode.ode.solver import Solver
-from pfode.ode.state import Field, Tree, leaves, rebuild
+from pfode.ode.state import Field, Tree, leaves, rebuild, without_graph
 
 PLAIN = nullcontext()
 _DEPTH = 4  # containers, closures and attributes are searched for parameters this deep
@@ -263,7 +263,7 @@ class Sighting:
         if not any(isinstance(part, Tensor) and part.requires_grad for part in parts):
             return slope
         self.seen = behind(parts, since=since)._replace(nodes=[])
-        return rebuild(slope, iter([part.detach() if isinstance(part, Tensor) else part for part in parts]))
+        return without_graph(slope)
 
 
 class Sources(NamedTuple):

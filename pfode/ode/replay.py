@@ -41,7 +41,7 @@ from pfode.ode.adjoint import (
 from pfode.ode.loop import Counts, End, Move
 from pfode.ode.outputs import JointOutputs, PerSampleOutputs, outputs
 from pfode.ode.solver import Step
-from pfode.ode.state import Field, leaves, rebuild
+from pfode.ode.state import Field, leaves, rebuild, without_graph
 
 _FREE = 64  # states kept before legs are left out, about what the graph of one leg takes; also graphs kept at most
 _TOGETHER = 4  # legs that make one chunk at least: one by one they take a tenth longer
@@ -252,11 +252,11 @@ class _Back(_Again):
         own = {id(a): b for a, b in zip(leaves(self.inputs.args), leaves(args), strict=True)}
         into = [own.get(id(t), t) for t in self.leaves]
         last = leaves(tuple(kept.before)) if kept.before else ()
-        again: bool = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        keep: bool = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
         first = [y] if y.requires_grad else []
         with torch.enable_grad():
             shown = [(ys[1:], self.given.ys[1:])]
-        slopes = self._through(kept.state, shown, first, into, last, again)
+        slopes = self._through(kept.state, shown, first, into, last, keep)
         self.slope_y = _or_zeros(slopes[0] if slopes else None, y)
         self.work.steps += kept.steps
 
@@ -337,11 +337,6 @@ def _or_zeros(slope: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if slope is None else slope
 
 
-def _bare(tree: Any) -> Any:
-    """Without its graph."""
-    return rebuild(tree, iter([part.detach() if isinstance(part, Tensor) else part for part in leaves(tree)]))
-
-
 def _wanted(part: Any) -> bool:
     return isinstance(part, Tensor) and part.requires_grad
 
@@ -406,7 +401,7 @@ class CheckpointTape(_Tape):
         state = State(move.y, move.carry)
         self.seen = self.record.add(state) or self.seen
         self.recording = self.record.room >= self.record.weight and self.record.steps < _FREE
-        bare = State(move.y.detach(), None if move.carry is None else _bare(move.carry))
+        bare = without_graph(state)
         if self.record.state is state:
             self.done, self.fresh, self.kept = self.done + passed, move.t1 in self.jumps, [bare]
         else:

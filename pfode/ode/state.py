@@ -57,6 +57,11 @@ def rebuild(tree: Tree, values: Iterator[Any]) -> Tree:
     return kind(*new) if hasattr(tree, "_fields") else kind(new)
 
 
+def without_graph(tree: Tree) -> Tree:
+    """The same without graphs; leaves that are no tensors stay."""
+    return rebuild(tree, iter([part.detach() if isinstance(part, Tensor) else part for part in leaves(tree)]))
+
+
 def _children(tree: Tree) -> list[Any] | None:
     if isinstance(tree, tuple | list):
         return list(tree)
