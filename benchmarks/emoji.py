@@ -21,10 +21,10 @@ from PIL import Image, ImageDraw, ImageFont
 import pfode
 from pfode.cli.images import contact_sheet, to_pixels
 from pfode.process import from_config
-from pfode.scores.data import Data, emoji
-from pfode.scores.shipped import WEIGHTS
-from pfode.scores.training import TrainConfig, checkpoints, read_checkpoint
-from pfode.scores.unet import UNet
+from pfode.scores.io.shipped import WEIGHTS
+from pfode.scores.networks.unet import UNet
+from pfode.scores.training.data import Data, emoji
+from pfode.scores.training.trainer import TrainConfig, checkpoints, read_checkpoint
 
 TRAIN = "train --data emoji --process edm --batch 64 --attention 8 --blocks 1,2,2 --amp"
 RECIPES = {

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pfode.errors import PfodeError
 from pfode.ode import solve
-from pfode.ode.replay import Checkpoint, Reversible
+from pfode.ode.adjoints.replay import Checkpoint, Reversible
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.ode.memory import peak

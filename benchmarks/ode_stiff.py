@@ -26,7 +26,8 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from pfode.ode import Status, newton
+from pfode.ode import Status
+from pfode.ode.methods import newton
 from pfode.ode.solve import steps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

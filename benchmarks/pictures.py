@@ -16,7 +16,7 @@ from torch import Tensor
 import pfode
 from pfode.cli.images import to_pixels
 from pfode.files import read_header
-from pfode.scores.shipped import shipped
+from pfode.scores.io.shipped import shipped
 
 SAMPLERS = ["euler", "dpm++2m", "ipndm3", "heun"]
 BUDGETS = [5, 10, 20, 40]

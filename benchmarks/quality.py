@@ -26,9 +26,9 @@ from tqdm import tqdm
 import pfode
 from pfode.cli import report
 from pfode.cli.bench import find_bed
-from pfode.samplers import bench
-from pfode.samplers.bench import EVALS, Bed, Sampler, geometric_mean
-from pfode.scores.shipped import model_path
+from pfode.samplers.measure import bench
+from pfode.samplers.measure.bench import EVALS, Bed, Sampler, geometric_mean
+from pfode.scores.io.shipped import model_path
 
 ROOT = Path(__file__).parents[1]  # where the command runs: results name the plans from there
 OUT = Path(__file__).parent / "results" / "quality"

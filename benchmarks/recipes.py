@@ -24,9 +24,9 @@ from pfode.denoiser import Denoiser
 from pfode.plan import Plan
 from pfode.process import Process
 from pfode.samplers import auto
-from pfode.samplers.bench import geometric_mean
 from pfode.samplers.catalogue import recipe
-from pfode.samplers.peers import Moved
+from pfode.samplers.measure.bench import geometric_mean
+from pfode.samplers.measure.peers import Moved
 from pfode.scores.beds import bed as find
 
 BUDGETS = [3, 4, 5, 6, 8, 10, 15, 20]

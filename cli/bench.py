@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pfode.denoiser import Denoiser
-    from pfode.samplers.bench import Bed
+    from pfode.samplers.measure.bench import Bed
 
 SAMPLERS = ("auto", "ddim", "dpm++2m?grid=best", "ipndm3?grid=best", "unipc2?chart=dpm++/flow&grid=best")
 EVALS = "3,4,5,6,8,10,15,20"
@@ -75,7 +75,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     """
     out = output(ctx)
     from pfode.cli import report
-    from pfode.samplers import bench
+    from pfode.samplers.measure import bench
 
     evals = sorted(set(listed("--nfe", options["nfe"], int, "whole numbers", f"--nfe {EVALS}")))
     beds = [(find_bed(name, options), options["sampler"]) for name in dict.fromkeys(options["model"])]
@@ -101,9 +101,9 @@ def find_bed(name: str, options: dict[str, Any]) -> "Bed":
         UsageError, FileError: no such model, truth or features, or samples whose shape is not known.
     """
     from pfode.files import read_header
-    from pfode.samplers.bench import SEED, Bed
+    from pfode.samplers.measure.bench import SEED, Bed
     from pfode.samplers.sampling import find_device
-    from pfode.scores.shipped import model_path
+    from pfode.scores.io.shipped import model_path
 
     device, digest = find_device(options["device"]), None
     denoiser = find_denoiser(name)
@@ -151,7 +151,7 @@ def find_denoiser(name: str) -> "Denoiser":
 
 def find_truth(source: str, shape: tuple[int, ...]) -> "Tensor":
     """The pictures of --truth in [-1, 1]."""
-    from pfode.scores.data import load_data
+    from pfode.scores.training.data import load_data
 
     images = load_data(source, size=shape[-1]).images
     if tuple(images.shape[1:]) != shape:
@@ -161,7 +161,7 @@ def find_truth(source: str, shape: tuple[int, ...]) -> "Tensor":
 
 def find_features(name: str) -> Any:
     """The function of --features."""
-    from pfode.samplers.metrics import inception
+    from pfode.samplers.measure.metrics import inception
 
     if os.path.exists(name) or ":" not in name:
         return inception(name)

@@ -63,9 +63,9 @@ def command(ctx: click.Context, **options: Any) -> None:
     counts = listed("--nfe", options["nfe"], int, "whole numbers", "--nfe 4,6,8")
     import torch
 
-    from pfode.samplers.fitting import stated
+    from pfode.samplers.fit.fitting import stated
     from pfode.samplers.sampling import find_device
-    from pfode.scores.shipped import model_path
+    from pfode.scores.io.shipped import model_path
 
     path, device = model_path(options["model"]), find_device(options["device"])
     net, folder = pfode.load(options["model"]), Path(options["out"])

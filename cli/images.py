@@ -48,7 +48,7 @@ def read_picture(name: str) -> bytes:
     Raises:
         FileError: it cannot be read, or is too long.
     """
-    from pfode.scores.data import MAX_FILE
+    from pfode.scores.training.data import MAX_FILE
 
     try:
         with open(name, "rb") as file:
@@ -68,7 +68,7 @@ def from_picture(path: str, raw: bytes, shape: tuple[int, ...]) -> "Tensor":
     """
     import torch
 
-    from pfode.scores.data import decode
+    from pfode.scores.training.data import decode
 
     channels, height, width = shape
     pixels = decode(path, raw, (width, height)).astype(np.float32)

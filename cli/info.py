@@ -14,7 +14,7 @@ from pfode.cli.common import Command, find_command, output, source, table
 from pfode.cli.settings import typed
 from pfode.errors import FileError, MissingError, UsageError
 from pfode.files import Header, read_header
-from pfode.scores.shipped import model_path, shipped
+from pfode.scores.io.shipped import model_path, shipped
 
 PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "pillow", "click", "huggingface_hub")
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -17,7 +17,7 @@ def folder(path: Path) -> dict[str, Any]:
         FileError: it is none, or something in it is broken.
     """
     from pfode.compat.schedules import stated
-    from pfode.scores import folders
+    from pfode.scores.io import folders
 
     index, place, scheduler = folders.parts(path)
     config = folders.read_json(place / "config.json")
@@ -48,7 +48,7 @@ def pickle(path: Path) -> dict[str, Any]:
     Raises:
         FileError: it is none.
     """
-    from pfode.scores.edm_files import load_pickle
+    from pfode.scores.io.edm_files import load_pickle
 
     den: Any = load_pickle(path)
     weights = list(den.net.state_dict().values())

@@ -86,7 +86,7 @@ GRIDS_INTRO = """\
 ## Grids
 
 Where the steps lie: `--grid NAME`, or with parameters, in the order given here, `--grid 'beta(0.5,0.7)'`. In Python a
-grid may also be the times themselves, or what `pfode.samplers.search` finds for a denoiser.
+grid may also be the times themselves, or what `pfode.samplers.fit.search` finds for a denoiser.
 """
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pfode.cli import plot
 from pfode.files import write_atomic
-from pfode.samplers import bench
+from pfode.samplers.measure import bench
 
 Result = dict[str, Any]
 METRICS = {  # key: title, what it is, where it has intervals and goes into the figure

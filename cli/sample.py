@@ -34,7 +34,7 @@ from pfode.cli.settings import (
 )
 from pfode.errors import NumericalError, OtherModelWarning, UnsoundWarning, UsageError, WriteError, number
 from pfode.files import read_header, write_atomic
-from pfode.scores.shipped import model_path
+from pfode.scores.io.shipped import model_path
 
 if TYPE_CHECKING:
     import numpy as np

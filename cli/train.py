@@ -17,8 +17,8 @@ from pfode.files import write_atomic
 if TYPE_CHECKING:
     import torch
 
-    from pfode.scores.data import Data
-    from pfode.scores.training import TrainConfig, Trainer
+    from pfode.scores.training.data import Data
+    from pfode.scores.training.trainer import TrainConfig, Trainer
 
 PROCESSES = {
     "edm": "EDM", "vp": "VP", "flow": "Flow", "ve": "VE", "sub-vp": "SubVP", "vp-cosine": "VPCosine",
@@ -92,8 +92,8 @@ def command(ctx: click.Context, **options: Any) -> None:
 
     device = find_device(options["device"])
     folder, model = places(options)
-    from pfode.scores.data import EMOJI_FONT, EMOJI_LIST, load_data
-    from pfode.scores.training import Trainer
+    from pfode.scores.training.data import EMOJI_FONT, EMOJI_LIST, load_data
+    from pfode.scores.training.trainer import Trainer
 
     font, listing = Path(options["font"] or EMOJI_FONT), Path(options["listing"] or EMOJI_LIST)
     data = load_data(options["data"], size=options["size"], font=font, listing=listing)
@@ -173,8 +173,8 @@ def configured(options: dict[str, Any], data: "Data", device: "torch.device") ->
         UsageError: a value out of range.
     """
     from pfode import process
-    from pfode.scores.training import TrainConfig
-    from pfode.scores.unet import UNetConfig
+    from pfode.scores.networks.unet import UNetConfig
+    from pfode.scores.training.trainer import TrainConfig
 
     channels, size, _ = data.shape
     standard = next((network for side, network in NETWORKS.items() if size <= side), NETWORKS[64])

@@ -12,17 +12,18 @@ __getattr__, __dir__ = lazy(
     {
         "adaptive": ["ADAPTIVE", "Adaptive", "AdaptiveRecipe", "make_adaptive"],
         "catalogue": ["CATALOGUE", "Recipe", "make_plan"],
-        "fitting": ["Progress", "fit_plan"],
-        "": ["kdiffusion"],
+        "fit.fitting": ["Progress", "fit_plan"],
+        "adapters": ["kdiffusion"],
         "inversion": ["Pair", "decode", "encode"],
         "sampling": ["Samples", "sample"],
-        "scheduler": ["PFODEScheduler"],
-        "search": ["Jumps", "gits", "measure_jumps"],
+        "adapters.scheduler": ["PFODEScheduler"],
+        "fit.search": ["Jumps", "gits", "measure_jumps"],
     },
 )
 
 if TYPE_CHECKING:  # the same names for type checkers
     from pfode.samplers import kdiffusion as kdiffusion
+    from pfode.samplers.adapters.scheduler import PFODEScheduler as PFODEScheduler
     from pfode.samplers.adaptive import ADAPTIVE as ADAPTIVE
     from pfode.samplers.adaptive import Adaptive as Adaptive
     from pfode.samplers.adaptive import AdaptiveRecipe as AdaptiveRecipe
@@ -30,14 +31,13 @@ if TYPE_CHECKING:  # the same names for type checkers
     from pfode.samplers.catalogue import CATALOGUE as CATALOGUE
     from pfode.samplers.catalogue import Recipe as Recipe
     from pfode.samplers.catalogue import make_plan as make_plan
-    from pfode.samplers.fitting import Progress as Progress
-    from pfode.samplers.fitting import fit_plan as fit_plan
+    from pfode.samplers.fit.fitting import Progress as Progress
+    from pfode.samplers.fit.fitting import fit_plan as fit_plan
+    from pfode.samplers.fit.search import Jumps as Jumps
+    from pfode.samplers.fit.search import gits as gits
+    from pfode.samplers.fit.search import measure_jumps as measure_jumps
     from pfode.samplers.inversion import Pair as Pair
     from pfode.samplers.inversion import decode as decode
     from pfode.samplers.inversion import encode as encode
     from pfode.samplers.sampling import Samples as Samples
     from pfode.samplers.sampling import sample as sample
-    from pfode.samplers.scheduler import PFODEScheduler as PFODEScheduler
-    from pfode.samplers.search import Jumps as Jumps
-    from pfode.samplers.search import gits as gits
-    from pfode.samplers.search import measure_jumps as measure_jumps

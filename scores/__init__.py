@@ -12,22 +12,22 @@ __getattr__, __dir__ = lazy(
     {
         "denoiser": ["Denoiser"],
         "guidance": ["cfg_plus_plus", "guide"],
-        "pipelines": ["from_pipeline"],
+        "io.pipelines": ["from_pipeline"],
         "wrapping": ["clip", "threshold"],
-        "checkpoint": ["load", "save"],
+        "io.checkpoint": ["load", "save"],
         "exact": ["Empirical", "Gaussian", "GaussianMixture"],
     },
 )
 
 if TYPE_CHECKING:  # the same names for type checkers
-    from pfode.scores.checkpoint import load as load
-    from pfode.scores.checkpoint import save as save
     from pfode.scores.denoiser import Denoiser as Denoiser
     from pfode.scores.exact import Empirical as Empirical
     from pfode.scores.exact import Gaussian as Gaussian
     from pfode.scores.exact import GaussianMixture as GaussianMixture
     from pfode.scores.guidance import cfg_plus_plus as cfg_plus_plus
     from pfode.scores.guidance import guide as guide
-    from pfode.scores.pipelines import from_pipeline as from_pipeline
+    from pfode.scores.io.checkpoint import load as load
+    from pfode.scores.io.checkpoint import save as save
+    from pfode.scores.io.pipelines import from_pipeline as from_pipeline
     from pfode.scores.wrapping import clip as clip
     from pfode.scores.wrapping import threshold as threshold

@@ -110,14 +110,14 @@ class Erring:
 
 
 def _digits(process: Process) -> Empirical:
-    from pfode.scores.data import digits
+    from pfode.scores.training.data import digits
 
     return Empirical(digits().images.double() / 127.5 - 1, std=WIDTH, process=process)
 
 
 def _network(name: str) -> Denoiser:
-    from pfode.scores.checkpoint import load
     from pfode.scores.guidance import guide
+    from pfode.scores.io.checkpoint import load
 
     model, at, scale = name.rpartition("@")
     try:

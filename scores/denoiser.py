@@ -232,7 +232,7 @@ class Denoiser(Preconditioned):
         Raises:
             UsageError: another network than those of pfode. WriteError: the folder cannot be written.
         """
-        from pfode.scores.hub import HubModel
+        from pfode.scores.io.hub import HubModel
 
         return HubModel(self, card or {}, dtype or self.dtype or torch.float32).keep(Path(folder), **options)
 
@@ -244,7 +244,7 @@ class Denoiser(Preconditioned):
         Args:
             options: of `ModelHubMixin.push_to_hub` (private, token, branch, commit_message, create_pr, ...).
         """
-        from pfode.scores.hub import HubModel
+        from pfode.scores.io.hub import HubModel
 
         return HubModel(self, card or {}, dtype or self.dtype or torch.float32).push(repo_id, **options)
 
@@ -258,8 +258,8 @@ class Denoiser(Preconditioned):
         Raises:
             FileError: damaged, or of another kind. MissingError: the hub cannot be reached or has no such model.
         """
-        from pfode.scores.checkpoint import load
-        from pfode.scores.hub import from_pretrained
+        from pfode.scores.io.checkpoint import load
+        from pfode.scores.io.hub import from_pretrained
 
         return load(from_pretrained(os.fspath(name), revision, **options))
 

@@ -14,7 +14,7 @@ from pfode import errors
 from pfode.cli.__main__ import main
 from pfode.cli.common import COMMANDS, find_command
 from pfode.files import read_header
-from pfode.scores.shipped import shipped
+from pfode.scores.io.shipped import shipped
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 from pfode.errors import NumericalError, PfodeError, UsageError
 from pfode.ode import PID, SOLVERS, Solver, Status, Step, solve, steps
 from pfode.ode.events import Event
-from pfode.ode.multistep import MOST, Adams
-from pfode.ode.scipy import Scipy
+from pfode.ode.methods.multistep import MOST, Adams
+from pfode.ode.methods.scipy import Scipy
 from pfode.ode.solver import hermite
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]

@@ -30,23 +30,23 @@ the state or for every sample by itself.
 A new method is a tableau, or one file with `init` and `step`, and a line in `solve.SOLVERS`.
 """
 
-from pfode.ode.adjoint import Direct as Direct
-from pfode.ode.continuous import Backsolve as Backsolve
-from pfode.ode.continuous import Interpolated as Interpolated
+from pfode.ode.adjoints.adjoint import Direct as Direct
+from pfode.ode.adjoints.continuous import Backsolve as Backsolve
+from pfode.ode.adjoints.continuous import Interpolated as Interpolated
+from pfode.ode.adjoints.replay import Checkpoint as Checkpoint
+from pfode.ode.adjoints.replay import Reversible as Reversible
 from pfode.ode.control import PI as PI
 from pfode.ode.control import PID as PID
 from pfode.ode.control import I as I
 from pfode.ode.events import Event as Event
 from pfode.ode.events import Hits as Hits
-from pfode.ode.explicit import RungeKutta as RungeKutta
-from pfode.ode.fixed import Implicit as Implicit
 from pfode.ode.loop import Status as Status
-from pfode.ode.replay import Checkpoint as Checkpoint
-from pfode.ode.replay import Reversible as Reversible
+from pfode.ode.methods.explicit import RungeKutta as RungeKutta
+from pfode.ode.methods.fixed import Implicit as Implicit
+from pfode.ode.methods.tableau import Tableau as Tableau
 from pfode.ode.solve import SOLVERS as SOLVERS
 from pfode.ode.solve import Solution as Solution
 from pfode.ode.solve import solve as solve
 from pfode.ode.solve import steps as steps
 from pfode.ode.solver import Solver as Solver
 from pfode.ode.solver import Step as Step
-from pfode.ode.tableau import Tableau as Tableau

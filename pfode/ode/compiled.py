@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from pfode.errors import MissingError, UsageError
-from pfode.ode.adjoint import Sighting
+from pfode.ode.adjoints.adjoint import Sighting
 from pfode.ode.control import PID
-from pfode.ode.explicit import RungeKutta
 from pfode.ode.loop import FLOOR, STRETCH, Ahead, PerSample
+from pfode.ode.methods.explicit import RungeKutta
+from pfode.ode.methods.tableau import Tableau
 from pfode.ode.solver import RMS, Solver, Step, Time, clock
 from pfode.ode.state import Field, Layout, rebuild
-from pfode.ode.tableau import Tableau
 
 _MOST = 64  # kernels that are kept
 _OPTIONS = (

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pfode.errors import NumericalError, UsageError, integer, number, unknown
-from pfode.ode import checks, tables
-from pfode.ode.adjoint import (
+from pfode.ode import checks
+from pfode.ode.adjoints.adjoint import (
     PLAIN,
     Adjoint,
     Direct,
@@ -27,22 +27,23 @@ from pfode.ode.adjoint import (
     sources,
     transformed,
 )
+from pfode.ode.adjoints.continuous import Backsolve, Interpolated
+from pfode.ode.adjoints.replay import Checkpoint, CheckpointTape, Reversible, lift
 from pfode.ode.compiled import Compiled
-from pfode.ode.continuous import Backsolve, Interpolated
 from pfode.ode.control import PID
 from pfode.ode.events import Events, Hits, Watch
-from pfode.ode.explicit import RungeKutta
-from pfode.ode.fixed import Implicit
-from pfode.ode.implicit import implicit_solvers
 from pfode.ode.loop import Counts, Course, End, Joint, Lanes, Move, PerSample, Status, advance
-from pfode.ode.multistep import ADAMS
+from pfode.ode.methods import tables
+from pfode.ode.methods.explicit import RungeKutta
+from pfode.ode.methods.fixed import Implicit
+from pfode.ode.methods.implicit import implicit_solvers
+from pfode.ode.methods.multistep import ADAMS
+from pfode.ode.methods.reversible import Coupled, ReversibleHeun
+from pfode.ode.methods.scipy import Scipy
+from pfode.ode.methods.symplectic import SYMPLECTIC
 from pfode.ode.outputs import JointOutputs, PerSampleOutputs, outputs
-from pfode.ode.replay import Checkpoint, CheckpointTape, Reversible, lift
-from pfode.ode.reversible import Coupled, ReversibleHeun
-from pfode.ode.scipy import Scipy
 from pfode.ode.solver import RMS, Solver, clock
 from pfode.ode.state import Field, Layout, Tree, leaves
-from pfode.ode.symplectic import SYMPLECTIC
 
 SOLVERS: dict[str, Solver] = {
     **{tableau.name: RungeKutta(tableau) for tableau in tables.EXPLICIT},
@@ -143,7 +144,7 @@ def solve(
         ts: times, rising or falling, shape (times,); in per-sample mode also (batch, times). Gradients flow to them.
         method: a name or a Solver.
         rtol, atol: a step is accepted if its error is at most atol + rtol |y|, in the norm: numbers, or trees like y0.
-        adjoint: how gradients are made, a name or a value (see pfode.ode.adjoint). "checkpoint" takes accepted steps
+        adjoint: how gradients are made, a name or a value (see pfode.ode.adjoints). "checkpoint" takes accepted steps
             again, "direct" records every operation: it can be differentiated twice, and is what solves with events
             and torch.func transforms use. "reversible", "backsolve", "interpolated"; "implicit" for fixed points.
         params: tensors that the field uses, for gradients; default: found (ditto).

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import pfode
-from pfode.scores.shipped import shipped
+from pfode.scores.io.shipped import shipped
 
 LONG = "x" * 5000
 CALLS = [
@@ -235,7 +235,7 @@ def test_bug(cli, monkeypatch, tmp_path):
 def test_not_finite(cli, monkeypatch, tmp_path):
     import torch
 
-    from pfode.scores.unet import UNet
+    from pfode.scores.networks.unet import UNet
 
     whole = UNet.forward
     monkeypatch.setattr(UNet, "forward", lambda *a, **k: whole(*a, **k) * torch.nan)

@@ -7,7 +7,7 @@ import torch
 
 import pfode
 from pfode.plan import Plan
-from pfode.scores import shipped
+from pfode.scores.io import shipped
 
 FEW = ("--n", 16, "--active", 16, "--check", 16, "--teacher", 6, "--iterations", 2, "--out", "plans")
 
@@ -53,7 +53,7 @@ def test_a_table(fit):
 
 
 def test_continues_after_an_interruption(fit, monkeypatch, tmp_path):
-    from pfode.samplers import fitting
+    from pfode.samplers.fit import fitting
 
     whole = fit("--nfe", "2").code, Plan.load("plans/digits.plan-2.safetensors")
     shutil.rmtree("plans")

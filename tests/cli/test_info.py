@@ -4,7 +4,7 @@ import pytest
 
 import pfode
 from pfode.files import read_header
-from pfode.scores.shipped import shipped
+from pfode.scores.io.shipped import shipped
 
 
 def test_shipped_models(cli):

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from pfode.cli import images
-from pfode.scores.unet import UNet
+from pfode.scores.networks.unet import UNet
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("sample", "--steps", 2, "--batch", 8, "--quiet")

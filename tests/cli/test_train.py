@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pfode.scores.checkpoint import load
+from pfode.scores.io.checkpoint import load
 
 SMALL = ("train", "--widths", "8,16", "--batch", 8, "--no-amp")
 

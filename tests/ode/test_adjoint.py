@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pfode.errors import NumericalError, UsageError
 from pfode.ode import PID, SOLVERS, Status, solve, steps
-from pfode.ode.continuous import Backsolve, Interpolated
-from pfode.ode.implicit import ImplicitRungeKutta
-from pfode.ode.replay import Checkpoint, Reversible
+from pfode.ode.adjoints.continuous import Backsolve, Interpolated
+from pfode.ode.adjoints.replay import Checkpoint, Reversible
+from pfode.ode.methods.implicit import ImplicitRungeKutta
 from tests.ode.memory import peak
 
 f64 = torch.float64

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from pfode.errors import NumericalError, UsageError
-from pfode.ode import SOLVERS, Status, solve, steps, tables
+from pfode.ode import SOLVERS, Status, solve, steps
 from pfode.ode.compiled import Compiled
 from pfode.ode.control import CONTROLLERS
-from pfode.ode.explicit import RungeKutta
 from pfode.ode.loop import Joint, PerSample
-from pfode.ode.multistep import Adams
-from pfode.ode.reversible import Coupled, ReversibleHeun
-from pfode.ode.scipy import NAMES
+from pfode.ode.methods import tables
+from pfode.ode.methods.explicit import RungeKutta
+from pfode.ode.methods.multistep import Adams
+from pfode.ode.methods.reversible import Coupled, ReversibleHeun
+from pfode.ode.methods.scipy import NAMES
 from pfode.ode.solve import PAIRED
 from pfode.ode.state import Field, Layout
 from tests.ode import problems

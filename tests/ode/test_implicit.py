@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from pfode.errors import NumericalError
-from pfode.ode import PID, SOLVERS, Status, implicit_tables, solve
-from pfode.ode.newton import jacobian
+from pfode.ode import PID, SOLVERS, Status, solve
+from pfode.ode.methods import implicit_tables
+from pfode.ode.methods.newton import jacobian
+from pfode.ode.methods.tableau import order_of
 from pfode.ode.state import Field, Layout
-from pfode.ode.tableau import order_of
 from tests.ode import problems
 
 f64 = torch.float64

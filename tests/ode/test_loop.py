@@ -9,7 +9,7 @@ import torch
 from pfode import ode
 from pfode.errors import NumericalError, UsageError
 from pfode.ode import PI, PID, Status, solve, steps
-from pfode.ode.implicit import implicit_solvers
+from pfode.ode.methods.implicit import implicit_solvers
 from tests.ode import problems
 
 SOLVERS = {name: s for name, s in ode.SOLVERS.items() if name not in implicit_solvers()}  # those: test_implicit.py

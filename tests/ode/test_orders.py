@@ -5,7 +5,7 @@ import torch
 
 from pfode import ode
 from pfode.ode import solve
-from pfode.ode.implicit import implicit_solvers
+from pfode.ode.methods.implicit import implicit_solvers
 from tests.ode import problems
 
 SOLVERS = {name: s for name, s in ode.SOLVERS.items() if name not in implicit_solvers()}  # those: test_implicit.py

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from pfode.errors import UsageError
-from pfode.ode import Tableau, tables
-from pfode.ode.tableau import elementary, gamma, order_of, trees
+from pfode.ode import Tableau
+from pfode.ode.methods import tables
+from pfode.ode.methods.tableau import elementary, gamma, order_of, trees
 
 
 def test_numbers_and_densities_of_trees():

@@ -13,8 +13,9 @@ import torch
 import pfode
 from pfode import grids
 from pfode.errors import PfodeError, UsageError
-from pfode.samplers import bench, make_plan, metrics, peers
-from pfode.samplers.bench import Bed, Folder, Measurer, Sampler
+from pfode.samplers import make_plan
+from pfode.samplers.measure import bench, metrics, peers
+from pfode.samplers.measure.bench import Bed, Folder, Measurer, Sampler
 from pfode.scores.beds import bed
 from tests import problems
 

@@ -14,8 +14,8 @@ from pfode import noise
 from pfode.errors import OtherModelWarning, UsageError
 from pfode.plan import Plan, run
 from pfode.samplers import fit_plan, make_plan
-from pfode.samplers.fitting import LOSSES, STARTS, DyWeight, General, clock, clocked
-from pfode.samplers.tangents import Numbers, differences, end, tangents
+from pfode.samplers.fit.fitting import LOSSES, STARTS, DyWeight, General, clock, clocked
+from pfode.samplers.fit.tangents import Numbers, differences, end, tangents
 from pfode.scores.exact import GaussianMixture
 from tests import problems
 from tests.scores import small

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 
 from pfode.errors import FileError, UsageError
-from pfode.samplers import metrics
+from pfode.samplers.measure import metrics
 
 
 def normal(n: int, d: int, seed: int = 0) -> torch.Tensor:

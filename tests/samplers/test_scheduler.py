@@ -22,8 +22,8 @@ from pfode.errors import UsageError
 from pfode.plan import Plan
 from pfode.process import Process
 from pfode.samplers import CATALOGUE, PFODEScheduler, make_plan
-from pfode.samplers import scheduler as module
-from pfode.samplers.conventions import KNOWN
+from pfode.samplers.adapters import scheduler as module
+from pfode.samplers.adapters.conventions import KNOWN
 from pfode.scores.exact import Gaussian
 from tests import peers, problems
 

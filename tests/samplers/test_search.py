@@ -10,7 +10,7 @@ from pfode import grids, noise, run
 from pfode.errors import UsageError
 from pfode.process import Process
 from pfode.samplers.catalogue import make_plan
-from pfode.samplers.search import Jumps, gits, measure_jumps
+from pfode.samplers.fit.search import Jumps, gits, measure_jumps
 from pfode.scores.exact import Gaussian, GaussianMixture
 from tests import problems
 

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from pfode.scores import edm
+from pfode.scores.networks import edm
 
 THEIRS = {"SongUNet": "SongUNet", "DhariwalUNet": "DhariwalUNet", "EDM2UNet": "UNet"}
 SOURCE = "import os\nos.system('touch canary')\nraise SystemExit('the source of a pickle was run')\n"

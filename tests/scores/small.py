@@ -5,7 +5,7 @@ import torch
 import pfode
 from pfode.process import Process
 from pfode.scores.denoiser import Denoiser
-from pfode.scores.unet import UNet, UNetConfig
+from pfode.scores.networks.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(size=8, channels=1, classes=3, widths=(8, 16), blocks=(1, 1), attention=(4,), head=8)
 NAMES = ("ant", "bee", "cat")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pfode.errors import FileError, MissingError, UsageError
-from pfode.scores.data import EMOJI_FONT, EMOJI_LIST, Data, emoji, load_data
+from pfode.scores.training.data import EMOJI_FONT, EMOJI_LIST, Data, emoji, load_data
 
 installed = pytest.mark.skipif(
     not (EMOJI_FONT.is_file() and EMOJI_LIST.is_file()), reason="the emoji packages are not installed"

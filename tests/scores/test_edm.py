@@ -8,7 +8,7 @@ import torch
 
 import pfode
 from pfode.errors import FileError, UsageError
-from pfode.scores import edm
+from pfode.scores.networks import edm
 from tests.scores import pickled
 from tests.scores.pickled import NETWORKS, network, snapshot
 from tests.scores.upstream_edm import inputs

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import pfode
 from pfode.errors import FileError, UsageError
-from pfode.scores.folders import DIT, REQUIRED, UNET
+from pfode.scores.io.folders import DIT, REQUIRED, UNET
 from tests.scores import tiny
 from tests.scores.tiny import diffusers
 

@@ -18,8 +18,8 @@ import torch
 
 import pfode
 from pfode.errors import FileError
-from pfode.scores import pickles
-from pfode.scores.edm_files import _torch
+from pfode.scores.io import pickles
+from pfode.scores.io.edm_files import _torch
 from tests.scores import pickled
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ CALLS = [
     ("numpy.testing._private.utils", "runstring", "1"), ("dill._dill", "_create_code", "x"), ("sys", "exit", "0"),
     ("torch_utils.persistence", "_src_to_module", "import os"), ("torch_utils.persistence", "import_hook", "x"),
     ("torch._utils", "_rebuild_tensor_v2.__globals__", "x"), ("collections", "OrderedDict.__class__", "x"),
-    ("training.networks", "EDMPrecond", "x"), ("pfode.scores.pickles", "read", "x"),
+    ("training.networks", "EDMPrecond", "x"), ("pfode.scores.io.pickles", "read", "x"),
     ("torch.nn.modules.container", "ModuleDict.__reduce__"), ("dnnlib.util", "open_url", "http://x"),
 ]  # fmt: skip
 

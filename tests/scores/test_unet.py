@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from pfode.errors import UsageError
-from pfode.scores.unet import MAX_PARAMETERS, Norm, UNet, UNetConfig, attend, waves
+from pfode.scores.networks.unet import MAX_PARAMETERS, Norm, UNet, UNetConfig, attend, waves
 from tests.scores.small import CONFIG as SMALL
 from tests.scores.small import network
 

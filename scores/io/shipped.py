@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pfode.errors import FileError, UsageError, did_you_mean
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 SELF_CONTAINED = "model.safetensors"  # of a folder that pfode saved
 HUB_NAME = re.compile(r"(?:hf:)?([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,100}))?")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -51,7 +51,7 @@ def model_path(model: str | os.PathLike[str]) -> Path:
         return file
     found = None if os.path.exists(name) else HUB_NAME.fullmatch(name)
     if found and not name.startswith((".", "/")) and not name.endswith((".safetensors", ".pkl", *PICKLES)):
-        from pfode.scores.hub import fetch
+        from pfode.scores.io.hub import fetch
 
         return model_path(fetch(found[1], found[2]))
     if not Path(name).suffix and not os.path.exists(name):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pfode.ode.methods.tableau import Tableau
 from pfode.ode.solver import Dense, Step, Time, clock, column
 from pfode.ode.state import Field, Loan
-from pfode.ode.tableau import Tableau
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pfode.errors import number
-from pfode.ode.explicit import RungeKutta
+from pfode.ode.methods.explicit import RungeKutta
 from pfode.ode.solver import Step, Time, column, hermite
 from pfode.ode.state import Field
 

@@ -19,8 +19,8 @@ from pfode.errors import FileError, PfodeError, UsageError
 from pfode.fields import FLAG, REQUIRED, Field, checked, either, real, several, shown, whole, word
 from pfode.files import read_header
 from pfode.process import Flow, Process
-from pfode.scores.checkpoint import fill
 from pfode.scores.denoiser import Denoiser
+from pfode.scores.io.checkpoint import fill
 from pfode.scores.latent import Autoencoder, LatentDenoiser
 
 STEM = "diffusion_pytorch_model"

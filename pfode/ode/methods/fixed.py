@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pfode.errors import NumericalError, UsageError, number
-from pfode.ode.adjoint import Cotangents, Inputs, Problem, Tape, Work, again, refuse_unknown
+from pfode.ode.adjoints.adjoint import Cotangents, Inputs, Problem, Tape, Work, again, refuse_unknown
 from pfode.ode.loop import End
-from pfode.ode.newton import jacobian
+from pfode.ode.methods.newton import jacobian
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pfode.compat.schedules import NOISE, Stated, stated
 from pfode.errors import UsageError, integer, number
-from pfode.scores.folders import Adapter
+from pfode.scores.io.folders import Adapter
 from pfode.scores.latent import Autoencoder, LatentDenoiser
 
 Conditions = Mapping[str, Tensor]

@@ -28,8 +28,8 @@ from pfode.plan import Plan, run
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.catalogue import Recipe, make_plan
+from pfode.samplers.fit.tangents import Numbers, differences, end, lower, tangents
 from pfode.samplers.sampling import DEFAULT_BATCH, find_device, label_indices, prepared, sample_shape, state_dtype
-from pfode.samplers.tangents import Numbers, differences, end, lower, tangents
 from pfode.tensors import write_tensors
 
 GROUP = 8  # samples that share a guidance scale

@@ -21,10 +21,10 @@ from pfode.errors import FileError, PfodeError, UsageError
 from pfode.files import Header, read_header
 from pfode.plan import Plan
 from pfode.process import Process, from_config
-from pfode.scores import edm
 from pfode.scores.denoiser import KNOWN, Denoiser
-from pfode.scores.shipped import model_path, plan_files
-from pfode.scores.unet import UNet, UNetConfig
+from pfode.scores.io.shipped import model_path, plan_files
+from pfode.scores.networks import edm
+from pfode.scores.networks.unet import UNet, UNetConfig
 from pfode.tensors import FLOATS, NAMES, write_tensors
 
 FIELDS = {"architecture", "process", "prediction", "sigma_data", "time_scale", "shape", "labels"}
@@ -125,13 +125,13 @@ def load(
 
 def _read(path: Path, process: Process | None, prediction: str | None) -> Denoiser:
     if path.is_dir():
-        from pfode.scores.folders import load_folder
+        from pfode.scores.io.folders import load_folder
 
         return load_folder(path, process, prediction)
     if process is not None or prediction is not None:
         raise UsageError(f"{path}: the file says what its process and its prediction are", "leave them out")
     if path.suffix == ".pkl":
-        from pfode.scores.edm_files import load_pickle
+        from pfode.scores.io.edm_files import load_pickle
 
         return load_pickle(path)
     return load_file(path)
@@ -178,7 +178,7 @@ def build(architecture: dict[str, Any]) -> nn.Module:
             return UNet(UNetConfig.from_json(fields))
         if name in edm.NETWORKS:
             return edm.NETWORKS[name](**fields)
-    from pfode.scores import folders
+    from pfode.scores.io import folders
 
     if name in folders.NETWORKS:
         return folders.build(name, fields)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import NumericalError, UsageError, integer, number
-from pfode.ode.adjoint import (
+from pfode.ode.adjoints.adjoint import (
     Behind,
     Cotangents,
     Inputs,

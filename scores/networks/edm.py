@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pfode.errors import UsageError
 from pfode.fields import Field, checked, real, several, whole, word
-from pfode.scores.unet import attend
+from pfode.scores.networks.unet import attend
 
 MAX_PARAMETERS = 4_000_000_000
 COMMON: dict[str, Field] = {
@@ -99,7 +99,7 @@ class Network(nn.Module):
             raise UsageError(f"{name}: model_channels: up to {most:,} parameters; at most {MAX_PARAMETERS:,}")
 
     def architecture(self) -> dict[str, Any]:
-        """A JSON object of which `build` in `pfode.scores.checkpoint` makes the same network."""
+        """A JSON object of which `build` in `pfode.scores.io.checkpoint` makes the same network."""
         return {"name": type(self).__name__, **self.config}
 
     def one_hot(self, label: Tensor | None, x: Tensor) -> Tensor | None:

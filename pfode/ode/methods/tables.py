@@ -1,6 +1,6 @@
 """The explicit tableaus, by name. Each is checked when this module is imported; the source stands beside its digits."""
 
-from pfode.ode.tableau import Tableau
+from pfode.ode.methods.tableau import Tableau
 
 EULER = Tableau("euler", 1, [[]], [1])
 MIDPOINT = Tableau("midpoint", 2, [[], [1 / 2]], [0, 1])

@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
 
 from pfode.errors import FileError, MissingError, PfodeError, UsageError, WriteError
 from pfode.files import read_header, write_atomic
-from pfode.scores.checkpoint import architecture_of, save
 from pfode.scores.denoiser import Denoiser
-from pfode.scores.shipped import SELF_CONTAINED
+from pfode.scores.io.checkpoint import architecture_of, save
+from pfode.scores.io.shipped import SELF_CONTAINED
 
 SMALL = [
     "model_index.json", "config.json", "scheduler_config.json", "*/config.json", "*/scheduler_config.json",
@@ -50,7 +50,7 @@ def fetch(name: str, revision: str | None = None, **options: Any) -> Path:
         MissingError: it is neither in the cache nor can it be fetched; FileError: it is of another kind.
         UsageError: no name of a model.
     """
-    from pfode.scores.folders import parts
+    from pfode.scores.io.folders import parts
 
     options = {"revision": revision, **options}
     folder = _download(name, allow_patterns=[*SMALL, SELF_CONTAINED], **options)

@@ -1,6 +1,6 @@
 """`PFODEScheduler`: any plan inside a diffusers pipeline, which hands its rows out one per call of `step`.
 
-What a pipeline asks of a scheduler is in `pfode.samplers.conventions`; here are the class and a run in progress.
+What a pipeline asks of a scheduler is in `conventions` beside this file; here are the class and a run in progress.
 """
 
 import copy
@@ -18,7 +18,8 @@ from pfode import noise
 from pfode.errors import UsageError, unknown
 from pfode.plan import Plan, row_affine, used, weighed
 from pfode.process import Process
-from pfode.samplers import auto, conventions
+from pfode.samplers import auto
+from pfode.samplers.adapters import conventions
 from pfode.samplers.catalogue import Recipe, make_plan, recipe
 
 Generators = torch.Generator | list[torch.Generator] | None

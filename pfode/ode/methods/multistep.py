@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from pfode.errors import integer
-from pfode.ode.explicit import RungeKutta
+from pfode.ode.methods.explicit import RungeKutta
+from pfode.ode.methods.tables import DOPRI5, DOPRI8, RK4
 from pfode.ode.solver import Dense, Step, Time, clock
 from pfode.ode.state import Field
-from pfode.ode.tables import DOPRI5, DOPRI8, RK4
 
 MOST = 9  # the order of a method whose starting steps have a local error of O(h^9)
 

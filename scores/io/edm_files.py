@@ -10,10 +10,11 @@ import torch
 from pfode.errors import FileError, PfodeError
 from pfode.fields import FLAG, Field, checked, either, real, shown, whole
 from pfode.process import EDM, VP, Process, VPDiscrete
-from pfode.scores import edm, pickles
-from pfode.scores.checkpoint import fill
 from pfode.scores.denoiser import Denoiser
-from pfode.scores.pickles import Stored
+from pfode.scores.io import pickles
+from pfode.scores.io.checkpoint import fill
+from pfode.scores.io.pickles import Stored
+from pfode.scores.networks import edm
 from pfode.tensors import DTYPES
 
 NETWORKS = {"SongUNet": "SongUNet", "DhariwalUNet": "DhariwalUNet", "UNet": "EDM2UNet"}  # their names and ours

@@ -41,10 +41,11 @@ from pfode.errors import FileError, NumericalError, UsageError, WriteError, inte
 from pfode.files import make_folder, read_header, write_atomic
 from pfode.plan import Plan
 from pfode.process import Process
-from pfode.samplers import auto, metrics, peers
+from pfode.samplers import auto
 from pfode.samplers.catalogue import CATALOGUE, make_plan, recipe
+from pfode.samplers.fit.search import Jumps, measure_jumps
+from pfode.samplers.measure import metrics, peers
 from pfode.samplers.sampling import batches
-from pfode.samplers.search import Jumps, measure_jumps
 
 EVALS = (3, 4, 5, 6, 8, 10, 15, 20)
 SEED = 1_000_000_000  # of the first measured sample

@@ -28,10 +28,10 @@ from pfode.errors import FileError, NumericalError, UsageError, WriteError, unkn
 from pfode.files import write_atomic
 from pfode.prediction import PREDICTIONS
 from pfode.process import EDM, VE, Flow, Process, from_config
-from pfode.scores.checkpoint import save
-from pfode.scores.data import Data
 from pfode.scores.denoiser import Denoiser
-from pfode.scores.unet import UNet, UNetConfig
+from pfode.scores.io.checkpoint import save
+from pfode.scores.networks.unet import UNet, UNetConfig
+from pfode.scores.training.data import Data
 
 KEPT = 2  # checkpoints
 SCHEDULES = ("cosine", "constant")
@@ -335,7 +335,7 @@ class Trainer:
         return self._denoiser(net.eval().requires_grad_(False))
 
     def export(self, path: str | os.PathLike[str], card: dict[str, Any], width: float | None = None) -> Path:
-        """Write the model of `denoiser(width)` as one safetensors file; see `pfode.scores.checkpoint.save`."""
+        """Write the model of `denoiser(width)` as one safetensors file; see `pfode.scores.io.checkpoint.save`."""
         training = {**self.config.to_json(), "step": self.step, "seconds": round(self.seconds, 1)}
         return save(self.denoiser(width).to("cpu"), path, card={"data": self.data.card, "training": training, **card})
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import NumericalError, UsageError
-from pfode.ode.adjoint import Cotangents, Inputs, Problem, Tape, Work, again, refuse_unknown
+from pfode.ode.adjoints.adjoint import Cotangents, Inputs, Problem, Tape, Work, again, refuse_unknown
 from pfode.ode.control import PID
 from pfode.ode.loop import Course, End, Joint, Move, Status, advance
 from pfode.ode.solver import Solver

@@ -1,0 +1,1 @@
+"""The methods: one small file or one table of tableaus each."""

@@ -1,0 +1,1 @@
+"""Fitting plans, their times and their numbers, to a network."""

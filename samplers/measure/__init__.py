@@ -1,0 +1,1 @@
+"""Measuring samplers: the bench, its metrics and the peers it compares with."""

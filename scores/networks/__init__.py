@@ -1,0 +1,1 @@
+"""Networks: the U-Net trained here and those of EDM and EDM2."""

@@ -1,0 +1,1 @@
+"""Training by score matching: data, objective, trainer."""
