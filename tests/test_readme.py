@@ -65,7 +65,7 @@ def test_every_command_is_one_and_takes_its_options(page, line):
 
 
 def test_lines_for_pipelines_are_those_of_their_page():
-    """Which runs, in tests/samplers/test_pipelines.py."""
+    """Which runs, in tests/samplers/adapters/test_pipelines.py."""
     (section,) = re.findall(r"^## In your pipelines\n(.*?)^## ", README, re.M | re.S)
     lines = re.findall(r"^    (.*)$", section, re.M)
     assert len(lines) == 2

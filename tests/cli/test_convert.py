@@ -12,7 +12,7 @@ from PIL import Image
 import pfode
 from pfode.files import read_header
 from tests.scores import pickled, tiny
-from tests.scores.test_pickles import call
+from tests.scores.io.test_pickles import call
 from tests.scores.tiny import diffusers
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

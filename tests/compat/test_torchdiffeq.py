@@ -1,6 +1,6 @@
 """The face of torchdiffeq: shapes, options, callbacks, norms, events, gradients, errors and warnings of its contract.
 
-Its own tests are run by `python -m tests.compat.upstream CHECKOUT`.
+Its own tests are run by `python -m tests.upstream.torchdiffeq CHECKOUT`.
 """
 
 import math

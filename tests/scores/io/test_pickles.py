@@ -22,7 +22,7 @@ from pfode.scores.io import pickles
 from pfode.scores.io.edm_files import _torch
 from tests.scores import pickled
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EMA = b"\x80\x04}\x8c\x03ema"  # a dict whose "ema" follows
 RECONSTRUCT = b"\x8c\x17torch_utils.persistence\x8c\x1b_reconstruct_persistent_obj\x93"
 

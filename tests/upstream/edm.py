@@ -1,11 +1,11 @@
 """Parity with the original code of EDM and EDM2, which is non-commercial and not part of this repository.
 
-    python -m tests.scores.upstream_edm CHECKOUT [--golden]
+    python -m tests.upstream.edm CHECKOUT [--golden]
 
 CHECKOUT is one of https://github.com/NVlabs/edm or https://github.com/NVlabs/edm2. Its classes make networks with
 random weights, small ones of every kind, and pickle them; here the pickles are loaded, and what the two compute is
 compared at five noise levels with and without classes: the largest difference, relative to the largest value. With
---golden: the outputs for the weights of `pickled.by_formula` that tests/scores/test_edm.py knows.
+--golden: the outputs for the weights of `pickled.by_formula` that tests/scores/networks/test_edm.py knows.
 """
 
 import pickle

@@ -11,11 +11,11 @@ from pfode.errors import FileError, UsageError
 from pfode.scores.networks import edm
 from tests.scores import pickled
 from tests.scores.pickled import NETWORKS, network, snapshot
-from tests.scores.upstream_edm import inputs
+from tests.upstream.edm import inputs
 
 X = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
 LABEL = torch.tensor([0, 2, 3])  # 3: no class
-GOLDEN = {  # python -m tests.scores.upstream_edm CHECKOUT --golden
+GOLDEN = {  # python -m tests.upstream.edm CHECKOUT --golden
     "ddpm++": [-0.207231, 0.061296, -0.204949, 0.064339],
     "ncsn++": [-0.209062, 0.060106, -0.207792, 0.061582],
     "skip": [-0.124545, -0.082244, -0.111761, -0.071539],

@@ -549,7 +549,7 @@ def test_half_precision_pipelines(bench):
 def test_what_the_page_shows_works(tmp_path, monkeypatch):
     """docs/pipelines.md, block after block."""
     monkeypatch.chdir(tmp_path)
-    page = Path(__file__).parents[2] / "docs" / "pipelines.md"
+    page = Path(__file__).parents[3] / "docs" / "pipelines.md"
     blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 5
     names: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Run torchdiffeq's own tests on pfode: python -m tests.compat.upstream CHECKOUT [names] [--on torchdiffeq].
+"""Run torchdiffeq's own tests on pfode: python -m tests.upstream.torchdiffeq CHECKOUT [names] [--on torchdiffeq].
 
 CHECKOUT is a checkout of rtqichen/torchdiffeq; its files are used as they lie there. `import torchdiffeq` in them gives
 pfode.compat.torchdiffeq, or with --on another module (torchdiffeq itself: the checkout's own). Names are as unittest

@@ -21,7 +21,7 @@ from pfode.scores.io.checkpoint import load
 from pfode.scores.networks.unet import UNetConfig
 from pfode.scores.training.data import Data, load_data
 from pfode.scores.training.trainer import METRICS, Batch, TrainConfig, Trainer, checkpoints, ema_power, read_checkpoint
-from pfode.scores.training.trainer import trainer as training
+from pfode.scores.training import trainer as training
 from tests import problems
 
 NETWORK = UNetConfig(size=8, channels=1, classes=10, widths=(8, 16), blocks=(1, 1), attention=(4,), head=8)
@@ -304,7 +304,7 @@ def test_network_and_data_must_fit(data):
 
 SCRIPT = """
 import json, sys
-from tests.scores.test_training import CONFIG, Trainer, load_data, replace
+from tests.scores.training.test_training import CONFIG, Trainer, load_data, replace
 trainer = Trainer(replace(CONFIG, steps=6), load_data("digits"), sys.argv[1], save_every=3, device="cpu")
 assert trainer.accelerator.num_processes == int(sys.argv[2])
 list(trainer.run())
@@ -316,7 +316,7 @@ def test_two_processes_train_as_one(data, tmp_path):
     """Two `accelerate launch --cpu`, told who they are by the environment, as mpirun does."""
     losses = finish(Trainer(replace(CONFIG, steps=6), data, device="cpu"))
     (tmp_path / "script.py").write_text(SCRIPT)
-    run, root = tmp_path / "run", Path(__file__).parents[2]
+    run, root = tmp_path / "run", Path(__file__).parents[3]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Run diffusers' own tests of schedulers on PFODEScheduler: python -m tests.samplers.upstream_schedulers CHECKOUT.
+"""Run diffusers' own tests of schedulers on PFODEScheduler: python -m tests.upstream.schedulers CHECKOUT.
 
 CHECKOUT is a checkout of huggingface/diffusers at a version near the installed one; its files are used as they lie
 there: SchedulerCommonTest of tests/schedulers/test_schedulers.py, all its tests and its checks over configs and
