@@ -19,9 +19,9 @@ import pfode
 from pfode.errors import FileError, NumericalError, UsageError
 from pfode.scores.io.checkpoint import load
 from pfode.scores.networks.unet import UNetConfig
+from pfode.scores.training import trainer as training
 from pfode.scores.training.data import Data, load_data
 from pfode.scores.training.trainer import METRICS, Batch, TrainConfig, Trainer, checkpoints, ema_power, read_checkpoint
-from pfode.scores.training import trainer as training
 from tests import problems
 
 NETWORK = UNetConfig(size=8, channels=1, classes=10, widths=(8, 16), blocks=(1, 1), attention=(4,), head=8)
