@@ -4,15 +4,18 @@ Format: https://github.com/huggingface/safetensors (8-byte little-endian header 
 Nothing here imports torch, so that `pfode info FILE` answers at once.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
+import threading
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pfode.errors import FileError, WriteError
+from pfode.errors import FileError, UsageError, WriteError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the format
 SIZES = {
@@ -39,6 +42,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
+        sync_folder(target.parent)
     except BaseException as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
@@ -60,6 +64,92 @@ def make_folder(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         problem = f"{os.fspath(path)}: cannot be made: {error.strerror or error}"
         raise WriteError(problem, "choose another folder") from error
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Bring the names in a folder to the disk: a rename survives a power failure only after this.
+
+    Does nothing where a system or a file system cannot do it (Windows).
+    """
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class _Held:
+    """An open folder with a lock on it, which goes when the last `FolderLock` of this process lets go."""
+
+    def __init__(self, handle: int):
+        self.handle = handle
+        weakref.finalize(self, os.close, handle)
+
+
+_held: weakref.WeakValueDictionary[tuple[int, int], _Held] = weakref.WeakValueDictionary()  # by device and inode
+_guard = threading.Lock()
+
+
+class FolderLock:
+    """A folder kept for this process; `close` it, or leave its `with` block, to let others in. See `lock_folder`."""
+
+    def __init__(self, held: _Held | None):
+        self._held = held
+
+    def close(self) -> None:
+        """Let go; a second call does nothing."""
+        self._held = None
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def lock_folder(
+    path: str | os.PathLike[str], what: str = "run", hint: str = "wait for it, or another --out"
+) -> FolderLock:
+    """Keep the other processes of this computer out of an existing folder until the lock is closed or dropped.
+
+    The lock belongs to the process: one that has it already gets it again, and whatever ends the process, a kill
+    included, lets go of it; no file is left behind. Where the system or the file system knows no locks (Windows, some
+    network folders) nothing is locked.
+
+    Args:
+        path: the folder, which must be there.
+        what: is said to be working there: "another `what` is working in it".
+        hint: what to do then.
+
+    Raises:
+        UsageError: another process has it. WriteError: it cannot be opened, or is no folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return FolderLock(None)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        problem = f"{os.fspath(path)}: cannot be used: {error.strerror or error}"
+        raise WriteError(problem, "choose another folder") from error
+    status = os.fstat(handle)
+    with _guard:
+        held = _held.get((status.st_dev, status.st_ino))
+        if held is not None:
+            os.close(handle)
+            return FolderLock(held)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise UsageError(f"{os.fspath(path)}: another {what} is working in it", hint) from error
+        except OSError:  # a file system without locks
+            os.close(handle)
+            return FolderLock(None)
+        held = _held[status.st_dev, status.st_ino] = _Held(handle)
+    return FolderLock(held)
 
 
 @dataclass(frozen=True)
