@@ -1,8 +1,5 @@
 """pfode bench: measure samplers on models, write the folder with its report."""
 
-import importlib
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +7,7 @@ import click
 
 from pfode.cli.common import Command, Output, bar, output
 from pfode.cli.settings import listed
+from pfode.cli.trust import CodeOption, calling, import_name, names_code, trust_option
 from pfode.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +23,8 @@ EVALS = "3,4,5,6,8,10,15,20"
 @click.command(cls=Command, name="bench")
 @click.option(
     "--model",
+    cls=CodeOption,
+    runs=names_code,
     multiple=True,
     default=("emoji",),
     show_default=True,
@@ -61,8 +61,13 @@ EVALS = "3,4,5,6,8,10,15,20"
 )
 @click.option("--truth", metavar="DATA", help="True pictures: digits, emoji, a folder, a zip or an npz.")
 @click.option(
-    "--features", metavar="FILE|MODULE:NAME", help="Of the distribution distances: a TorchScript Inception, a function."
+    "--features",
+    cls=CodeOption,
+    runs=bool,  # TorchScript is a program, too
+    metavar="FILE|MODULE:NAME",
+    help="Of the distribution distances: a TorchScript Inception, a function.",
 )
+@trust_option
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute.")
 @click.option("--batch", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Samples at a time.")
 @click.option("--out", default="bench", show_default=True, metavar="DIR", help="The folder; goes on with what it has.")
@@ -135,14 +140,12 @@ def find_denoiser(name: str) -> "Denoiser":
     from pfode.denoiser import Denoiser
     from pfode.scores.beds import bed
 
-    if ":" not in name or os.path.exists(name):
+    if not names_code(name):
         return bed(name)
-    found = imported("--model", name)
+    found = import_name("--model", name)
     if isinstance(found, type) or (not isinstance(found, Denoiser) and callable(found)):
-        try:
+        with calling("--model", name):
             found = found()
-        except Exception as error:
-            raise failed("--model", name, error) from error
     if not isinstance(found, Denoiser) or not hasattr(found, "process"):
         what = f"{type(found).__name__} is no denoiser: a callable (x, t) -> x0 with a process"
         raise UsageError(f"--model {name}: {what}", "pfode.scores.Denoiser(network, process, prediction)")
@@ -163,38 +166,12 @@ def find_features(name: str) -> Any:
     """The function of --features."""
     from pfode.samplers.measure.metrics import inception
 
-    if os.path.exists(name) or ":" not in name:
+    if not names_code(name):
         return inception(name)
-    found = imported("--features", name)
+    found = import_name("--features", name)
     if not callable(found):
         raise UsageError(f"--features {name}: {type(found).__name__} cannot be called", "a function (n, ...) -> (n, d)")
     return found
-
-
-def imported(option: str, name: str) -> Any:
-    """What MODULE:NAME stands for; modules of the working folder count.
-
-    Raises:
-        UsageError: no such module, or nothing of this name in it.
-    """
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        where = "it is looked for from the working folder"
-        raise UsageError(f"{option} {name}: no module {error.name!r}", where) from error
-    except AttributeError as error:
-        raise UsageError(f"{option} {name}: {error}", f"{module}:NAME, something defined in it") from error
-    except Exception as error:
-        raise failed(option, name, error) from error
-
-
-def failed(option: str, name: str, error: Exception) -> UsageError:
-    """The error for code of the user's own that raised one."""
-    problem = f"{option} {name}: {type(error).__name__}: {error}"
-    return error if isinstance(error, UsageError) else UsageError(problem, "--debug shows where it was raised")
 
 
 class Progress:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from click.core import ParameterSource
 
+from pfode.cli import trust
 from pfode.errors import FileError, PfodeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -90,6 +91,10 @@ class Command(click.Command):
             _switch(["--debug"], "Show the traceback of an error."),
         ]
 
+    def invoke(self, ctx: click.Context) -> Any:
+        trust.check_sources(ctx)
+        return super().invoke(ctx)
+
 
 def _switch(names: list[str], text: str) -> click.Option:
     return click.Option(names, is_flag=True, expose_value=False, callback=_set_switch, help=text)
@@ -163,6 +168,9 @@ def read_config(file: Path, command: click.Command, name: str) -> dict[str, Any]
         if isinstance(value, dict) and key not in COMMANDS:
             raise FileError(f"{file}: unknown table {key!r}", did_you_mean(key, COMMANDS))
     known = _config_options(command)
+    for place in (table, table.get(name, {})):
+        if any(key.replace("-", "_") == trust.TRUST for key in place):
+            raise FileError(f"{file}: {trust.TRUST}: a file cannot trust itself", "--trust-python on the command line")
     values = {}
     for key, value in table.items():
         option = key.replace("-", "_")
@@ -212,7 +220,7 @@ def check_value(where: str, option: click.Parameter, value: Any) -> Any:
 
 def _config_options(command: click.Command) -> dict[str, click.Parameter]:
     options = (p for p in command.params if isinstance(p, click.Option))
-    return {p.name: p for p in options if p.name and p.name not in ("config", "help")}
+    return {p.name: p for p in options if p.name and p.name not in ("config", "help", trust.TRUST)}
 
 
 def find_command(name: str) -> click.Command:
