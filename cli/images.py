@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from pfode.errors import FileError, UsageError
+from pfode.scores.io.pictures import opened
 
 GAP = 2  # white pixels between and around the pictures of a sheet
 MAX_PIXELS = 80_000_000  # of a sheet; Pillow calls more a bomb when it reads it back
@@ -40,24 +40,6 @@ def to_pixels(x: Any) -> Pixels:
     for i in (~sound).nonzero().flatten().tolist():
         cross_out(pixels[i])
     return pixels
-
-
-def read_picture(name: str) -> bytes:
-    """The bytes of a picture file.
-
-    Raises:
-        FileError: it cannot be read, or is too long.
-    """
-    from pfode.scores.training.data import MAX_FILE
-
-    try:
-        with open(name, "rb") as file:
-            raw = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise FileError(f"{name}: cannot be read: {error.strerror or error}") from error
-    if len(raw) > MAX_FILE:
-        raise FileError(f"{name}: a picture may have {MAX_FILE >> 20} MiB", "make it smaller")
-    return raw
 
 
 def from_picture(path: str, raw: bytes, shape: tuple[int, ...]) -> "Tensor":
@@ -177,15 +159,11 @@ def read_text(path: Path) -> dict[str, str]:
         FileError: missing, no PNG, damaged, or too large to be a picture.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            with Image.open(path, formats=["PNG"]) as picture:
-                return {str(k): str(v) for k, v in picture.info.items() if isinstance(v, str)}
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise FileError(f"{path}: too many pixels for a sheet", "only pictures written by pfode can be read") from error
-    except FileNotFoundError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+        with opened(str(path), path, ("PNG",), MAX_PIXELS) as picture:
+            return {str(k): str(v) for k, v in picture.info.items() if isinstance(v, str)}
+    except FileError as error:
+        if "broken picture" not in error.message:
+            raise
         raise FileError(f"{path}: not a PNG, or a damaged one", "give a picture written by pfode sample") from error
 
 

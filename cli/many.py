@@ -148,9 +148,9 @@ def _write(
 def _read(job: Job, folder: "Folder") -> "np.ndarray":
     """The pictures of the sheet, from the folder; one that is not finite is crossed out."""
     import numpy as np
-    from PIL import Image
 
     from pfode.cli import images
+    from pfode.scores.io.pictures import opened
 
     lines = folder.lines()
     channels, *size = job.shape
@@ -159,7 +159,7 @@ def _read(job: Job, folder: "Folder") -> "np.ndarray":
         if seed not in lines:
             images.cross_out(place)
             continue
-        with Image.open(folder.path / picture(seed)) as found:
+        with opened(picture(seed), folder.path / picture(seed), ("PNG",)) as found:
             place[:] = np.asarray(found)
     return pixels
 

@@ -34,6 +34,7 @@ from pfode.cli.settings import (
 )
 from pfode.errors import NumericalError, OtherModelWarning, UnsoundWarning, UsageError, WriteError, number
 from pfode.files import read_header, write_atomic
+from pfode.scores.io.pictures import read_picture
 from pfode.scores.io.shipped import model_path
 
 if TYPE_CHECKING:
@@ -350,7 +351,7 @@ def prepare(options: dict[str, Any]) -> Job:
     if options["init"] is not None:
         if shape != model.shape:
             raise UsageError(f"--init: model {options['model']!r} draws latents, not pictures", "leave --init out")
-        raw = images.read_picture(options["init"])
+        raw = read_picture(options["init"])
         init = images.from_picture(options["init"], raw, shape)
         digests["init"] = hashlib.sha256(raw).hexdigest()
         check_digest(options, "init", digests["init"])

@@ -8,12 +8,14 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 import threading
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pfode.errors import FileError, UsageError, WriteError
 
@@ -22,35 +24,127 @@ SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
     "F16": 2, "BF16": 2, "F32": 4, "F64": 8,
 }  # fmt: skip
+_NO_WAITING = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"))  # those of this system
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` to `path` whole or not at all; the mode follows the umask.
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading; pipes, devices and folders are refused without waiting for them.
 
     Raises:
-        WriteError: the folder is missing or read-only, or the disk is full. An older file is kept.
+        FileError: missing, not allowed, or no regular file.
+    """
+    try:
+        named = os.fspath(path)
+        kind = _kind(os.stat(named).st_mode)
+        if not kind:
+            handle = os.open(named, os.O_RDONLY | _NO_WAITING)
+            kind = _kind(os.fstat(handle).st_mode)  # of what was opened, should another have taken its place
+            if not kind:
+                return os.fdopen(handle, "rb")
+            os.close(handle)
+    except OSError as error:
+        raise FileError(f"{shown(path)}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL, or a character that the file system cannot have
+        raise FileError(f"{shown(path)}: no name of a file ({error})") from error
+    raise FileError(f"{shown(path)}: cannot be read: is {kind}, not a regular file", "give a file")
+
+
+def read_file(path: str | os.PathLike[str], most: int, what: str = "such a file") -> bytes:
+    """The bytes of a regular file of at most `most` bytes.
+
+    Args:
+        path: the file.
+        most: bytes that it may have; a longer one is refused before it is read.
+        what: what the message calls a file of this kind.
+
+    Raises:
+        FileError: missing, not allowed, no regular file, too long, or growing while it is read.
+    """
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise FileError(f"{shown(path)}: {size:,} bytes; {what} may have {most:,}", "give another file")
+        try:
+            raw = stream.read(size + 1)
+        except (OSError, MemoryError) as error:
+            raise FileError(f"{shown(path)}: cannot be read: {error}") from error
+    if len(raw) > size:
+        raise FileError(f"{shown(path)}: has more than its {size:,} bytes: it is no ordinary file, or still growing")
+    return raw
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """The name of a file as a message may show it: in one line, without controls or broken characters."""
+    name = os.fsdecode(path)
+    return name if name.isprintable() else repr(name)
+
+
+def _kind(mode: int) -> str:
+    """What a file is that is not regular; empty for one that is."""
+    if stat.S_ISREG(mode):
+        return ""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> Path:
+    """Write `data` to `path` whole or not at all.
+
+    A new file has the mode that the umask says; one that is replaced keeps its own. Of a symbolic link the file behind
+    it is written, and the link stays; a pipe, a device or a folder is never replaced. File and folder are synchronised
+    with the disk, so that the file is there after a crash of the machine.
+
+    Raises:
+        WriteError: the folder is missing or read-only, the disk is full, or `path` is no regular file. An older file
+            is kept.
     """
     target = Path(path)
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        place = Path(os.path.realpath(target))
+        mode = _mode(place)
+        temporary = place.with_name(f".{_short(place.name)}.{secrets.token_hex(6)}.tmp")
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines((data,) if isinstance(data, bytes) else data)
             file.flush()
+            if mode is not None:
+                os.chmod(temporary, mode)
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-        sync_folder(target.parent)
+        os.replace(temporary, place)
+        sync_folder(place.parent)
     except BaseException as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise WriteError(f"{target}: cannot be written: {reason}", "choose another path, or make room") from error
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError | ValueError) and not isinstance(error, WriteError):
+            reason = getattr(error, "strerror", None) or str(error)
+            message = f"{shown(target)}: cannot be written: {reason}"
+            raise WriteError(message, "choose another path, or make room") from error
         raise
     return target
+
+
+def _mode(place: Path) -> int | None:
+    """The mode of the file that is to be replaced; None where there is none.
+
+    Raises:
+        WriteError: it is no regular file.
+    """
+    try:
+        mode = os.lstat(place).st_mode
+    except FileNotFoundError:
+        return None
+    kind = "a symbolic link that leads in a circle" if stat.S_ISLNK(mode) else _kind(mode)
+    if kind:
+        message = f"{shown(place)}: cannot be written: is {kind}, which is not replaced"
+        raise WriteError(message, "choose another path")
+    return stat.S_IMODE(mode) & 0o777
+
+
+def _short(name: str) -> str:
+    """The beginning of a name, so that what is added to it still fits in a file system's 255 bytes."""
+    return os.fsdecode(os.fsencode(name)[:200])
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:

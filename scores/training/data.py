@@ -4,11 +4,11 @@ Everything is held as 8-bit tensors in memory; nothing is cached on disk.
 """
 
 import hashlib
-import io
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from pfode.errors import FileError, MissingError, UsageError, did_you_mean
+from pfode.scores.io.pictures import MAX_FILE, SUFFIXES, opened, read_picture
 
 EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_LIST = Path("/usr/share/unicode/emoji/emoji-test.txt")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 MAX_BYTES = 4 << 30  # of pictures in memory
-MAX_FILE = 64 << 20  # of one picture file
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def folder(path: Path, *, size: int = 32) -> Data:
     """Pictures below a folder; its sub-folders become the classes, if it has any."""
     root = path.resolve()
     names = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
-    entries = [(p.relative_to(root).as_posix(), p.stat().st_size, p.read_bytes) for p in names]
+    entries = [(p.relative_to(root).as_posix(), p.stat().st_size, partial(read_picture, p)) for p in names]
     return _pictures(path, entries, size)
 
 
@@ -265,18 +264,10 @@ def _pictures(path: Path, entries: list[tuple[str, int, Callable[[], bytes]]], s
 
 def decode(where: str, raw: bytes, size: tuple[int, int]) -> np.ndarray:
     """One picture as (height, width, 3) on white, of this (width, height); the first frame, its centre, Lanczos."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    try:
-        with Image.open(io.BytesIO(raw)) as opened:
-            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or 1 << 27):
-                raise FileError(f"{where}: {opened.width}x{opened.height} pixels are too many", "make it smaller")
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    except FileError:
-        raise
-    except Exception as error:  # Pillow's readers raise almost anything on broken input
-        reason = "of no known kind" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
-        raise FileError(f"{where}: broken picture ({reason})", "remove or replace it") from error
+    with opened(where, raw) as source:
+        picture = ImageOps.exif_transpose(source).convert("RGBA")
     ground = Image.new("RGBA", picture.size, "white")
     fitted = ImageOps.fit(Image.alpha_composite(ground, picture).convert("RGB"), size, Image.Resampling.LANCZOS)
     return np.asarray(fitted)

@@ -141,7 +141,7 @@ CALLS = [
     (f"sample --model {LONG}", 2, "unknown model"),
     (f"sample --model {LONG}.safetensors", 3, "no such file"),
     (f"sample --sampler {LONG}.safetensors", 3, "name too long"),
-    (f"sample --like {LONG}.png", 3, "not a PNG"),
+    (f"sample --like {LONG}.png", 3, "File name too long"),
     (f"sample --config {LONG}.toml", 3, "name too long"),
     ("samplers heun extra", 2, "unexpected extra argument"),
     ("samplers huen", 2, "did you mean 'heun'"),

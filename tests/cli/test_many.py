@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -169,7 +170,8 @@ def test_a_full_disk_keeps_what_is_finished(cli, tmp_path, whole, monkeypatch):
     sync, calls = os.fsync, []
 
     def full(handle):
-        calls.append(handle)
+        if not stat.S_ISDIR(os.fstat(handle).st_mode):
+            calls.append(handle)
         if len(calls) > 12:
             raise OSError(28, "No space left on device")
         sync(handle)
