@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils import checkpoint as rematerialise
@@ -33,7 +31,7 @@ from pfode.files import read_header
 from pfode.grids import ROUNDING
 from pfode.prediction import prediction
 from pfode.process import Process, from_config
-from pfode.tensors import write_tensors
+from pfode.tensors import read_tensors, write_tensors
 
 Seeds = Sequence[int] | Callable[[int], Tensor] | None  # or a function: row k -> its noise; the init row is plan.nfe
 
@@ -203,14 +201,13 @@ class Plan:
             raise FileError(
                 f"{path}: pfode.kind: not a plan (got {kind!r}, expected 'plan')", "pfode info shows what it is"
             )
-        header.verify()
+        tensors = read_tensors(header)
         config = header.config("pfode.config")
         try:
-            tensors = safetensors.torch.load_file(path)
             parts = {key: tensors[key] for key in _TENSORS if key in tensors}
             process = from_config(config["process"])
             return cls(process, config["prediction"], **parts, name=config["name"], meta=config["meta"])
-        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{path}: broken plan: {error}") from error
 
 

@@ -4,31 +4,68 @@ from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from pfode.files import content_digest, write_atomic
+from pfode.errors import UsageError
+from pfode.files import Digest, Header, content_digest, pack, write_atomic
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 DTYPES = FLOATS | {
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def raw(value: Tensor) -> bytes:
-    """The bytes of a tensor, in the order of its elements."""
+    """The bytes of a tensor, in the order of its elements.
+
+    Raises:
+        UsageError: it is on the meta device and has no bytes.
+    """
+    if value.is_meta:
+        raise UsageError("a tensor on the meta device holds no numbers", "fill it first: load_state_dict(...)")
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def write_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write contiguous tensors as one safetensors file, whole or not at all; the digest goes into its metadata.
+    """Write tensors as one safetensors file, whole or not at all; the digest goes into its metadata.
+
+    The same tensors and metadata make the same file, byte for byte.
 
     Raises:
+        UsageError: a tensor of a dtype that the format does not have, or on the meta device.
         WriteError: see `write_atomic`.
     """
+    for name, value in tensors.items():
+        if value.dtype not in NAMES:
+            raise UsageError(f"{name}: a safetensors file has no {value.dtype}", "another dtype")
     contents = {name: (NAMES[value.dtype], tuple(value.shape), raw(value)) for name, value in tensors.items()}
     sealed = {"format": "pt", **metadata}
     sealed["pfode.digest"] = content_digest(sealed, contents)
-    return write_atomic(path, safetensors.torch.save(dict(tensors), sealed))
+    return write_atomic(path, pack(sealed, contents))
+
+
+def read_tensors(header: Header, verify: bool = True) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, read once, one by one.
+
+    Args:
+        header: of the file, by `read_header`.
+        verify: compare the digest that pfode wrote with what was read; files of others have none.
+
+    Raises:
+        FileError: the file cannot be read, was cut since, or its content does not match its digest.
+    """
+    digest = Digest(header.metadata)
+    found: dict[str, Tensor] = {}
+    for name, entry, data in header.tensors():
+        if verify:
+            digest.add(name, entry.dtype, entry.shape, data)
+        dtype = DTYPES[entry.dtype]
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        found[name] = flat.reshape(entry.shape)
+    if verify:
+        header.compare(digest.hexdigest)
+    return found

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse
 from torch import Tensor, nn
 
 import pfode
 from pfode.errors import FileError, PfodeError, UsageError
-from pfode.files import Header, read_header
+from pfode.files import read_header
 from pfode.plan import Plan
 from pfode.process import Process, from_config
 from pfode.scores.denoiser import KNOWN, Denoiser
 from pfode.scores.io.shipped import model_path, plan_files
 from pfode.scores.networks import edm
 from pfode.scores.networks.unet import UNet, UNetConfig
-from pfode.tensors import FLOATS, NAMES, write_tensors
+from pfode.tensors import FLOATS, NAMES, read_tensors, write_tensors
 
 FIELDS = {"architecture", "process", "prediction", "sigma_data", "time_scale", "shape", "labels"}
 
@@ -153,13 +151,13 @@ def load_file(file: Path) -> Denoiser:
         raise FileError(f"{file}: metadata 'pfode.kind': this is {what}", hint)
     if "pfode.digest" not in header.metadata:
         raise FileError(f"{file}: metadata: no 'pfode.digest'", "the file is damaged: fetch or write it again")
-    header.verify()
+    tensors = read_tensors(header)
     config = header.config("pfode.config")
     try:
         den = _build(config)
     except PfodeError as error:
         raise FileError(f"{file}: metadata 'pfode.config': {error.message}", error.hint) from error
-    fill(den.net, _tensors(header), lambda name: file, uniform=False)
+    fill(den.net, tensors, lambda name: file, uniform=False)
     den.digest = header.metadata["pfode.digest"]
     den.plans = Plans(file, den.digest)
     return den
@@ -254,14 +252,6 @@ def _scalars(process: dict[str, Any]) -> None:
         items = value if isinstance(value, list) else [value]
         if key != "name" and not all(type(item) in (int, float) and math.isfinite(item) for item in items):
             raise UsageError(f"process: {key}: expected a number, got {value!r:.60}")
-
-
-def _tensors(header: Header) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
-    try:
-        return parse(header.path.read_bytes())
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{header.path}: cannot be read: {error}") from error
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], where: Callable[[str], Path], uniform: bool = True) -> None:

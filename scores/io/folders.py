@@ -4,27 +4,25 @@ Every field of a configuration is checked and every tensor must be there, of its
 diffusers itself fills gaps with defaults and random numbers. Nothing of a folder is executed.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pfode.compat.schedules import Stated, stated
 from pfode.errors import FileError, PfodeError, UsageError
 from pfode.fields import FLAG, REQUIRED, Field, checked, either, real, several, shown, whole, word
-from pfode.files import read_header
+from pfode.files import parse_json, read_file, read_header
 from pfode.process import Flow, Process
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.checkpoint import fill
 from pfode.scores.latent import Autoencoder, LatentDenoiser
+from pfode.tensors import read_tensors
 
 STEM = "diffusion_pytorch_model"
-MAX_JSON = 20_000_000  # bytes; an index of shards names every tensor
+MAX_JSON = 8 << 20  # bytes; an index of shards names every tensor
 PIPELINES = {
     "DDPMPipeline": "unet", "DDIMPipeline": "unet", "PNDMPipeline": "unet", "DiTPipeline": "transformer"
 }  # fmt: skip
@@ -237,24 +235,7 @@ def read_json(file: Path) -> dict[str, Any]:
         FileError: it cannot be read, is too large, no JSON object, or has a field twice.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise FileError(f"{file}: field {key!r:.60} stands there twice")
-            found[key] = value
-        return found
-
-    try:
-        if file.stat().st_size > MAX_JSON:
-            raise FileError(f"{file}: larger than {MAX_JSON} bytes: not a configuration file")
-        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except OSError as error:
-        raise FileError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"{file}: broken JSON ({str(error)[:100]})") from error
+    value = parse_json(str(file), read_file(file, MAX_JSON, "a configuration file"))
     if not isinstance(value, dict):
         raise FileError(f"{file}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -442,11 +423,7 @@ def read_weights(place: Path) -> tuple[dict[str, Tensor], Callable[[str], Path]]
     tensors: dict[str, Tensor] = {}
     origin: dict[str, Path] = {}
     for file in files:
-        read_header(file)
-        try:
-            found = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise FileError(f"{file}: cannot be read: {error}") from error
+        found = read_tensors(read_header(file), verify=False)
         for name in found:
             if placed is not None and placed.get(name) != file:
                 raise FileError(f"{file}: tensor {name!r}: {named.name} does not place it here")
