@@ -1,4 +1,4 @@
-"""Charts: coordinates in which the PF-ODE is d(x/m)/du = w(u) n, exactly (the table of idea B).
+"""Charts: coordinates in which the PF-ODE is d(x/m)/du = w(u) n, exactly (docs/design.md, idea B).
 
 n is a prediction, m a scale, u a clock and w a known scalar weight. With v = log(sigma/alpha) every clock is a function
 of v, and w du a density in v; a classical integrator applied to x/m in the clock u is a sampler.

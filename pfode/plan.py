@@ -1,4 +1,4 @@
-"""Plan: a sampler on a fixed grid as a table of numbers, and the one executor that runs every plan (idea C).
+"""Plan: a sampler on a fixed grid as a table of numbers, and the executor of every plan (docs/design.md, idea C).
 
     m_k     = the plan's prediction at (y_k, t_k)                                      one denoiser call
     y_{k+1} = r_k y_k + r'_k y_{k-1} + sum_j b_kj m_{k-j} + sum_j c_kj xi_{k-j}        one fused linear update

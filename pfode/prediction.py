@@ -1,4 +1,4 @@
-"""What a network predicts, as affine functions of the state x and the denoiser D (the table of idea A).
+"""What a network predicts, as affine functions of the state x and the denoiser D (docs/design.md, idea A).
 
 Coefficients are plain arithmetic in alpha and sigma, so both may be floats or tensors of one shape.
 """

@@ -1,4 +1,4 @@
-"""Noise processes: x_t = alpha(t) x_0 + sigma(t) eps (idea A of the design).
+"""Noise processes: x_t = alpha(t) x_0 + sigma(t) eps (docs/design.md, idea A).
 
 Each process gives alpha, sigma and the log-SNR `log(alpha^2 / sigma^2)` with its exact inverse, all without
 cancellation over the whole range. Times are a float (computed in float64), a 0-d tensor, or shape (batch,).

@@ -1,4 +1,4 @@
-"""The catalogue: a recipe is a method in a chart on a grid (idea B); `make_plan` turns it into a Plan (idea C)."""
+"""The catalogue: a recipe is a method in a chart on a grid; `make_plan` turns it into a Plan (docs/design.md, B, C)."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Encoding and decoding: from data to noise and back along the PF-ODE, by plans (idea C) or to a tolerance.
+"""Encoding and decoding along the PF-ODE, from data to noise and back, by plans or to a tolerance.
 
 An adaptive sampler integrates back, with steps of its own. A deterministic recipe encodes by its plan on the reversed
 grid; what decoding then misses falls with the steps. One

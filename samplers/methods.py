@@ -1,4 +1,4 @@
-"""Methods: how a step from one node to the next is made (idea B), written as formulas in states and predictions.
+"""Methods: how a step from one node to the next is made, as formulas in states and predictions (docs/design.md, B).
 
 A method sees a `Trail`: where it is, what it knows, a chart to integrate in. It returns the state at the target as a
 combination of states, predictions and noise; rows are the tape's affair. With z = x/m the PF-ODE is dz/du = w n.

@@ -1,4 +1,4 @@
-"""Fitted plans: the numbers of a plan moved until its end points are those of a fine solution (DESIGN, section 6).
+"""Fitted plans: the numbers of a plan moved until its ends are those of a fine solution (docs/design.md, section 6).
 
 No data are needed: noise, the converged end points of the same PF-ODE, and the fixed network. A plan has tens of
 numbers, each of which is felt at the end point by its tangent (`tangents`), so the fit is a Gauss-Newton method

@@ -1,4 +1,4 @@
-"""Full grids: from the very first time to clean data, on every process (DESIGN section 3)."""
+"""Full grids: from the very first time to clean data, on every process (docs/design.md, section 3)."""
 
 import pytest
 import torch
