@@ -104,7 +104,8 @@ def ship(run: Path, name: str, note: str) -> None:
     labels = [i % len(data.names) for i in range(10 * len(data.names))]
     out = pfode.sample(pfode.load(name), len(labels), steps=20, label=labels)
     sheet = contact_sheet(to_pixels(out.x), 2, len(data.names))
-    Image.fromarray(sheet).save(WEIGHTS / f"{name}.png", optimize=True)
+    few = Image.fromarray(sheet).quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(WEIGHTS / f"{name}.png", optimize=True)
     loss_curve(losses).save(WEIGHTS / f"{name}-loss.png", optimize=True)
     of_samples, of_data, limit, close = memorisation(out.x, data)
     points = [s for s in (100, 200, 500, 1000, 1500, 2000, 3000, 4000, 5000) if s < step] + [step]
