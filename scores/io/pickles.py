@@ -134,21 +134,26 @@ class Machine:
                 if len(self.stack) != 1 or self.marks:
                     raise Refused(f"broken at byte {place}: it ends with {len(self.stack)} values")
                 return self.stack[0]
-            act = OPCODES.get(code)
-            if act is None:
-                raise Refused(f"it uses the opcode {code} (byte {place}), which no network pickle needs")
             try:
-                act(self, argument)
+                OPCODES[code](self, argument)
             except (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, struct.error) as error:
                 raise Refused(f"broken at byte {place}: {code}: {type(error).__name__}") from None
         raise Refused("truncated")
 
     def _opcodes(self) -> Iterator[tuple[str, Any, int]]:
-        try:
-            for opcode, argument, place in pickletools.genops(self.stream):
-                yield opcode.name, argument, place or 0
-        except (ValueError, IndexError, OverflowError, MemoryError, struct.error) as error:
-            raise Refused(f"truncated or no pickle ({str(error)[:100]})") from None
+        """Name, argument and place of every opcode; the argument of one that no network pickle needs is not read."""
+        while code := self.stream.read(1):
+            place = self.stream.tell() - 1
+            opcode = pickletools.code2op.get(code.decode("latin1"))
+            if opcode is None:
+                raise Refused(f"truncated or no pickle (byte {place})")
+            if opcode.name != "STOP" and opcode.name not in OPCODES:
+                raise Refused(f"it uses the opcode {opcode.name} (byte {place}), which no network pickle needs")
+            try:
+                argument = None if opcode.arg is None else opcode.arg.reader(self.stream)
+            except (ValueError, IndexError, OverflowError, MemoryError, struct.error) as error:
+                raise Refused(f"truncated or no pickle ({str(error)[:100]})") from None
+            yield opcode.name, argument, place
 
     def pop(self) -> Any:
         """The value on top, which must not lie below the last mark."""
