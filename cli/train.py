@@ -17,6 +17,7 @@ from pfode.files import write_atomic
 if TYPE_CHECKING:
     import torch
 
+    from pfode.scores.networks.unet import UNetConfig
     from pfode.scores.training.data import Data
     from pfode.scores.training.trainer import TrainConfig, Trainer
 
@@ -95,6 +96,8 @@ def command(ctx: click.Context, **options: Any) -> None:
     from pfode.scores.training.data import EMOJI_FONT, EMOJI_LIST, load_data
     from pfode.scores.training.trainer import Trainer
 
+    if options["data"] != "digits" and not options["data"].endswith(".npz"):
+        network(options, options["size"], 3, 0)  # a size that does not fit is said before a thousand pictures are read
     font, listing = Path(options["font"] or EMOJI_FONT), Path(options["listing"] or EMOJI_LIST)
     data = load_data(options["data"], size=options["size"], font=font, listing=listing)
     config = configured(options, data, device)
@@ -108,15 +111,12 @@ def command(ctx: click.Context, **options: Any) -> None:
         device=device.type,
         trackers=trackers,
     )
-    if trainer.main:
-        count = sum(p.numel() for p in trainer.net.parameters())
-        begin = f", continuing after step {trainer.step}" if trainer.step else ""
-        out.note(
-            f"{len(data)} pictures of {data.shape}, {count:,} parameters, "
-            f"{config.prediction} on {options['process']}, {folder}{begin}"
-        )
-    loss = train(trainer, options["sheet_every"], out)
-    trainer.close()
+    try:
+        if trainer.main:
+            introduce(trainer, options, out)
+        loss = train(trainer, options["sheet_every"], out)
+    finally:
+        trainer.close()
     if trainer.main:
         path = trainer.export(model, card(data, loss))
         summary = {
@@ -127,6 +127,26 @@ def command(ctx: click.Context, **options: Any) -> None:
             "run": str(folder),
         }
         out.emit(summary, str(path))
+
+
+def introduce(trainer: "Trainer", options: dict[str, Any], out: Output) -> None:
+    """Say what is trained on what, what was left out, and where the run goes on."""
+    data = trainer.data
+    for reason, count in data.left_out.items():
+        out.note(f"left out: {count} {reason}")
+    if data.names:
+        shown = ", ".join(data.names[:10]) + (", ..." if len(data.names) > 10 else "")
+        out.note(f"{len(data.names)} classes: {shown}")
+    for error in trainer.damaged:
+        out.note(f"damaged, passed over: {error.message}")
+    begin = f", continuing after step {trainer.step}" if trainer.step else ""
+    if options["resume"] and not trainer.step:
+        begin = ", no checkpoint there: from the start"
+    count = sum(p.numel() for p in trainer.net.parameters())
+    out.note(
+        f"{len(data)} pictures of {data.shape}, {count:,} parameters, "
+        f"{trainer.config.prediction} on {options['process']}, {trainer.folder}{begin}"
+    )
 
 
 def train(trainer: "Trainer", sheet_every: int, out: Output) -> float | None:
@@ -173,21 +193,12 @@ def configured(options: dict[str, Any], data: "Data", device: "torch.device") ->
         UsageError: a value out of range.
     """
     from pfode import process
-    from pfode.scores.networks.unet import UNetConfig
     from pfode.scores.training.trainer import TrainConfig
 
     channels, size, _ = data.shape
-    standard = next((network for side, network in NETWORKS.items() if size <= side), NETWORKS[64])
-    widths = numbers("--widths", options["widths"] or standard[0])
-    blocks = numbers("--blocks", options["blocks"] or standard[1])
-    if options["blocks"] is None and len(widths) != len(blocks):
-        blocks = (1, *(2 for _ in widths[1:]))
-    attention = tuple(side for side in numbers("--attention", options["attention"] or standard[2]) if side)
-    attended = [width for level, width in enumerate(widths) if size >> level in attention]
-    head = next((h for h in (32, 24, 16, 8) if all(width % h == 0 for width in attended)), 8)
     flips = {None: tuple(data.card.get("flip", ())), True: ("*",), False: ()}
     return TrainConfig(
-        network=UNetConfig(size, channels, len(data.names), widths, blocks, attention, head, options["dropout"]),
+        network=network(options, size, channels, len(data.names)),
         process=process.PROCESSES[PROCESSES[options["process"]]]().config(),
         prediction=options["prediction"] or "",
         sigma_data=options["sigma_data"],
@@ -205,6 +216,25 @@ def configured(options: dict[str, Any], data: "Data", device: "torch.device") ->
         seed=options["seed"],
         amp=fast_bfloat16(device) if options["amp"] is None else options["amp"],
     )
+
+
+def network(options: dict[str, Any], size: int, channels: int, classes: int) -> "UNetConfig":
+    """The network of the options, or the usual one for pictures of this size.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+    from pfode.scores.networks.unet import UNetConfig
+
+    standard = next((network for side, network in NETWORKS.items() if size <= side), NETWORKS[64])
+    widths = numbers("--widths", options["widths"] or standard[0])
+    blocks = numbers("--blocks", options["blocks"] or standard[1])
+    if options["blocks"] is None and len(widths) != len(blocks):
+        blocks = (1, *(2 for _ in widths[1:]))
+    attention = tuple(side for side in numbers("--attention", options["attention"] or standard[2]) if side)
+    attended = [width for level, width in enumerate(widths) if size >> level in attention]
+    head = next((h for h in (32, 24, 16, 8) if all(width % h == 0 for width in attended)), 8)
+    return UNetConfig(size, channels, classes, widths, blocks, attention, head, options["dropout"])
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ gaussian-16         a Gaussian in 16 dimensions, its flow known
 mixture-64-flow     a mixture of 8 Gaussians in 64 dimensions, on a flow process (-vp: VP; else EDM)
 mixture-64x15       its modes 15 deviations apart instead of 7
 mixture-64~0.1      the same with a smooth error of a tenth in what a network would have to say
-digits-ideal        the ideal denoiser of scikit-learn's digits, kernel width 0.1
+digits-ideal        the ideal denoiser of the handwritten digits, kernel width 0.1
 emoji, emoji@2      a shipped network or a file; guided by the scale 2
 """
 
@@ -39,7 +39,7 @@ def bed(name: str) -> Any:
 
     Raises:
         UsageError: no such bed, dimensions outside 1 to 1,000 (mixtures: from 2), or a network that cannot be guided.
-        FileError: a model file that is missing or damaged. MissingError: scikit-learn, for the digits.
+        FileError: a model file that is missing or damaged.
     """
     found = EXACT.fullmatch(name)
     if found is None:

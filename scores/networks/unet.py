@@ -61,10 +61,11 @@ class UNetConfig:
             raise UsageError(f"network: blocks: one number per width, got {list(self.blocks)} for {list(self.widths)}")
         if any(width % 8 for width in self.widths):
             raise UsageError(f"network: widths: need multiples of 8, got {list(self.widths)}")
-        if self.size % 2 ** (len(self.widths) - 1):
-            raise UsageError(
-                f"network: size: {self.size} cannot be halved {len(self.widths) - 1} times (widths {list(self.widths)})"
-            )
+        unit = 2 ** (len(self.widths) - 1)
+        if self.size % unit:
+            near = [n for n in (self.size // unit * unit, -(-self.size // unit) * unit) if 4 <= n <= 256]
+            problem = f"{self.size} cannot be halved {len(self.widths) - 1} times (widths {list(self.widths)})"
+            raise UsageError(f"network: size: {problem}", f"a size of {' or '.join(map(str, near))}, or fewer widths")
         for level, width in enumerate(self.widths):
             if self.size >> level in self.attention and width % self.head:
                 raise UsageError(

@@ -5,7 +5,6 @@ of the data, noise levels, noise, dropped classes and mirror images. So neither 
 interruption changes what is drawn, and a checkpoint needs no random state.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -19,24 +18,32 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load as parse
-from safetensors.torch import save as serialise
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from pfode.denoiser import Preconditioning
-from pfode.errors import FileError, NumericalError, UsageError, WriteError, unknown
-from pfode.files import write_atomic
+from pfode.errors import FileError, NumericalError, PfodeError, UsageError, WriteError, unknown
+from pfode.files import FolderLock, lock_folder, make_folder, shown, write_atomic
 from pfode.prediction import PREDICTIONS
 from pfode.process import EDM, VE, Flow, Process, from_config
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.checkpoint import save
 from pfode.scores.networks.unet import UNet, UNetConfig
-from pfode.scores.training.data import Data
+from pfode.scores.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
+from pfode.scores.training.dataset import Data
 
-KEPT = 2  # checkpoints
 SCHEDULES = ("cosine", "constant")
 LEVELS = ("lognormal", "uniform", "logit-normal")
 METRICS = "metrics.jsonl"
+OPTIMISER = "optimiser.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+HINTS = {
+    "rate": "rate=1e-3 (--lr 1e-3)",
+    "ema": "ema=(0.05, 0.1): shares of the run over which the weights are averaged; no decay such as 0.999",
+    "drop": "drop=0.1: a tenth of the pictures are shown without their class",
+    "batch": "batch=64",
+    "accum": "accum=1: the whole batch at once",
+}
 MAY_CHANGE = {"steps", "cooldown"}  # when a run is resumed: it may be made longer or shorter
 
 
@@ -144,7 +151,7 @@ def _levels(process: Process) -> str:
 
 def _require(name: str, condition: bool, value: object, wanted: str) -> None:
     if not condition:
-        raise UsageError(f"training: {name}: expected {wanted}, got {value!r}")
+        raise UsageError(f"training: {name}: expected {wanted}, got {value!r}", HINTS.get(name, ""))
 
 
 @dataclass(frozen=True)
@@ -231,13 +238,15 @@ class Trainer:
         config: the recipe.
         data: the pictures; in memory, the same in every process.
         folder: for checkpoints and metrics.jsonl; None writes nothing.
-        resume: continue from the newest valid checkpoint in the folder, if there is one.
+        resume: continue from the newest sound checkpoint in the folder, and from the start where there is none at
+            all; those that are `damaged` are kept in mind there.
         save_every: steps between checkpoints; one is always written at the end.
         device: "cpu", "cuda", ...; accelerate's choice by default.
         trackers: of accelerate ("tensorboard", "wandb", ...), for those who have them.
 
     Raises:
-        UsageError: network and data do not fit, or the folder holds another run.
+        UsageError: network and data do not fit, or the folder holds another run, or one is working in it.
+        FileError: every checkpoint of the run that is to be continued is damaged.
         NumericalError: while running: the loss is not finite.
         WriteError: the folder cannot be written.
     """
@@ -294,12 +303,22 @@ class Trainer:
             self.net.parameters(), lr=config.rate, betas=(0.9, config.beta2), weight_decay=config.decay, fused=True
         )
         self.den = self._denoiser(self.model)
+        self.damaged: list[FileError] = []
+        self._locked = FolderLock(None)
         if self.folder is not None:
-            self._open(resume)
+            try:
+                self._open(resume)
+            except BaseException:
+                self._locked.close()
+                raise
 
     def close(self) -> None:
-        """End the trackers and leave the group of processes: its threads must not outlive the interpreter."""
+        """End the trackers, leave the group of processes and let other runs into the folder.
+
+        The threads of the group must not outlive the interpreter.
+        """
         self.accelerator.end_training()
+        self._locked.close()
 
     @property
     def main(self) -> bool:
@@ -408,15 +427,14 @@ class Trainer:
                 with (self.folder / METRICS).open("a") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
-                raise _unwritable(self.folder / METRICS, error) from error
-
-    # Checkpoints: folder/step-000123/ with the weights, the averages, the optimiser and, last, a manifest of digests.
+                problem = f"{shown(self.folder / METRICS)}: cannot be written: {error.strerror or error}"
+                raise WriteError(problem, "another --out, or make room") from error
 
     def save(self) -> Path | None:
         """Write a checkpoint, whole or not at all, and drop all but the newest two.
 
         Raises:
-            WriteError: the folder cannot be written.
+            UsageError: the run has no folder. WriteError: the folder cannot be written.
         """
         if self.folder is None:
             raise UsageError("this run has no folder for checkpoints")
@@ -424,97 +442,95 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             return None
         named = dict(self.net.named_parameters())
-        parts: dict[str, dict[str, Tensor]] = {
-            "network.safetensors": {n: p.detach().cpu().contiguous() for n, p in named.items()}
-        }
-        for width, average in self.ema.items():
-            parts[f"ema-{width:g}.safetensors"] = {n: p.cpu().contiguous() for n, p in average.items()}
+        parts = {"network.safetensors": {name: p.detach() for name, p in named.items()}}
+        parts |= {_ema_file(width): average for width, average in self.ema.items()}
         state = self.optimiser.state
-        parts["optimiser.safetensors"] = {
-            f"{name}.{key}": value.cpu().contiguous()
-            for name, p in named.items()
-            for key, value in state.get(p, {}).items()
+        parts[OPTIMISER] = {f"{name}.{key}": v for name, p in named.items() for key, v in state.get(p, {}).items()}
+        manifest: dict[str, Any] = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "config": self.config.to_json(),
+            "data": self.data.card,
         }
-        final = self.folder / f"step-{self.step:06d}"
-        temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        manifest = {"step": self.step, "seconds": self.seconds, "config": self.config.to_json(), "data": self.data.card}
-        try:
-            temporary.mkdir()
-            digests = {}
-            for name, tensors in parts.items():
-                raw = serialise(tensors)
-                digests[name] = hashlib.sha256(raw).hexdigest()
-                write_atomic(temporary / name, raw)
-            write_atomic(temporary / "manifest.json", json.dumps({**manifest, "files": digests}, indent=1).encode())
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and not isinstance(error, WriteError):
-                raise _unwritable(final, error) from error
-            raise
-        for old in checkpoints(self.folder)[KEPT:]:
-            (old / "manifest.json").unlink(missing_ok=True)
-            shutil.rmtree(old, ignore_errors=True)
+        final = write_checkpoint(self.folder, self.step, manifest, parts)
         self.accelerator.wait_for_everyone()
         return final
 
     def _open(self, resume: bool) -> None:
-        """Make the folder, or continue the run it holds."""
+        """Make the folder and keep other runs out of it; continue the run that it holds."""
         assert self.folder is not None
+        make_folder(self.folder)
+        self._lock()
         found = checkpoints(self.folder)
         if found and not resume:
-            raise UsageError(
-                f"{self.folder} already holds a run ({found[0].name})", "--resume continues it; or another --out"
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
+            problem = f"{shown(self.folder)} already holds a run ({found[0].name})"
+            raise UsageError(problem, "--resume continues it; or another --out")
         for path in found:
             try:
                 manifest, parts = read_checkpoint(path)
-            except FileError:
+            except FileError as error:
+                self.damaged.append(error)
                 continue
             self._restore(path, manifest, parts)
             break
+        else:
+            if self.damaged:
+                problem = f"{shown(self.folder)}: every checkpoint is damaged: {self.damaged[0].message}"
+                raise FileError(problem, "bring one back from a copy, or start anew in another --out")
         self.accelerator.wait_for_everyone()
         if self.main:
             for stale in self.folder.glob(".step-*.tmp"):
                 shutil.rmtree(stale, ignore_errors=True)
             self._cut_metrics()
 
+    def _lock(self) -> None:
+        """Lock the folder in the first process; the others learn whether that could be done."""
+        assert self.folder is not None
+        problem: list[PfodeError | None] = [None]
+        if self.main:
+            try:
+                self._locked = lock_folder(self.folder)
+            except PfodeError as error:
+                problem = [error]
+        broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise problem[0]
+
     def _restore(self, path: Path, manifest: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
-        theirs, ours = manifest["config"], self.config.to_json()
-        for key in ours.keys() - MAY_CHANGE:
-            if theirs.get(key) != ours[key]:
-                raise UsageError(
-                    f"{path}: {key} was {theirs.get(key)!r}, now {ours[key]!r}",
-                    "resume with the options of the run, or another --out",
-                )
-        if manifest["data"].get("sha256") != self.data.card.get("sha256"):
-            raise UsageError(
-                f"{path}: the run was started on other data", "resume with the same --data, or another --out"
-            )
-        device = self.accelerator.device
-        self.net.load_state_dict(parts["network.safetensors"])
-        for width in self.ema:
-            self.ema[width] = {n: v.to(device) for n, v in parts[f"ema-{width:g}.safetensors"].items()}
-            self.ema[width] = {name: self.ema[width][name] for name, _ in self.net.named_parameters()}
-        moments = parts["optimiser.safetensors"]
-        for name, p in self.net.named_parameters():
-            self.optimiser.state[p] = {
-                key: moments[f"{name}.{key}"].to(device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in moments
-            }
-            for key in ("exp_avg", "exp_avg_sq"):
-                self.optimiser.state[p][key] = torch.empty_like(p, requires_grad=False).copy_(
-                    self.optimiser.state[p][key]
-                )
-        self.step, self.seconds = manifest["step"], manifest["seconds"]
+        """Continue from a checkpoint.
+
+        Raises:
+            UsageError: it is of a run with other options or other data. FileError: something is missing in it.
+        """
+        try:
+            theirs, ours = manifest["config"], self.config.to_json()
+            for key in ours.keys() - MAY_CHANGE:
+                if theirs.get(key) != ours[key]:
+                    problem = f"{shown(path)}: {key} was {theirs.get(key)!r:.200}, now {ours[key]!r:.200}"
+                    raise UsageError(problem, "resume with the options of the run, or another --out")
+            if manifest["data"].get("sha256") != self.data.card.get("sha256"):
+                problem = f"{shown(path)}: the run was started on other data"
+                raise UsageError(problem, "resume with the same --data, or another --out")
+            self.net.load_state_dict(parts["network.safetensors"])
+            named = dict(self.net.named_parameters())
+            for width in self.ema:
+                average = parts[_ema_file(width)]
+                self.ema[width] = {name: average[name].to(p) for name, p in named.items()}
+            moments = parts[OPTIMISER]
+            for name, p in named.items():
+                if f"{name}.step" in moments:
+                    self.optimiser.state[p] = {
+                        "step": moments[f"{name}.step"].to(p.device),
+                        **{
+                            key: torch.empty_like(p, requires_grad=False).copy_(moments[f"{name}.{key}"])
+                            for key in MOMENTS
+                        },
+                    }
+            self.step, self.seconds = int(manifest["step"]), float(manifest["seconds"])
+        except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+            raise FileError(
+                f"{shown(path)}: of another kind ({error!r:.200})", "start anew in another --out"
+            ) from error
 
     def _cut_metrics(self) -> None:
         """Drop the lines after the step that the run continues from."""
@@ -525,8 +541,9 @@ class Trainer:
             write_atomic(path, "".join(line + "\n" for line in lines).encode())
 
 
-def _unwritable(path: Path, error: OSError) -> WriteError:
-    return WriteError(f"{path}: cannot be written: {error.strerror or error}", "another --out, or make room")
+def _ema_file(width: float) -> str:
+    """The file of a checkpoint that has the average of this width."""
+    return f"ema-{width:g}.safetensors"
 
 
 def _step_of(line: str) -> float:
@@ -539,35 +556,3 @@ def _step_of(line: str) -> float:
 def _synchronised(accelerator: Accelerator, model: Any, last: bool) -> Any:
     """Gradients are exchanged with the last part of a batch only."""
     return torch.enable_grad() if last else accelerator.no_sync(model)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first; whether they are sound is not looked at."""
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The manifest of a checkpoint and its tensors, every digest checked.
-
-    Raises:
-        FileError: a file is missing or was changed.
-    """
-    try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        parts = {}
-        for name, digest in manifest["files"].items():
-            raw = (path / Path(name).name).read_bytes()
-            if hashlib.sha256(raw).hexdigest() != digest:
-                raise FileError(
-                    f"{path / name}: does not match its digest in manifest.json",
-                    "an older checkpoint is used, if there is one",
-                )
-            parts[name] = parse(raw)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(
-            f"{path}: not a whole checkpoint ({error})", "an older checkpoint is used, if there is one"
-        ) from error
-    return manifest, parts

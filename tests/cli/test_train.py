@@ -1,6 +1,7 @@
 """pfode train, as a user types it."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -61,7 +62,8 @@ def test_own_pictures(cli, tmp_path):
         (("--widths", "8,16,32,64,128"), 2, "size"),
         (("--blocks", "1,2,3"), 2, "blocks"),
         (("--ema", "x"), 2, "--ema"),
-        (("--ema", "0.9"), 2, "ema"),
+        (("--ema", "0.999"), 2, "no decay"),
+        (("--data", ".", "--size", 30), 2, "a size of 28 or 32"),
         (("--batch", "9", "--accum", "2"), 2, "accum"),
         (("--lr", "0"), 2, "rate"),
         (("--lr", "nan"), 2, "--lr"),
@@ -83,3 +85,48 @@ def test_a_folder_that_cannot_be_written(cli, tmp_path):
     done = cli(*SMALL, "--steps", 1, "--out", "file/run")
     assert done.code == 7
     assert "file/run" in done.err
+
+
+def test_what_is_left_out_is_counted_and_the_classes_are_named(cli, tmp_path):
+    for name in ("cat/1.png", "dog/2.png", "dog/._2.png"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "d" / name)
+    (tmp_path / "d" / "notes.txt").write_text("")
+    done = cli(*SMALL, "--data", "d", "--size", 8, "--steps", 1, "--out", "run")
+    assert done.code == 0, done.err
+    for line in ("left out: 1 hidden", "left out: 1 of other kinds", "2 classes: cat, dog"):
+        assert line in done.err
+
+
+def test_a_resumed_run_says_what_it_found(cli, tmp_path):
+    words = (*SMALL, "--steps", 2, "--save-every", 1, "--out", "run")
+    assert "no checkpoint there: from the start" in cli(*words, "--resume").err
+    (tmp_path / "run" / "step-000002" / "manifest.json").write_text("")
+    again = cli(*words, "--resume")
+    assert (again.code, "passed over" in again.err, "continuing after step 1" in again.err) == (0, True, True)
+    for path in (tmp_path / "run").glob("step-*/network.safetensors"):
+        path.write_bytes(b"")
+    damaged = cli(*words, "--resume")
+    assert (damaged.code, "every checkpoint is damaged" in damaged.err) == (3, True)
+
+
+def test_one_run_at_a_time(cli, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    handle = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    refused = cli(*SMALL, "--steps", 1, "--out", "run")
+    os.close(handle)
+    assert (refused.code, "another run is working in it" in refused.err) == (2, True)
+    assert cli(*SMALL, "--steps", 1, "--out", "run").code == 0
+
+
+@pytest.mark.parametrize(("name", "code"), [("d.npz", 3), ("d.zip", 3), ("d", 3)])
+def test_bad_data_ends_with_its_code(cli, tmp_path, name, code):
+    if name == "d":
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    else:
+        (tmp_path / name).write_bytes(b"PK" + bytes(100))
+    done = cli(*SMALL, "--data", name)
+    assert (done.code, name in done.err, "Traceback" in done.err) == (code, True, False)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,9 +20,10 @@ import pfode
 from pfode.errors import FileError, NumericalError, UsageError
 from pfode.scores.io.checkpoint import load
 from pfode.scores.networks.unet import UNetConfig
-from pfode.scores.training import trainer as training
+from pfode.scores.training import checkpoints as writing
+from pfode.scores.training.checkpoints import checkpoints, read_checkpoint
 from pfode.scores.training.data import Data, load_data
-from pfode.scores.training.trainer import METRICS, Batch, TrainConfig, Trainer, checkpoints, ema_power, read_checkpoint
+from pfode.scores.training.trainer import METRICS, Batch, TrainConfig, Trainer, ema_power
 from tests import problems
 
 NETWORK = UNetConfig(size=8, channels=1, classes=10, widths=(8, 16), blocks=(1, 1), attention=(4,), head=8)
@@ -128,6 +130,70 @@ def test_damaged_checkpoints_are_passed_over(data, tmp_path):
     assert older.name == "step-000002"
 
 
+def test_any_bit_of_a_manifest_counts(data, tmp_path):
+    finish(Trainer(replace(CONFIG, steps=1), data, tmp_path, device="cpu"))
+    file = checkpoints(tmp_path)[0] / "manifest.json"
+    raw = file.read_bytes()
+    for i in range(0, len(raw), 7):
+        if raw[i : i + 1].isspace():
+            continue
+        file.write_bytes(raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :])
+        with pytest.raises(FileError, match="step-000001"):
+            read_checkpoint(file.parent)
+
+
+def test_where_every_checkpoint_is_damaged_nothing_starts_anew(data, tmp_path):
+    finish(Trainer(replace(CONFIG, steps=4), data, tmp_path, save_every=2, device="cpu"))
+    lines = (tmp_path / METRICS).read_bytes()
+    newest, older = checkpoints(tmp_path)
+    (newest / "network.safetensors").write_bytes(b"")
+    resumed = Trainer(replace(CONFIG, steps=4), data, tmp_path, resume=True, device="cpu")
+    assert resumed.step == 2
+    assert ["step-000004" in error.message for error in resumed.damaged] == [True]
+    (tmp_path / METRICS).write_bytes(lines)
+    (older / "manifest.json").unlink()
+    with pytest.raises(FileError, match="every checkpoint is damaged") as caught:
+        Trainer(replace(CONFIG, steps=4), data, tmp_path, resume=True, device="cpu")
+    assert caught.value.code == 3
+    assert (tmp_path / METRICS).read_bytes() == lines
+
+
+def test_a_checkpoint_of_another_kind_with_good_digests(data, tmp_path):
+    trainer = Trainer(replace(CONFIG, steps=1), data, tmp_path, device="cpu")
+    finish(trainer)
+    manifest, parts = read_checkpoint(checkpoints(tmp_path)[0])
+    for change in ({}, {"network.safetensors": {}}, {"optimiser.safetensors": {}}, {"ema-0.1.safetensors": {}}):
+        changed = {**parts, **change} if change else {}
+        writing.write_checkpoint(tmp_path, 1, {k: v for k, v in manifest.items() if k != "files"}, changed)
+        if change.keys() == {"optimiser.safetensors"}:
+            continue  # Adam's moments start at nothing, too
+        with pytest.raises(FileError, match="of another kind"):
+            Trainer(replace(CONFIG, steps=2), data, tmp_path, resume=True, device="cpu")
+
+
+HOLD = """
+import sys, time
+from pfode.files import lock_folder
+lock = lock_folder(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_run_at_a_time(data, tmp_path):
+    pytest.importorskip("fcntl")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            for resume in (False, True):
+                with pytest.raises(UsageError, match="another run is working in it"):
+                    Trainer(replace(CONFIG, steps=1), data, tmp_path, resume=resume, device="cpu")
+        finally:
+            other.kill()
+    assert len(finish(Trainer(replace(CONFIG, steps=1), data, tmp_path, device="cpu"))) == 1
+
+
 @pytest.mark.parametrize("point", range(7))
 def test_a_kill_at_any_point_of_a_save_loses_one_interval(data, tmp_path, monkeypatch, point):
     """A save is five files, a rename and the removal of the oldest; here it stops dead before one of them."""
@@ -148,10 +214,10 @@ def test_a_kill_at_any_point_of_a_save_loses_one_interval(data, tmp_path, monkey
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "write_atomic", killed(training.write_atomic))
-        patch.setattr(training.os, "replace", killed(os.replace) if point == 5 else os.replace)
+        patch.setattr(writing, "write_atomic", killed(writing.write_atomic))
+        patch.setattr(os, "replace", killed(os.replace) if point == 5 else os.replace)
         patch.setattr(Path, "unlink", killed(Path.unlink) if point == 6 else Path.unlink)
-        patch.setattr(training.shutil, "rmtree", lambda *args, **options: None)  # a killed process tidies nothing
+        patch.setattr(shutil, "rmtree", lambda *args, **options: None)  # a killed process tidies nothing
         with contextlib.suppress(SystemExit):
             next(run)
     resumed = Trainer(config, data, tmp_path, resume=True, device="cpu")

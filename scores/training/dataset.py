@@ -1,0 +1,80 @@
+"""What a network is trained on: pictures in memory, with or without classes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfode.errors import FileError, UsageError
+
+__all__ = ["MAX_BYTES", "MAX_CLASSES", "Data", "checked_names"]
+
+MAX_BYTES = 4 << 30  # of pictures in memory
+MAX_CLASSES = 100_000
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pictures in memory.
+
+    Args:
+        images: uint8 (n, channels, size, size), of 1 or 3 channels.
+        labels: int64 (n,), or None.
+        names: of the classes; empty without labels.
+        card: where they come from, under what licence, digests: JSON. `card["flip"]` names the classes of which a
+            mirror image is as good as the picture.
+        left_out: how many files were found and not taken, by the reason.
+
+    Raises:
+        UsageError: of another type or shape, or labels and names that do not fit.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    names: tuple[str, ...] = ()
+    card: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n, channels, height, width = self.images.shape if self.images.ndim == 4 else (0, 0, 0, 0)
+        if n == 0 or height != width or channels not in (1, 3) or self.images.dtype != torch.uint8:
+            got = f"{self.images.dtype} of shape {tuple(self.images.shape)}"
+            raise UsageError(f"data: expected uint8 (n, 1 or 3, size, size) with n > 0, got {got}")
+        if (self.labels is None) != (not self.names):
+            raise UsageError("data: labels and names of the classes go together")
+        if self.labels is not None and (
+            self.labels.dtype != torch.int64
+            or self.labels.shape != (n,)
+            or not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.names)
+        ):
+            raise UsageError(f"data: labels must be {n} integers from 0 to {len(self.names) - 1} (int64)")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one picture: (channels, size, size)."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+
+def checked_names(where: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes as they came with a file: in one line each, and no two alike.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        FileError: an empty name, one with controls or broken characters, or one that is there twice.
+    """
+    known: set[str] = set()
+    for name in names:
+        if not name.isprintable() or not name.strip():
+            raise FileError(f"{where}: {name!r:.120}: no name for a class", "rename it")
+        if name in known:
+            raise FileError(f"{where}: {name!r:.120}: the name of two classes", "rename one")
+        known.add(name)
+    return tuple(names)
