@@ -23,7 +23,7 @@ from torch import Tensor
 from pfode.errors import UsageError
 from pfode.ode.loop import End, Move, Status
 from pfode.ode.solver import clock
-from pfode.ode.state import Field, Tree
+from pfode.ode.state import Field, Tree, changed, unchanged, versions
 
 _ULPS = 64  # a condition counts as zero at the start within this rounding of its arguments
 _NEWTON = 2
@@ -89,7 +89,7 @@ class Watch:
             raise UsageError("events: need at least one", "events=None")
         self.field, self.sign, self.batched = field, sign, field.layout.per_sample
         kind: dict[str, Any] = {"dtype": clock(y.device), "device": y.device}
-        with torch.no_grad():
+        with torch.no_grad(), unchanged("a condition of events", (y,)):
             parts = [self._condition(i, t, y) for i in range(len(self.events))]
         self.parts = [(i, j) for i, part in enumerate(parts) for j in range(len(part))]  # event and component
         self.before = torch.cat(parts)
@@ -104,8 +104,10 @@ class Watch:
 
     def _condition(self, index: int, t: Any, y: Tensor) -> Tensor:
         """The components of an event at a flat state, (k,) or (k, batch), in the clock's dtype."""
-        field = self.field
+        field, counts = self.field, versions((y,))
         value = self.events[index].condition(field.time(t), field.layout.tree(y), *field.args)
+        if versions((y,)) != counts:
+            raise changed("a condition of events")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(f"events: a condition must return a real tensor, got {got}")

@@ -25,7 +25,6 @@ from pfode.ode.adjoints.adjoint import (
     attach,
     detached,
     sources,
-    transformed,
 )
 from pfode.ode.adjoints.continuous import Backsolve, Interpolated
 from pfode.ode.adjoints.replay import Checkpoint, CheckpointTape, Reversible, lift
@@ -43,7 +42,7 @@ from pfode.ode.methods.scipy import Scipy
 from pfode.ode.methods.symplectic import SYMPLECTIC
 from pfode.ode.outputs import JointOutputs, PerSampleOutputs, outputs
 from pfode.ode.solver import RMS, Solver, clock
-from pfode.ode.state import Field, Layout, Tree, leaves
+from pfode.ode.state import Field, Layout, Tree, leaves, transformed
 
 SOLVERS: dict[str, Solver] = {
     **{tableau.name: RungeKutta(tableau) for tableau in tables.EXPLICIT},
@@ -251,7 +250,7 @@ def steps(
         except StopIteration as stop:
             return stop.value
         if bool(move.accepted.any()) if isinstance(move.accepted, Tensor) else move.accepted:
-            yield Point(move.t0, move.t1, tree(move.y, cast=False), move, setup)
+            yield Point(move.t0, move.t1, tree(move.y.clone(), cast=False), move, setup)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +289,7 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
         end = End(zero + Status.SUCCESS, course.start, y, Counts(zero, zero, zero, zero, zero))
         if tape:
             tape.finish(y[None], end)
-        return y[None], end
+        return y[None].clone(), end
     passing = isinstance(out, PerSampleOutputs) and len(ts) > 2
 
     def probe(t0: Any, y0: Tensor, t1: Any, y1: Tensor, accepted: Any) -> Tensor:
@@ -355,7 +354,7 @@ def _setup(
     max_steps = integer("max_steps", max_steps, 1)
     solver = _solver(method)
     layout = Layout(y0, batch == "per-sample")
-    y = layout.flat(y0)
+    y = layout.flat(y0).clone()  # y0's own memory is neither given to the field nor to the solution
     times, floats = _times(ts, layout)
     step_size, grid = options.get("step_size"), options.get("grid")
     fixed = step_size is not None or grid is not None or not solver.error_order
@@ -427,7 +426,7 @@ def _times(ts: Any, layout: Layout) -> tuple[Tensor, list[float] | None]:
         raise UsageError(f"ts: need times of shape {shapes}, got shape {tuple(times.shape)}", hint)
     if times.ndim == 2 and len(times) != layout.batch:
         raise UsageError(f"ts: {len(times)} rows of times for a batch of {layout.batch}", "one row per sample")
-    times = times.to(layout.device, clock(layout.device))
+    times = times.to(layout.device, clock(layout.device)).clone()  # the field may be given parts of it
     times = times.mT if times.ndim == 2 else times
     floats = None if times.ndim == 2 else times.detach().tolist()
     for each in times.detach().mT.tolist() if floats is None else [floats]:

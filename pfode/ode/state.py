@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -208,6 +209,53 @@ class Loan:
         return self
 
 
+def changed(whose: str) -> UsageError:
+    """The error of a function that wrote into the state it was given."""
+    problem = f"{whose} changes its state in place, which the solver still needs"
+    return UsageError(problem, "y = -y instead of y *= -1 or y.neg_(), or begin with y = y.clone()")
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int] | None:
+    """How often each tensor was changed in place; None in inference mode, where torch does not count."""
+    tensors = list(tensors)
+    return None if any(x.is_inference() for x in tensors) else [x._version for x in tensors]
+
+
+@contextmanager
+def unchanged(whose: str, tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Hold a function to leaving tensors as they are: by torch's counts, and by their values wherever something can
+    write past these (NumPy and `.data` on a CPU, inference mode).
+
+    Raises:
+        UsageError: one of the tensors is not what it was; `whose` fault it is.
+    """
+    tensors = list(tensors)
+    before, hidden = versions(tensors), transformed()
+    kept = [] if hidden else [x.detach().clone() for x in tensors if before is None or x.device.type == "cpu"]
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in ("in-place operation", "modified inplace", "written-to tensor")):
+            # torch forbids some of these by itself
+            raise changed(whose) from error
+        raise
+    if versions(tensors) != before:
+        raise changed(whose)
+    if kept:
+        now = [x.detach() for x in tensors if before is None or x.device.type == "cpu"]
+        if not all(bool(((a == b) | (a != a) & (b != b)).all()) for a, b in zip(kept, now, strict=True)):
+            raise changed(whose)
+
+
+def transformed() -> str | None:
+    """Whether differentiation or batching by transforms is going on: "vmap", "other" or None."""
+    stack: Any = torch._C._functorch.get_interpreter_stack()  # type: ignore[attr-defined]  # no public way to ask
+    kinds = [str(interpreter.key()) for interpreter in stack or ()]
+    if kinds:
+        return "vmap" if any("Vmap" in kind for kind in kinds) else "other"
+    return "other" if torch.autograd.forward_ad._current_level >= 0 else None
+
+
 @functools.lru_cache(256)
 def _shares(at: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(at, dtype=dtype).to(device)
@@ -229,6 +277,7 @@ class Field:
         edges: times beyond which nothing is evaluated, a list of floats or shape (edges,) or (edges, batch).
         until: in joint lanes, the time up to which nobody looks at single steps; None where every one is looked at.
         jacobians: how many were made; `way`: which way of making them the field allows.
+        counted: whether torch counts the changes in place of its states (not in inference mode).
     """
 
     tolerance: tuple[Any, Any] | None = None
@@ -238,6 +287,7 @@ class Field:
     until: float | None = None
     jacobians: int = 0
     way: int = 0
+    counted: bool = False
 
     def __init__(self, f: Callable[..., Tree], layout: Layout, args: tuple[Any, ...] = (), pure: bool = True):
         self.f, self.layout, self.args, self.pure = f, layout, args, pure
@@ -248,19 +298,35 @@ class Field:
         self._lends_times = layout.device.type == "cpu" and not layout.per_sample
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        self.calls += 1
-        if self._plain_shape is None:
-            return self.layout.flat(self.f(t, self.layout.tree(y), *self.args), "the field's result")
-        slope = self.f(t, y.view(self._plain_shape), *self.args)
+        slope = self._slope(t, y)
         if not isinstance(slope, Tensor) or slope.shape != self._plain_shape or slope.dtype is not self._dtype:
             return self.layout.flat(slope, "the field's result")
         return slope.reshape(y.shape)
 
     def fill(self, parts: Sequence[Tensor], t: Tensor, y: Tensor) -> None:
         """Write dy/dt into the leaves of a flat tensor, `Layout.parts`."""
+        self.put(parts, self._slope(t, y))
+
+    def _slope(self, t: Tensor, y: Tensor) -> Tree:
+        """What f returns. The first call compares the values of its arguments before and after, others only torch's
+        counts of changes in place: those are free, but NumPy's and `.data`'s changes and inference mode escape them.
+
+        Raises:
+            UsageError: f changed its state (or, in the first call, its time) in place.
+        """
         self.calls += 1
-        shape = self._plain_shape
-        self.put(parts, self.f(t, self.layout.tree(y) if shape is None else y.view(shape), *self.args))
+        state = self.layout.tree(y) if self._plain_shape is None else y.view(self._plain_shape)
+        if self.calls == 1:
+            with unchanged("the field", (t, *leaves(state))):
+                self.counted = versions((y,)) is not None
+                return self.f(t, state, *self.args)
+        if not self.counted or y.is_inference():
+            return self.f(t, state, *self.args)
+        version = y._version
+        slope = self.f(t, state, *self.args)
+        if y._version != version:
+            raise changed("the field")
+        return slope
 
     def put(self, parts: Sequence[Tensor], slope: Any) -> None:
         """Write what f returned into the leaves of a flat tensor."""

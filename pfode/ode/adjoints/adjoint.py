@@ -39,7 +39,7 @@ from pfode.errors import UsageError
 from pfode.ode.control import PID
 from pfode.ode.loop import Course, End, Lanes, Move
 from pfode.ode.solver import Solver
-from pfode.ode.state import Field, Tree, leaves, rebuild, without_graph
+from pfode.ode.state import Field, Tree, leaves, rebuild, transformed, without_graph
 
 PLAIN = nullcontext()
 _DEPTH = 4  # containers, closures and attributes are searched for parameters this deep
@@ -123,15 +123,6 @@ class Adjoint(Protocol):
 @dataclass(frozen=True)
 class Direct:
     """Record every operation."""
-
-
-def transformed() -> str | None:
-    """Whether differentiation or batching by transforms is going on: "vmap", "other" or None."""
-    stack: Any = torch._C._functorch.get_interpreter_stack()  # type: ignore[attr-defined]  # no public way to ask
-    kinds = [str(interpreter.key()) for interpreter in stack or ()]
-    if kinds:
-        return "vmap" if any("Vmap" in kind for kind in kinds) else "other"
-    return "other" if torch.autograd.forward_ad._current_level >= 0 else None
 
 
 # ------------------------------------------------------------------------------------------------ finding parameters

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pfode.ode.methods.tableau import Tableau
 from pfode.ode.solver import Dense, Step, Time, clock, column
-from pfode.ode.state import Field, Loan
+from pfode.ode.state import Field, Loan, changed
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,11 +216,14 @@ class _Lent:
         field, mv, y, done = self.field, torch.mv, self.y0, 0
         if self.inside:
             f, args, put, inside = field.f, field.args, field.put, self.inside
+            version = inside.stack._version if field.counted else 0
             for (column, row, parts), flat, y, t in zip(self.places, inside.flat, inside.tensors, times, strict=False):
                 mv(column, row, out=flat)
                 put(parts, f(t, y, *args))
             done = len(inside.flat)
             field.calls += done
+            if field.counted and inside.stack._version != version + done:
+                raise changed("the field")
         for i, t in enumerate(times[done:], done + 1):
             y = self.combine(i)
             field.fill(self.parts[i + 1], t, y)

@@ -76,7 +76,7 @@ class Scipy:
             if found.requires_grad:
                 raise _no_gradients(self.name)
             found = torch.view_as_real(found) if found.is_complex() else found
-            array = found.reshape(-1).to("cpu", torch.float64).numpy()
+            array = found.reshape(-1).to("cpu", torch.float64, copy=True).numpy()  # fields may use one buffer
             if not np.isfinite(array).all():
                 raise FloatingPointError
             return array
