@@ -13,6 +13,7 @@ orders. Nothing was fitted or chosen on the noise that is measured on. Network b
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,8 +27,12 @@ from tqdm import tqdm
 import pfode
 from pfode.cli import report
 from pfode.cli.bench import find_bed
-from pfode.samplers.measure import bench
-from pfode.samplers.measure.bench import EVALS, Bed, Sampler, geometric_mean
+from pfode.files import lock_folder, make_folder
+from pfode.samplers.measure import bench, results
+from pfode.samplers.measure.bench import EVALS
+from pfode.samplers.measure.problem import Problem
+from pfode.samplers.measure.results import Folder, geometric_mean
+from pfode.samplers.measure.spec import Spec
 from pfode.scores.io.shipped import model_path
 
 ROOT = Path(__file__).parents[1]  # where the command runs: results name the plans from there
@@ -113,7 +118,7 @@ def fit(names: Sequence[str], folder: Path) -> None:
             print(f"{name} {nfe}: {gain:.3f} of the start's RMS, {line['seconds']} s", flush=True)
 
 
-def made(name: str, sizes: dict[str, Any]) -> Bed:
+def made(name: str, sizes: dict[str, Any]) -> Problem:
     options = {"device": "cpu", "seed": None, "truth": None, "features": None, "batch": 256, "teacher": 512}
     return find_bed(name, options | sizes)
 
@@ -141,7 +146,7 @@ def transfer(pictures: int, out: Path) -> dict[str, Any]:
     return bench.bench([], out)
 
 
-def run(listed: list[tuple[Bed, list[str]]], out: Path, evals: Sequence[int]) -> None:
+def run(listed: list[tuple[Problem, list[str]]], out: Path, evals: Sequence[int]) -> None:
     """The bench, with a bar."""
     with tqdm(unit=" cells", ncols=110, mininterval=5) as bar:
 
@@ -153,10 +158,19 @@ def run(listed: list[tuple[Bed, list[str]]], out: Path, evals: Sequence[int]) ->
         bench.bench(listed, out, evals, progress=progress)
 
 
+def gather(out: Path, parts: Sequence[Path]) -> None:
+    """Take over what the processes measured, each in a folder of its own."""
+    make_folder(out)
+    with lock_folder(out):
+        folder = Folder(out, [])
+        for part in parts:
+            folder.adopt(part)
+
+
 def finish(out: Path, result: dict[str, Any], title: str) -> None:
     """The report; results.json says what the lines said, and a later run goes on from it."""
     report.write(out, result, title)
-    (out / bench.LINES).unlink(missing_ok=True)
+    (out / results.LINES).unlink(missing_ok=True)
 
 
 # ---- the targets
@@ -174,8 +188,8 @@ def means(
 
     Distribution distances below that of the converged solution, which are luck, count as that.
     """
-    values, found = bench.table(result, key), {}
-    least = {name: bench.figure(bed["floor"]["teacher"], key) or 0.0 for name, bed in result["beds"].items()}
+    values, found = results.table(result, key), {}
+    least = {name: results.figure(bed["floor"]["teacher"], key) or 0.0 for name, bed in result["beds"].items()}
     for k in EVALS:
         ratios = []
         for bed in result["beds"]:
@@ -190,7 +204,7 @@ def means(
 
 def kind(text: str) -> str:
     """What a sampler is: "peer", "fitted", "searched", "auto" or "hand-made"."""
-    parsed = Sampler.parse(text)
+    parsed = Spec.parse(text)
     if parsed.kind in ("plan", "plans", "fitted"):
         return "fitted"
     if parsed.kind == "peer":
@@ -249,18 +263,24 @@ def main() -> None:
         finish(out, transfer(options.pictures, out), "Plans fitted to emoji, on other models")
         return
     if options.jobs > 1:
-        words = ["--out", str(options.out), "--pictures", str(options.pictures), "--nfe", *map(str, options.nfe)]
+        words = ["--pictures", str(options.pictures), "--nfe", *map(str, options.nfe)]
         words += ["--plans", str(options.plans)]
+        parts = [(options.out / f"part-{i}", hand) for i, hand in enumerate(shares(options.beds, options.jobs))]
+        for part, _ in parts:  # begins with what is known
+            part.mkdir(parents=True, exist_ok=True)
+            if (options.out / results.RESULTS).exists() and not (part / results.LINES).exists():
+                shutil.copy(options.out / results.RESULTS, part)
         runs = [
             subprocess.Popen(
-                [sys.executable, str(Path(__file__).resolve()), *words, "--beds", *hand],
+                [sys.executable, str(Path(__file__).resolve()), *words, "--out", str(part), "--beds", *hand],
                 env={**os.environ, "QUALITY": "part"},
             )
-            for hand in shares(options.beds, options.jobs)
+            for part, hand in parts
         ]
         codes = [run.wait() for run in runs]
         if any(codes):
             sys.exit("a process failed; the same command goes on with what is there")
+        gather(options.out, [part for part, _ in parts])
     fit(options.beds, options.plans)
     measure(options.beds, options.pictures, options.plans, options.out, options.nfe)
     if os.environ.get("QUALITY") == "part":

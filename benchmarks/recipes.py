@@ -25,8 +25,8 @@ from pfode.plan import Plan
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.catalogue import recipe
-from pfode.samplers.measure.bench import geometric_mean
 from pfode.samplers.measure.peers import Moved
+from pfode.samplers.measure.results import geometric_mean
 from pfode.scores.beds import bed as find
 
 BUDGETS = [3, 4, 5, 6, 8, 10, 15, 20]

@@ -1,5 +1,6 @@
 """pfode bench: measure samplers on models, write the folder with its report."""
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pfode.denoiser import Denoiser
-    from pfode.samplers.measure.bench import Bed
+    from pfode.samplers.measure.metrics import Features
+    from pfode.samplers.measure.problem import Problem
 
 SAMPLERS = ("auto", "ddim", "dpm++2m?grid=best", "ipndm3?grid=best", "unipc2?chart=dpm++/flow&grid=best")
 EVALS = "3,4,5,6,8,10,15,20"
@@ -80,33 +82,33 @@ def command(ctx: click.Context, **options: Any) -> None:
     """
     out = output(ctx)
     from pfode.cli import report
-    from pfode.samplers.measure import bench
+    from pfode.samplers.measure import bench, results
 
     evals = sorted(set(listed("--nfe", options["nfe"], int, "whole numbers", f"--nfe {EVALS}")))
     beds = [(find_bed(name, options), options["sampler"]) for name in dict.fromkeys(options["model"])]
     folder = Path(options["out"])
     with Progress(out) as progress:
         result = bench.bench(beds, folder, evals, overwrite=options["overwrite"], progress=progress)
-    files = [*report.write(folder, result), str(folder / bench.RESULTS)]
+    files = [*report.write(folder, result), str(folder / results.RESULTS)]
     skipped = [cell for cell in result["cells"] if "skipped" in cell]
     for cell in skipped[:3]:
         out.note(f"left out: {cell['sampler']} at {cell['evals']} on {cell['bed']}: {cell['skipped']}")
     if len(skipped) > 3:
-        out.note(f"left out: {len(skipped) - 3} more, see {folder / bench.RESULTS}")
-    best = {str(ranking.evals): ranking.order[0][0] for ranking in bench.rank(result)}
+        out.note(f"left out: {len(skipped) - 3} more, see {folder / results.RESULTS}")
+    best = {str(ranking.evals): ranking.order[0][0] for ranking in results.rank(result)}
     for count, text in best.items():
         out.note(f"{count} evaluations: {report.label(text)}")
     out.emit({"out": files[0], "files": files, "cells": len(result["cells"]), "best": best}, files[0])
 
 
-def find_bed(name: str, options: dict[str, Any]) -> "Bed":
+def find_bed(name: str, options: dict[str, Any]) -> "Problem":
     """A bed of the options.
 
     Raises:
         UsageError, FileError: no such model, truth or features, or samples whose shape is not known.
     """
     from pfode.files import read_header
-    from pfode.samplers.measure.bench import SEED, Bed
+    from pfode.samplers.measure.problem import SEED, Problem
     from pfode.samplers.sampling import find_device
     from pfode.scores.io.shipped import model_path
 
@@ -114,21 +116,20 @@ def find_bed(name: str, options: dict[str, Any]) -> "Bed":
     denoiser = find_denoiser(name)
     if hasattr(denoiser, "to"):
         denoiser = denoiser.to(device)  # type: ignore[attr-defined]
-    shape = getattr(denoiser, "shape", None)
-    if not shape:
-        raise UsageError(f"model {name!r}: does not say the shape of its samples", "give the denoiser a `shape`")
     if getattr(denoiser, "dtype", None) is not None and ":" not in name:
         path = model_path(name.rpartition("@")[0] or name)
         digest = read_header(path).metadata.get("pfode.digest")
-    return Bed(
+    features, features_digest = (None, None) if options["features"] is None else find_features(options["features"])
+    return Problem(
         name,
         denoiser,
         n=options["n"],
         seed=SEED if options["seed"] is None else options["seed"],
         validation=options["validation"],
         teacher=options["teacher"],
-        truth=None if options["truth"] is None else find_truth(options["truth"], tuple(shape)),
-        features=None if options["features"] is None else find_features(options["features"]),
+        truth=None if options["truth"] is None else find_truth(options["truth"], denoiser),
+        features=features,
+        features_digest=features_digest,
         digest=digest,
         device=str(device),
         batch=options["batch"],
@@ -152,26 +153,33 @@ def find_denoiser(name: str) -> "Denoiser":
     return found
 
 
-def find_truth(source: str, shape: tuple[int, ...]) -> "Tensor":
-    """The pictures of --truth in [-1, 1]."""
+def find_truth(source: str, denoiser: "Denoiser") -> "Tensor":
+    """The pictures of --truth in [-1, 1], of the shape of the denoiser's samples.
+
+    Raises:
+        UsageError: no such data, or pictures of another shape. FileError: damaged ones.
+    """
     from pfode.scores.training.data import load_data
 
-    images = load_data(source, size=shape[-1]).images
+    shape = tuple(getattr(denoiser, "shape", None) or ())
+    images = load_data(source, size=shape[-1] if shape else 32).images
     if tuple(images.shape[1:]) != shape:
         raise UsageError(f"--truth {source}: pictures of shape {tuple(images.shape[1:])}, the model has {shape}")
     return images.float() / 127.5 - 1
 
 
-def find_features(name: str) -> Any:
-    """The function of --features."""
+def find_features(name: str) -> "tuple[Features, str]":
+    """The function of --features, and what tells it from others."""
     from pfode.samplers.measure.metrics import inception
 
     if not names_code(name):
-        return inception(name)
+        features = inception(name)
+        return features, f"{Path(name).name} {hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]}"
     found = import_name("--features", name)
     if not callable(found):
         raise UsageError(f"--features {name}: {type(found).__name__} cannot be called", "a function (n, ...) -> (n, d)")
-    return found
+    features: Features = found
+    return features, name
 
 
 class Progress:

@@ -11,7 +11,8 @@ from typing import Any
 
 from pfode.cli import plot
 from pfode.files import write_atomic
-from pfode.samplers.measure import bench
+from pfode.samplers.measure import results
+from pfode.samplers.measure.spec import Spec
 
 Result = dict[str, Any]
 METRICS = {  # key: title, what it is, where it has intervals and goes into the figure
@@ -73,11 +74,11 @@ def label(text: str) -> str:
 def coloured(result: Result) -> dict[str, str]:
     """The samplers that get a colour: fitted ones, auto, then by their mean rank, two peers at least."""
     means: dict[str, list[float]] = {}
-    for ranking in bench.rank(result) or bench.rank(result, "frechet"):
+    for ranking in results.rank(result) or results.rank(result, "frechet"):
         for text, mean in ranking.order:
             means.setdefault(text, []).append(mean)
-    order = sorted(means, key=lambda text: (-len(means[text]), bench.geometric_mean(means[text])))
-    kinds = {text: bench.Sampler.parse(text).kind for text in order}
+    order = sorted(means, key=lambda text: (-len(means[text]), results.geometric_mean(means[text])))
+    kinds = {text: Spec.parse(text).kind for text in order}
     first = [text for text in order if kinds[text] in ("fitted", "plan", "plans")] + [t for t in order if t == "auto"]
     first += [text for text in order if kinds[text] == "peer"][:2]
     chosen = dict.fromkeys([*first, *order])
@@ -98,7 +99,7 @@ def panels(result: Result, colours: dict[str, str]) -> list[plot.Panel]:
             if key == "rms":
                 floors = [("the teacher's own error", teacher.get("error") or 0.0)]
             else:
-                floors = [("two sets of true samples", bench.figure(truth, key) or 0.0)]
+                floors = [("two sets of true samples", results.figure(truth, key) or 0.0)]
             found.append(plot.Panel(bed, METRICS[key][0], curves, floors, 0.09 if key == "rms" else 0.035))
     return found
 
@@ -132,7 +133,7 @@ def markdown(result: Result, title: str) -> str:
 def _advice(result: Result) -> list[str]:
     """Which sampler to take at which number of evaluations."""
     rows = []
-    for ranking in bench.rank(result):
+    for ranking in results.rank(result):
         named = [f"{label(text)} ({mean:.2f}x)" for text, mean in ranking.order[:3]]
         rows.append([f"{ranking.evals}", *named, *[""] * (3 - len(named))])
     if not rows:
@@ -158,7 +159,7 @@ def _about(settings: dict[str, Any]) -> str:
 
 def _rows(result: Result, bed: str, key: str) -> tuple[list[str], list[list[str]]]:
     """Samplers by number of evaluations, the best of each column marked by asterisks."""
-    values = {(s, k): value for (b, s, k), value in bench.table(result, key).items() if b == bed}
+    values = {(s, k): value for (b, s, k), value in results.table(result, key).items() if b == bed}
     counts = sorted({k for _, k in values})
     samplers = sorted({s for s, _ in values})
     best = {k: min(value for (_, at), value in values.items() if at == k) for k in counts}
@@ -230,7 +231,7 @@ code{font-size:12.5px;background:var(--grid);padding:1px 5px;border-radius:4px}
 def _lead(result: Result) -> str:
     """Which sampler to use at which number of evaluations."""
     rows = []
-    for ranking in bench.rank(result):
+    for ranking in results.rank(result):
         cells = [f"<td>{ranking.evals}</td>"]
         for i, (text, mean) in enumerate(ranking.order[:3]):
             name = html.escape(label(text))
@@ -297,19 +298,19 @@ def _chosen(result: Result, bed: str) -> str:
 
 def _strips(out: Path, result: Result) -> str:
     """The same seeds by every sampler, under the converged pictures."""
-    parts = []
+    parts, cache = [], results.Cache(out / results.CACHE)
     colours = coloured(result)
     for bed in result["beds"]:
-        converged = _ends(out / bench.CACHE / bench.slug(bed) / "test.safetensors")
+        converged = cache.samples(bed, "", 0)
         if converged is None or converged.ndim != 4 or converged.shape[1] not in (1, 3):
             continue
         counts = sorted({c["evals"] for c in result["cells"] if c["bed"] == bed and "rms" in c})
         blocks = []
         for k in [k for k in AT if k in counts] or counts[:3]:
             rows = [("converged", "", converged)]
-            errors = {s: v for (b, s, at), v in bench.table(result, "rms").items() if b == bed and at == k}
+            errors = {s: v for (b, s, at), v in results.table(result, "rms").items() if b == bed and at == k}
             for text in [t for t in colours if t in errors][:SHOWN]:
-                drawn = _ends(bench.strip(out / bench.CACHE, bed, text, k))
+                drawn = cache.samples(bed, text, k)
                 if drawn is not None:
                     rows.append((label(text), f"RMS {errors[text]:.3g}", drawn))
             cells = "".join(f"<span>{html.escape(a)}<small>{b}</small></span>{_picture(x)}" for a, b, x in rows)
@@ -319,15 +320,6 @@ def _strips(out: Path, result: Result) -> str:
     if not parts:
         return ""
     return "<h2>The same seeds, beside the converged picture</h2>" + re.sub("<(/?)h2>", r"<\1h3>", "".join(parts))
-
-
-def _ends(file: Path) -> Any:
-    """The first end points of a cell; None where they were not kept."""
-    import safetensors.torch
-
-    if not file.is_file():
-        return None
-    return safetensors.torch.load(file.read_bytes())["x"][: bench.SHOWN].float()
 
 
 def _picture(x: Any) -> str:

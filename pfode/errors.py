@@ -35,6 +35,15 @@ class UsageError(PfodeError, ValueError):
     code = 2
 
 
+class DenoiserError(UsageError):
+    """A network or a function of the caller's own that raised an error."""
+
+    @classmethod
+    def of(cls, error: Exception, name: str = "the denoiser") -> "DenoiserError":
+        """The error for one that was raised inside of it."""
+        return cls(f"{name} raised {type(error).__name__}: {error}", "--debug shows where it was raised")
+
+
 class FileError(PfodeError, ValueError):
     """An input file that is missing, damaged or of another kind."""
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pfode.errors import UsageError
-from pfode.files import Digest, Header, content_digest, pack, write_atomic
+from pfode.errors import FileError, UsageError
+from pfode.files import Digest, Header, content_digest, pack, read_header, write_atomic
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 DTYPES = FLOATS | {
@@ -69,3 +69,22 @@ def read_tensors(header: Header, verify: bool = True) -> dict[str, Tensor]:
     if verify:
         header.compare(digest.hexdigest)
     return found
+
+
+def read_sealed(path: str | PathLike[str], kind: str, hint: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file of `write_tensors`, its digest compared with what it holds.
+
+    Args:
+        kind: what the file says it is, its "pfode.kind". hint: what to do where it is not sound.
+
+    Raises:
+        FileError: it cannot be read, is not as it was written, or of another kind.
+    """
+    try:
+        header = read_header(path)
+        found = header.metadata.get("pfode.kind")
+        if found != kind:
+            raise FileError(f"{header.path}: is {found!r:.60}, not {kind!r}")
+        return read_tensors(header), dict(header.metadata)
+    except FileError as error:
+        raise FileError(error.message, hint or error.hint) from error

@@ -4,6 +4,7 @@ Everything is worked out in float64 on the host, whatever it is given, and nothi
 An `Estimate` carries a percentile bootstrap interval of 95 % over the samples (Efron & Tibshirani 1993, chapter 13).
 """
 
+import io
 import math
 import warnings
 from collections.abc import Callable
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from pfode.errors import FileError, UsageError, integer
+from pfode.files import read_file
 
 RESAMPLES = 200
 LEVEL = 0.95
 FLIPPED = 0.5  # of the typical distance between two converged end points
+MAX_NETWORK = 2**31  # bytes of a TorchScript file
 Features = Callable[[Tensor], Tensor]
 
 
@@ -189,12 +192,16 @@ def inception(path: str | Path, batch: int = 64) -> Features:
     Raises:
         FileError: no TorchScript file.
     """
+    hint = "a TorchScript file: inception-2015-12-05.pt, that EDM and StyleGAN3 use"
+    try:
+        raw = read_file(path, MAX_NETWORK, "a network")
+    except FileError as error:
+        raise FileError(error.message, hint) from error
     try:
         with warnings.catch_warnings():  # torch would have networks exported otherwise; this one is what it is
             warnings.simplefilter("ignore", DeprecationWarning)
-            network = torch.jit.load(str(path), map_location="cpu").eval()
+            network = torch.jit.load(io.BytesIO(raw), map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
-        hint = "fetch inception-2015-12-05.pt, the file that EDM and StyleGAN3 use"
         raise FileError(f"{path}: no TorchScript network: {str(error).splitlines()[0]:.100}", hint) from error
 
     def features(x: Tensor) -> Tensor:
@@ -250,6 +257,11 @@ def _weights(n: int, seed: int) -> Tensor:
     """How often, over n, each of n is in a bootstrap sample, shape (RESAMPLES, n)."""
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     return torch.from_numpy(counts / n)
+
+
+def rounded(value: float) -> float:
+    """To five significant digits, as results are kept."""
+    return float(f"{value:.5g}")
 
 
 def _estimate(value: Any, drawn: Tensor) -> Estimate:

@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -191,3 +193,102 @@ def test_what_the_configuration_has_for_others_is_shown_though_bench_refuses_it(
     assert found["sample"]["n"] == {"value": 1, "source": "pfode.toml"}
     assert found["bench"] == {"error": "pfode.toml: Invalid value for '--n': 1 is not in the range x>=2."}
     assert "[bench]  pfode.toml: Invalid value" in cli("info", "config").out
+
+
+def test_a_damaged_picture_is_said_by_its_file(cli, tmp_path):
+    words = ("bench", "--model", "digits", "--sampler", "ddim", "--n", 4, "--nfe", 3, "--teacher", 8, "--out", "b")
+    assert cli(*words).code == 0
+    (file,) = (tmp_path / "b/cache").rglob("ddim*.safetensors")
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 4
+    file.write_bytes(raw)
+    done = cli(*words)
+    assert (done.code, file.name in done.err) == (3, True), done.err
+
+
+HOLD = """
+import fcntl, os, sys
+handle = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(handle, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_the_folder_is_told_so(cli, tmp_path):
+    (tmp_path / "b").mkdir()
+    words = ("bench", "--model", "gaussian-2", "--sampler", "ddim", "--n", 4, "--nfe", 3, "--out", "b")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "b"], **pipes) as other:
+        other.stdout.readline()  # type: ignore[union-attr]
+        done = cli(*words)
+        assert (done.code, "another bench is working in it" in done.err) == (2, True), done.err
+        assert not list((tmp_path / "b").iterdir())
+        other.kill()
+    assert cli(*words).code == 0
+
+
+BROKEN = """
+import torch, pfode
+
+class Raising(torch.nn.Module):
+    def forward(self, x, c_noise, **cond):
+        raise ValueError("no such layer")
+
+class Picky:
+    process, shape = pfode.EDM(), (2,)
+    def __call__(self, x, t, **cond):
+        if t < 1:
+            raise KeyError("below")
+        return 0 * x
+
+class Single:
+    process, shape = pfode.EDM(), (3,)
+    def __init__(self):
+        self.layer = torch.nn.Linear(3, 3)
+    def __call__(self, x, t, **cond):
+        return 0.1 * self.layer(x)  # float32 alone
+
+def raising():
+    return pfode.scores.Denoiser(Raising(), pfode.EDM(), "edm", shape=(2,))
+
+def features(x):
+    return x.no_such_method()
+
+def flat(x):
+    return 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--model", "mine:raising"), "model 'mine:raising' raised ValueError: no such layer"),
+        (("--model", "mine:Picky"), "model 'mine:Picky' raised KeyError: 'below'"),
+        (("--model", "mine:Picky", "--teacher", 0), "model 'mine:Picky' raised KeyError: 'below'"),
+        (
+            ("--model", "mine:Picky", "--teacher", 0, "--sampler", "k-diffusion:sample_heun"),
+            "model 'mine:Picky' raised KeyError: 'below'",
+        ),
+        (("--model", "gaussian-2", "--features", "mine:features"), "the function of features raised AttributeError"),
+        (("--model", "gaussian-2", "--features", "mine:flat"), "features: need a tensor of shape (6, d), got int"),
+    ],
+)
+def test_what_raises_inside_a_network_of_your_own(cli, tmp_path, words, match):
+    """It is neither our bug nor a cell left out."""
+    (tmp_path / "mine.py").write_text(BROKEN)
+    sampler = () if "--sampler" in words else ("--sampler", "ddim")
+    done = cli("bench", *words, *sampler, "--n", 6, "--nfe", 4, "--out", "b")
+    assert (done.code, match in done.err) == (2, True), done.err
+    assert "this is a bug" not in done.err
+    assert "hint" in done.err
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+def test_peers_on_a_float32_network_of_your_own(cli, tmp_path):
+    (tmp_path / "mine.py").write_text(BROKEN)
+    texts = ("ipndm2", "diffusers:UniPCMultistepScheduler", "k-diffusion:sample_dpmpp_2m", "k-diffusion:sample_heun")
+    samplers = [word for text in texts for word in ("--sampler", text)]
+    done = cli("bench", "--model", "mine:Single", *samplers, "--n", 6, "--nfe", 5, "--out", "b", "--json")
+    assert (done.code, done.json["cells"]) == (0, 4), done.err
+    assert "left out" not in done.err

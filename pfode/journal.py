@@ -1,0 +1,110 @@
+"""A journal: a file of JSON lines that a long run adds to as it goes, so that a later run can go on from there.
+
+Every line, and every JSON file of `sealed`, carries the sha256 of what it says: a bit that flipped is found when the
+line is read again.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pfode.errors import FileError, WriteError
+from pfode.files import read_file
+
+__all__ = ["Journal", "opened", "sealed"]
+
+DIGEST = "sha256"
+LIMIT = 2**30  # bytes of a journal that are read
+Line = dict[str, Any]
+
+
+def sealed(value: Line) -> Line:
+    """The JSON object with the digest of all else that it says, as its last entry."""
+    rest = {key: item for key, item in value.items() if key != DIGEST}
+    text = json.dumps(rest, sort_keys=True, allow_nan=False)
+    return {**rest, DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def opened(raw: bytes, where: str, what: str, hint: str) -> Line:
+    """The JSON object that was sealed, without its digest.
+
+    Args:
+        where: the file, and what in it; what: whose it should be; hint: what to do; all for the error's message.
+
+    Raises:
+        FileError: no JSON object, no digest, or another one than the object's.
+    """
+    found, sound = None, False
+    try:
+        found = json.loads(raw)
+        sound = isinstance(found, dict) and sealed(found) == found
+    except (ValueError, RecursionError):
+        pass
+    if found is None or not sound:
+        raise FileError(f"{where}: damaged, or not {what}: its {DIGEST} is missing or differs", hint)
+    return {key: value for key, value in found.items() if key != DIGEST}
+
+
+class Journal:
+    """Lines on disk, each there as soon as `add` returns. One process at a time: lock the folder first.
+
+    Args:
+        path: of the file, made by the first line.
+        what: whose it is, as "a benchmark's". hint: what to do where it is damaged or cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], what: str, hint: str):
+        self.path, self.what, self.hint = Path(path), what, hint
+
+    def read(self) -> list[Line]:
+        """The lines, oldest first. A last line that a kill left unfinished is cut off, so that nothing is added to it.
+
+        Raises:
+            FileError: it cannot be read, or a line is not as it was written; the message names file and line.
+            WriteError: the unfinished line cannot be cut off.
+        """
+        if not os.path.lexists(self.path):
+            return []
+        lines = read_file(self.path, LIMIT, "a journal").splitlines(keepends=True)
+        if lines and not _finished(lines[-1]):
+            lines.pop()
+            self._cut(sum(map(len, lines)))
+        return [opened(raw, f"{self.path}: line {i}", self.what, self.hint) for i, raw in enumerate(lines, 1)]
+
+    def add(self, line: Line) -> None:
+        """Write a line; it is on the disk when this returns.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        data = json.dumps(sealed(line), allow_nan=False).encode() + b"\n"
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(data)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def remove(self) -> None:
+        """Delete the file, where there is one."""
+        self.path.unlink(missing_ok=True)
+
+    def _cut(self, length: int) -> None:
+        try:
+            os.truncate(self.path, length)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> WriteError:
+        return WriteError(f"{self.path}: cannot be written: {error.strerror or error}", self.hint)
+
+
+def _finished(raw: bytes) -> bool:
+    """Whether a line was written to its end: JSON, then a newline."""
+    try:
+        json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    return raw.endswith(b"\n")

@@ -1,0 +1,80 @@
+"""A denoiser as peers see it: on their process, in their precision, its calls counted."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfode import noise
+from pfode.denoiser import Denoiser, at
+from pfode.errors import DenoiserError, PfodeError
+from pfode.process import Process
+
+__all__ = ["HIGHEST", "Counted", "Draw", "Lay", "Moved", "keyed", "levels"]
+
+HIGHEST = 999.0  # sigma/alpha where a process begins with alpha = 0: the first of diffusers' flow sigmas
+Lay = Callable[[int], Sequence[float]]  # steps -> the times of their nodes on the denoiser's process
+Draw = Callable[[int], Tensor]  # number of calls so far -> noise of the state's shape
+
+
+class Counted:
+    """A denoiser that counts its calls: the key of the keyed noise.
+
+    Row k of a plan draws the noise (seed, k + 1), and a sampler that draws after its evaluations has made k + 1 calls
+    by then.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser, self.process, self.calls = denoiser, denoiser.process, 0
+
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        self.calls += 1
+        return self.denoiser(x, t, **cond)
+
+
+class Moved:
+    """A denoiser on another process: D depends on x/alpha and sigma/alpha alone.
+
+    A level beyond those it knows is taken for its last one.
+
+    Args:
+        inner: the denoiser. process: the other process.
+        dtype: what the denoiser is given; peers hold their states in float64.
+        cond: what else the denoiser is given.
+
+    Raises:
+        DenoiserError: at a call, where the denoiser raises an error of its own.
+    """
+
+    def __init__(self, inner: Denoiser, process: Process, dtype: torch.dtype = torch.float64, **cond: Any):
+        self.inner, self.process, self.dtype, self.cond = inner, process, dtype, cond
+
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        process = self.inner.process
+        t = t[0] if t.ndim else t  # k-diffusion gives one per sample, all the same
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        own = process.time(-2 * torch.log(sigma / alpha)).clamp(process.t_min, process.t_max)
+        scale = torch.hypot(process.alpha(own), process.sigma(own)) / torch.hypot(alpha, sigma)
+        given = (scale * x).to(self.dtype)
+        try:
+            return at(self.inner, float(own))(given, own, **self.cond, **cond).to(x.dtype)
+        except (PfodeError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise DenoiserError.of(error) from error
+
+
+def keyed(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Draw:
+    """The noise of a plan's rows, in float64."""
+    return lambda calls: noise.normal(seeds, calls, shape, torch.float64, device)
+
+
+def levels(process: Process, times: Sequence[float]) -> list[float]:
+    """sigma/alpha at times, 0 at that of clean data, at most HIGHEST."""
+    found = []
+    for t in times:
+        alpha = process.alpha(t)
+        level = HIGHEST if alpha <= 0 else min(HIGHEST, process.sigma(t) / alpha)
+        found.append(0.0 if t == process.t_data else level)
+    return found
