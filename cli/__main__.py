@@ -12,7 +12,9 @@ from typing import NoReturn
 import click
 
 import pfode
-from pfode.cli.common import COMMANDS, EPILOG, Output, fail, find_command
+from pfode.cli.exits import end, fail
+from pfode.cli.options import COMMANDS, EPILOG, find_command
+from pfode.cli.streams import Output, open_standard_streams
 from pfode.errors import unknown
 
 
@@ -53,19 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code that `pfode --help` states."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     out = Output(json="--json" in given, debug="--debug" in given)
+    open_standard_streams()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of torch that spin starve each other on busy cores
     if "_PFODE_COMPLETE" in os.environ:
         group.main(given, prog_name="pfode")
     try:
         with _terminable():
             code = _run(given, out)
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody is left to speak to
-        code = 141
     except BaseException as error:
         fail(error, out)
-    sys.exit(code)
+    end(code, out)
 
 
 def _run(arguments: list[str], out: Output) -> int:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pfode.cli.common import Command, Output, bar, output
+from pfode.cli.options import Command
 from pfode.cli.settings import listed
+from pfode.cli.streams import Output, bar, output
 from pfode.cli.trust import CodeOption, calling, import_name, names_code, trust_option
 from pfode.errors import UsageError
 

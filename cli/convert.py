@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 import pfode
-from pfode.cli.common import Command, output
+from pfode.cli.options import Command
 from pfode.cli.settings import DTYPES
+from pfode.cli.streams import output
 from pfode.errors import UsageError
 from pfode.files import read_header
 from pfode.scores.io.shipped import model_path

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pfode
-from pfode.cli.common import Command, Output, bar, output, table
+from pfode.cli.options import Command
 from pfode.cli.settings import DTYPES, listed
+from pfode.cli.streams import Output, bar, output, table
 from pfode.errors import UsageError
 from pfode.files import make_folder
 

@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 import pfode
-from pfode.cli.common import Command, find_command, output, source, table
+from pfode.cli.machine import check_machine
+from pfode.cli.options import Command, find_command, source
 from pfode.cli.settings import typed
+from pfode.cli.streams import output, table
 from pfode.errors import FileError, MissingError, UsageError
 from pfode.files import Header, read_header
 from pfode.scores.io.shipped import model_path, shipped
@@ -165,6 +167,7 @@ def _env(ctx: click.Context) -> tuple[Any, str]:
             found[package] = "missing"
     if found["torch"] == "missing":
         raise MissingError("torch is not installed", "pip install torch")
+    check_machine()
     import torch
 
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

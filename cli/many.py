@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pfode
-from pfode.cli.common import Output
 from pfode.cli.sample import Cost, Job, Progress, flaw, flaws, non_finite, settings, write_film, write_sheet
 from pfode.cli.settings import parse_seeds
+from pfode.cli.streams import Output
 from pfode.denoiser import forwards
 from pfode.errors import FileError, PfodeError, UsageError, WriteError
 from pfode.files import write_atomic

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pfode
-from pfode.cli.common import Command, Finite, Output, bar, output
 from pfode.cli.models import model_digest
+from pfode.cli.options import Command, Finite
 from pfode.cli.settings import (
     DTYPES,
     OF_THE_GUIDANCE,
@@ -32,6 +32,7 @@ from pfode.cli.settings import (
     seed_range,
     settle,
 )
+from pfode.cli.streams import Output, bar, output
 from pfode.errors import NumericalError, OtherModelWarning, UnsoundWarning, UsageError, WriteError, number
 from pfode.files import read_header, write_atomic
 from pfode.scores.io.pictures import read_picture

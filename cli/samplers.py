@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pfode.cli.common import Command, output, table
+from pfode.cli.options import Command
 from pfode.cli.settings import format_set
+from pfode.cli.streams import output, table
 from pfode.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def command(ctx: click.Context, name: str | None, markdown: bool) -> None:
     if markdown and (name is not None or out.json):
         raise UsageError("--markdown prints the page of all samplers", "leave the rest out")
     if markdown:
-        click.echo(page(), nl=False)
+        out.emit(None, page().rstrip("\n"))
     elif name in ADAPTIVE:
         out.emit(_adaptive_data(ADAPTIVE[name]), _adaptive_full(ADAPTIVE[name]))
     elif name == "auto":

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from pfode.cli.common import check_value
+from pfode.cli.options import check_value
 from pfode.errors import FileError, UsageError, unknown
 
 T = TypeVar("T")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pfode
-from pfode.cli.common import Command, Finite, Output, output
+from pfode.cli.options import Command, Finite
 from pfode.cli.settings import listed
+from pfode.cli.streams import Output, output
 from pfode.files import write_atomic
 
 if TYPE_CHECKING:

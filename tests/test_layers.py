@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pfode.cli.common import COMMANDS
+from pfode.cli.options import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {"samplers", "scores", "cli"}
@@ -70,7 +70,7 @@ def test_rooms_import_only_what_lies_below(room):
     [
         ("import pfode.samplers", {"samplers"}),
         ("from pfode import scores", {"scores"}),
-        ("from pfode.cli.common import output", {"cli"}),
+        ("from pfode.cli.streams import output", {"cli"}),
         ("def f():\n    import pfode\n    return pfode.make_plan", {"samplers"}),
         ("from pfode import load, Plan", {"scores"}),
         ("import scores", {"scores"}),

@@ -12,7 +12,7 @@ from PIL import Image
 import pfode
 from pfode import errors
 from pfode.cli.__main__ import main
-from pfode.cli.common import COMMANDS, find_command
+from pfode.cli.options import COMMANDS, find_command
 from pfode.files import read_header
 from pfode.scores.io.shipped import shipped
 

@@ -1,23 +1,17 @@
-"""What every command shares: where option values come from, output, and the way errors leave the process."""
+"""What every command shares: its options, and where their values come from."""
 
-import json
 import math
 import os
-import shutil
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from pfode.cli import trust
-from pfode.errors import FileError, PfodeError, did_you_mean
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from pfode.cli.machine import check_machine
+from pfode.cli.streams import output
+from pfode.errors import FileError, did_you_mean
 
 COMMANDS = {
     "sample": "Draw pictures from a score network.",
@@ -37,37 +31,10 @@ Values: flag > PFODE_<OPTION> in the environment > --config FILE.toml
 Exit codes:
   0  done                          5  numerical failure
   1  a bug: please report          6  out of memory
-  2  wrong use                     7  a file could not be written
+  2  wrong use                     7  a file or stream could not be written
   3  bad input file or config      130, 143  interrupted, terminated
   4  missing package or device     141  the reader of the output went away
 """
-KINDS = {
-    1: "internal", 2: "usage", 3: "file", 4: "missing", 5: "numerical", 6: "memory", 7: "write",
-    130: "interrupted", 143: "terminated",
-}  # fmt: skip
-
-
-@dataclass
-class Output:
-    """How this run speaks; lives in the root context."""
-
-    json: bool = False
-    quiet: bool = False
-    debug: bool = False
-
-    def emit(self, data: Any, text: str) -> None:
-        """Put the result on stdout: as JSON or as text."""
-        click.echo(json.dumps(data, allow_nan=False) if self.json else text)
-
-    def note(self, text: str) -> None:
-        """Put a remark on stderr, unless the run is quiet."""
-        if not self.quiet:
-            click.echo(text, err=True)
-
-
-def output(ctx: click.Context) -> Output:
-    """The Output of this run."""
-    return ctx.find_root().ensure_object(Output)
 
 
 class Command(click.Command):
@@ -93,6 +60,8 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         trust.check_sources(ctx)
+        if self.name != "info":  # which answers without torch
+            check_machine()
         return super().invoke(ctx)
 
 
@@ -240,93 +209,3 @@ def source(ctx: click.Context, name: str) -> str:
     if where is ParameterSource.DEFAULT_MAP:
         return ctx.meta.get("pfode.origin", {}).get(name, "config")
     return "default"
-
-
-# ---- errors
-
-
-def fail(error: BaseException, out: Output) -> NoReturn:
-    """Report an error that ends the run, and exit with its code."""
-    code, message, hint = _describe(error)
-    if out.debug or code == 1:
-        import traceback
-
-        trace = "".join(traceback.format_exception(error))
-        if out.debug:
-            click.echo(trace, err=True)
-        if code == 1:
-            hint = f"this is a bug: please report it {_log(trace)}"
-    if out.json:
-        found = {"code": code, "kind": KINDS.get(code, "internal"), "message": message, "hint": hint}
-        click.echo(json.dumps({"error": found}))
-    click.echo(f"pfode: error: {message}", err=True)
-    if hint:
-        click.echo(f"hint: {hint}", err=True)
-    sys.exit(code)
-
-
-def _describe(error: BaseException) -> tuple[int, str, str]:
-    """Exit code, message and hint."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, PfodeError):
-        return error.code, _one_line(error.message), _one_line(error.hint)
-    if isinstance(error, click.ClickException):
-        return _describe_click(error)
-    if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return 130, "interrupted", ""
-    if isinstance(error, SystemExit):
-        return 143, "terminated", ""
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return 6, "out of memory", "a smaller --batch or a smaller --n"
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("pfode"):
-        return 4, f"the package {error.name!r} is not installed", f"pip install {error.name}"
-    return 1, f"internal error: {type(error).__name__}: {_one_line(str(error))}", ""
-
-
-def _describe_click(error: click.ClickException) -> tuple[int, str, str]:
-    ctx, param = getattr(error, "ctx", None), getattr(error, "param", None)
-    hint = f"`{ctx.command_path} --help` lists the options" if ctx else "`pfode --help`"
-    message = _one_line(error.format_message())
-    if ctx and param and param.name:
-        where = source(ctx, param.name)
-        if ctx.get_parameter_source(param.name) is ParameterSource.DEFAULT_MAP:
-            return 3, f"{where}: {message}", hint
-        if ctx.get_parameter_source(param.name) is ParameterSource.ENVIRONMENT:
-            hint = f"the value comes from {where} in the environment"
-    return 2, message, hint
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _log(trace: str) -> str:
-    """Keep a traceback in a file of the temporary folder and say where."""
-    import tempfile
-
-    try:
-        handle, path = tempfile.mkstemp(prefix="pfode-", suffix=".log")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f"pfode {' '.join(sys.argv[1:])}\n\n{trace}")
-    except OSError:
-        return "with the output of --debug"
-    return f"with {path}"
-
-
-# ---- small things
-
-
-def bar(out: Output, total: int | None = None, **options: Any) -> "tqdm[Any]":
-    """A progress bar on stderr, hidden where that is no terminal or the run is quiet."""
-    from tqdm import tqdm
-
-    columns, rows = shutil.get_terminal_size()  # sound also where the terminal claims to have no size
-    hidden = out.quiet or not sys.stderr.isatty()
-    return tqdm(total=total, disable=hidden, leave=False, ncols=min(columns, 100), nrows=rows, **options)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the last one unpadded."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows))
-    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,112 @@
+"""How a run speaks: the result on stdout, remarks and progress on stderr, and what happens where one of them fails."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+__all__ = ["Output", "bar", "open_standard_streams", "output", "printable", "table"]
+
+
+@dataclass
+class Output:
+    """What a run says, and whether it could be said; lives in the root context.
+
+    A stream that is closed or full ends nothing: the work goes on, and `lost` keeps the error for the exit code.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+    lost: dict[str, OSError] = field(default_factory=dict)  # by "stdout" and "stderr"
+
+    def emit(self, data: Any, text: str) -> None:
+        """Put the result on stdout: `data` as JSON, or `text`."""
+        self._write("stdout", json.dumps(data, allow_nan=False) if self.json else text)
+
+    def note(self, text: str) -> None:
+        """Put a remark on stderr, unless the run is quiet."""
+        if not self.quiet:
+            self.complain(printable(text))
+
+    def complain(self, text: str) -> None:
+        """Put a text on stderr, however quiet the run is."""
+        self._write("stderr", text)
+
+    def _write(self, name: str, text: str) -> None:
+        stream: TextIO | None = getattr(sys, name)
+        if stream is None or name in self.lost:
+            self.lost.setdefault(name, OSError("it is closed"))
+            return
+        try:
+            try:
+                click.echo(text, file=stream)
+            except UnicodeEncodeError:  # the name of a file, in an encoding that does not have it
+                click.echo(text.encode(stream.encoding or "ascii", "backslashreplace"), file=stream)
+        except OSError as error:
+            self._lose(name, error)
+
+    def flush(self) -> None:
+        """Hand over what other code has written to the streams, such as a help text."""
+        for name in ("stdout", "stderr"):
+            stream: TextIO | None = getattr(sys, name)
+            try:
+                if stream is not None:
+                    stream.flush()
+            except OSError as error:
+                self._lose(name, error)
+
+    def _lose(self, name: str, error: OSError) -> None:
+        self.lost.setdefault(name, error)
+        with contextlib.suppress(OSError, ValueError):  # what is still in the buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, name).fileno())
+
+
+def output(ctx: click.Context) -> Output:
+    """The Output of this run."""
+    return ctx.find_root().ensure_object(Output)
+
+
+def open_standard_streams() -> None:
+    """Open closed standard descriptors on the null device, and let names of any bytes pass through stdout.
+
+    Without this the next file to be opened, a picture perhaps, would be what libraries take for stderr.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
+def printable(text: str) -> str:
+    """A text in one line, without anything that a terminal would obey."""
+    words = " ".join(text.split())
+    return words if words.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
+def bar(out: Output, total: int | None = None, **options: Any) -> "tqdm[Any]":
+    """A progress bar on stderr, hidden where that is no terminal or the run is quiet."""
+    from tqdm import tqdm
+
+    columns, rows = shutil.get_terminal_size()  # sound also where the terminal claims to have no size
+    hidden = out.quiet or sys.stderr is None or not sys.stderr.isatty()
+    return tqdm(total=total, disable=hidden, leave=False, ncols=min(columns, 100), nrows=rows, **options)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the last one unpadded."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows))
+    return "\n".join(line.rstrip() for line in lines)
