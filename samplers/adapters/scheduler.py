@@ -1,12 +1,9 @@
-"""`PFODEScheduler`: any plan inside a diffusers pipeline, which hands its rows out one per call of `step`.
-
-What a pipeline asks of a scheduler is in `conventions` beside this file; here are the class and a run in progress.
-"""
+"""`PFODEScheduler`: any plan inside a diffusers pipeline, which hands its rows out one per call of `step`."""
 
 import copy
+import functools
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -15,216 +12,19 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from pfode import noise
-from pfode.errors import UsageError, unknown
-from pfode.plan import Plan, row_affine, used, weighed
+from pfode.errors import UsageError, number, unknown
+from pfode.plan import Plan
 from pfode.process import Process
 from pfode.samplers import auto
-from pfode.samplers.adapters import conventions
+from pfode.samplers.adapters import conventions, nodes
+from pfode.samplers.adapters.classes import LEARNED, translated
+from pfode.samplers.adapters.rows import Line, asked_levels
+from pfode.samplers.adapters.run import Run
 from pfode.samplers.catalogue import Recipe, make_plan, recipe
 
+__all__ = ["PFODEScheduler"]
+
 Generators = torch.Generator | list[torch.Generator] | None
-
-
-class Line(NamedTuple):
-    """A row with the network's preconditioning in it: factors are 0-d tensors on the device, None where 0."""
-
-    g: Tensor | None  # m = F + g x, up to a factor that is part of b
-    r: Tensor | None
-    back: Tensor | None  # of the state before
-    b: tuple[tuple[int, Tensor], ...]  # (age, factor) of the predictions
-    c: tuple[tuple[int, Tensor], ...]  # the same of the noises
-    draws: bool  # whether its noise is used, here or later
-    skip: Tensor  # D = skip x + out F
-    out: Tensor
-
-
-class Table:
-    """The rows of a plan for a kind of network, in float64 on the host.
-
-    Columns: g, r, r', skip, out, b, c of `Line`, for states at the network's scale (`Convention.scale`). Noise that a
-    plan adds before its first call is taken to be in the state already: pipelines begin at the level of that call.
-
-    Raises:
-        UsageError: a plan that is not of the convention's process, or begins with a row that calls no network.
-    """
-
-    def __init__(self, plan: Plan, kind: conventions.Convention):
-        if plan.init[1] == 0 and plan.init[0] != 1:
-            raise UsageError(f"plan {plan.name!r}: its first step is made without a call", "afs=None")
-        alpha, sigma = plan.alpha[:-1], plan.sigma[:-1]
-        asked = _asked(plan)
-        skip, out = kind.to_x0(*asked)
-        if not torch.isfinite(torch.stack([skip, out])).all():
-            at = plan.t[~torch.isfinite(skip + out)][0].item()
-            problem = f"a network that predicts the noise says nothing about the data where alpha = 0 (t = {at:g})"
-            raise UsageError(problem, "a network of another prediction_type, or nodes that start below that time")
-        p, q = row_affine(plan.prediction, alpha, sigma)
-        scale = torch.as_tensor(kind.scale(torch.cat([asked[1], plan.sigma[-1:]])), dtype=torch.float64).clone()
-        if plan.sigma[-1] == 0:
-            scale[-1] = 1
-        here, after = scale[:-1], scale[1:]
-        self.ages, self.noise_ages = plan.b.shape[1] - 1, plan.c.shape[1] - 1
-        b = weighed(plan.b, q * out) * after[:, None]
-        back = plan.r_prev * after / torch.cat([here[:1], here[:-1]])
-        g, r = (p + q * skip) / (q * out) / here, plan.r * after / here
-        lone = ~used(plan.b, 1)
-        r, g = torch.where(lone, r + b[:, 0] * g, r), torch.where(lone, 0.0, g)
-        r = torch.where(r.abs() < 1e-13 * (plan.r * after / here).abs(), 0.0, r)
-        columns = torch.stack([g, r, back, skip / here, out], 1)
-        self.columns = torch.cat([columns, b, plan.c * after[:, None]], 1)
-        self.alive = self.columns != 0
-        self.draws = used(plan.c).tolist()
-        self.pair = bool(self.alive[:, 2].any())
-
-    def begins_at(self, i: int) -> bool:
-        """Whether the rows from i on look back on nothing before it."""
-        past = self.columns[i:, 5:]
-        ages = torch.cat([torch.arange(self.ages + 1), torch.arange(self.noise_ages + 1)])
-        early = torch.arange(len(past))[:, None] < ages
-        return not (past[early] != 0).any() and (i == 0 or not self.alive[i, 2])
-
-    def line(self, k: int, factors: Sequence[Tensor], full: bool = False) -> Line:
-        """Row k of these factors; full: as if none were 0, the same for every row."""
-        alive = [True] * len(factors) if full else self.alive[k].tolist()
-        g, r, back, skip, out, *rest = factors
-        split = 6 + self.ages
-        window = range(5, split)
-        return Line(
-            g if alive[0] else None,
-            r if alive[1] else None,
-            back if (self.pair if full else alive[2]) else None,
-            tuple((j - 5, rest[j - 5]) for j in window if alive[j]),
-            tuple((j - split, rest[j - 5]) for j in range(split, len(factors)) if alive[j]),
-            bool(self.noise_ages >= 0) if full else self.draws[k],
-            skip,
-            out,
-        )
-
-
-def _asked(plan: Plan) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) of the times that the network is told, which need not be the register's in a fitted plan."""
-    apart, process = plan.t != plan.time[:-1], plan.process
-    alpha = torch.where(apart, process.alpha(plan.t), plan.alpha[:-1])
-    return alpha, torch.where(apart, process.sigma(plan.t), plan.sigma[:-1])
-
-
-class Run:
-    """A pipeline's run in progress: where it is, and what its rows look back on.
-
-    Args:
-        plan, kind: what is run, and for which kind of network.
-        restart: makes the plan that begins at a node, None where there is no way.
-        unusual: the network's output is not used as it is.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        kind: conventions.Convention,
-        restart: Callable[[list[float]], Plan] | None,
-        device: torch.device | str | None,
-        unusual: bool,
-    ):
-        self.plan, self.kind, self.restart = plan, kind, restart
-        self.whole = Table(plan, kind)
-        self.timesteps = kind.timestep(plan.t).to(torch.float32).to(device)
-        self.sigmas = kind.sigma(plan.alpha, plan.sigma).to(torch.float32)
-        self.begin: int | None = None
-        self.begun = False
-        self.unusual = unusual
-        self.seeds: list[int] | None = None
-        self.go(0)
-
-    def go(self, i: int) -> None:
-        """Begin at row i, with nothing to look back on.
-
-        Raises:
-            UsageError: an inner stage, or a plan whose later rows cannot do without the earlier ones.
-        """
-        table, offset = self.whole, 0
-        if i < self.plan.nfe and not table.begins_at(i):
-            table, offset = self._from(i), i
-        self.position, self.table, self.offset = i, table, offset
-        self.dense: Tensor | None = None
-        self.forget()
-        self.fit(torch.empty((), dtype=torch.float32, device=self.timesteps.device))
-
-    def forget(self) -> None:
-        self.past: list[Tensor] = []
-        self.noises: list[Tensor] = []
-        self.previous: Tensor | None = None
-        self.given: Tensor | None = None
-        self.state: Tensor | None = None
-        self.version = 0
-
-    def _from(self, i: int) -> Table:
-        """The rows from i on, of a plan made to begin there."""
-        plan, step = self.plan, int(self.plan.step[i])
-        if not plan.node[i]:
-            problem = f"{plan.name}: call {i} is an inner stage of step {step}, a run cannot begin there"
-            raise UsageError(problem, 'a recipe of one call per step, or on flows one with chart="flow"')
-        if self.restart is not None:
-            made = self.restart(plan.times[step:].tolist())
-            if made.nfe == plan.nfe - i and torch.allclose(made.t, plan.t[i:], rtol=1e-9, atol=1e-9):
-                return Table(made, self.kind)
-        problem = f"{plan.name}: a run cannot begin with call {i}: what later rows look back on is missing"
-        raise UsageError(problem, "begin with the first timestep, or choose another recipe")
-
-    def fit(self, x: Tensor) -> None:
-        """The rows in the dtype and on the device of a state."""
-        if self.dense is not None and self.dense.dtype is x.dtype and self.dense.device == x.device:
-            return
-        self.dense = self.table.columns.to(x.dtype).to(x.device)
-        rows = [row.unbind() for row in self.dense.unbind()]
-        self.lines = [self.table.line(k, row) for k, row in enumerate(rows)]
-
-    def index(self, timestep: Any) -> int | None:
-        """The position of one of our own timesteps, known by its place in memory: nothing is read from the device."""
-        if isinstance(timestep, Tensor) and timestep.dtype is torch.float32:
-            away = timestep.data_ptr() - self.timesteps.data_ptr()
-            if 0 <= away < 4 * self.plan.nfe:
-                return away // 4
-        return None
-
-    def nearest(self, timestep: Any) -> int:
-        """The position of the timestep next to this one at which a run can begin."""
-        value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
-        away = (self.timesteps.cpu() - value).abs()
-        begins = self.plan.node[:-1].clone()
-        if self.restart is None:
-            begins &= torch.tensor([self.whole.begins_at(i) for i in range(self.plan.nfe)])
-        return int(torch.where(begins, away, torch.inf).argmin())
-
-    def place(self, timestep: Any) -> None:
-        """Go where this timestep says, where that is not where we are."""
-        index, n = self.index(timestep), self.plan.nfe
-        if index is None:
-            if self.begun and self.position < n:
-                return
-            index = self.begin if self.begin is not None and not self.begun else self.nearest(timestep)
-        if index != self.position:
-            self.go(index)
-        self.begun = True
-
-    def advance(self, line: Line, x: Tensor, out: Tensor, noise: Tensor) -> Tensor:
-        """The state after a row, from that before it and the network's output."""
-        made = out if line.g is None else torch.addcmul(out, x, line.g)
-        table = self.table
-        past = [made, *self.past[: table.ages]] if table.ages else [made]
-        y = None if line.r is None else x * line.r
-        for j, factor in line.b:
-            y = past[j] * factor if y is None else y.addcmul_(past[j], factor)
-        if line.back is not None:
-            y = torch.addcmul(y, self.previous, line.back)  # type: ignore[arg-type]
-        if table.noise_ages >= 0:
-            self.noises = [noise, *self.noises[: table.noise_ages]]
-            for j, factor in line.c:
-                y = self.noises[j] * factor if y is None else torch.addcmul(y, self.noises[j], factor)
-        if table.ages:
-            self.past = past
-        if table.pair:
-            self.previous = x
-        return torch.zeros_like(x) if y is None else y
 
 
 class _Runs(threading.local):
@@ -327,6 +127,10 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         if not isinstance(sampler, str):
             problem = f"sampler: need a name or the path of a saved plan, as text, got {sampler!r:.60}"
             raise UsageError(problem, 'sampler="unipc", or sampler=str(plan.save("six.safetensors"))')
+        if options is not None and not isinstance(options, dict):
+            raise UsageError(f"options: need a dict, got {options!r:.60}", 'options={"eta": 0.5}')
+        if seed is not None:
+            noise.check_seeds(seed if isinstance(seed, list | tuple) else [seed])
         self.seed = seed
         self.betas = conventions.betas(self.config)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
@@ -334,8 +138,9 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         self._plan = Plan.load(sampler) if sampler.endswith(".safetensors") else None
         if self._plan is not None:
             _check_same(self._plan, self._kind.process)
-        elif sampler != "auto":
-            recipe(sampler)
+        nodes.check(self.config, self._kind)
+        if self._plan is None:
+            self._make(self._kind.process, nodes.trial(self._kind.process), None)
         self._runs, self._last = _Runs(), None
 
     @classmethod
@@ -350,7 +155,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             if key not in own and not key.startswith("_") and not return_unused_kwargs:
                 raise unknown("key of the scheduler's config", key, own)
         if isinstance(config, dict):
-            config = conventions.translated(config, own)
+            config = translated(config, own, cls.__name__)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     # ---- what pipelines read
@@ -374,7 +179,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         if run is None:
             sigma = self._kind.process.sigma_max
             return sigma * self._kind.scale(sigma)
-        asked = _asked(run.plan)[1][0].item()
+        asked = asked_levels(run.plan)[1][0].item()
         return run.plan.sigma[0].item() * self._kind.scale(asked)
 
     @property
@@ -462,33 +267,32 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             if num_inference_steps not in (None, plan.steps, plan.nfe):
                 problem = f"the plan {plan.name!r} has {plan.steps} steps, not {num_inference_steps}"
                 raise UsageError(problem, f"num_inference_steps={plan.steps}")
-            if given is not None and not conventions.unasked(sigmas):
+            if given is not None and not nodes.unasked(sigmas):
                 raise UsageError("a plan has its own nodes", "leave timesteps and sigmas out")
         else:
-            process, times = conventions.nodes(config, self._kind, num_inference_steps, timesteps, sigmas, mu)
-
-            def make(nodes: list[float]) -> Plan:
-                name = config["sampler"]
-                found: str | Recipe = name if name == "auto" else recipe(name)
-                options = dict(config["options"] or {})
-                few = config["lower_order_final"]
-                low = few is True or (len(times) - 1 < few)
-                if low and self._orders(found, process, times) > 1:
-                    options["lower_order_final"] = True
-                return make_plan(
-                    found, process, len(nodes) - 1, grid=nodes, chart=config["chart"], guided=True, **options
-                )
-
-            plan, restart = make(times), make
-        unusual = config["variance_type"] in conventions.LEARNED or config["clip_sample"] or config["thresholding"]
+            process, times = nodes.nodes(config, self._kind, num_inference_steps, timesteps, sigmas, mu)
+            few = config["lower_order_final"]
+            low = few is True or len(times) - 1 < few
+            restart = functools.partial(self._make, process, low=low)
+            plan = restart(times, None)
+        unusual = config["variance_type"] in LEARNED or config["clip_sample"] or config["thresholding"]
         self._last = (plan, self._kind, restart, device, bool(unusual))
         self._runs.run = Run(*self._last)
 
-    def _orders(self, found: str | Recipe, process: Process, times: list[float]) -> int:
-        """How many predictions a recipe looks back on."""
-        if isinstance(found, str):
-            found = recipe(auto.choose(process, len(times) - 1, True).sampler)
-        return found.method.memory
+    def _make(self, process: Process, times: list[float], eta: float | None, low: bool = False) -> Plan:
+        """The plan of the config's recipe over nodes.
+
+        Args:
+            eta: of the noise, instead of the config's. low: whether the orders fall at the end, where there are any.
+        """
+        name, options = self.config["sampler"], dict(self.config["options"] or {})
+        steps = len(times) - 1
+        found: str | Recipe = name if name == "auto" else recipe(name)
+        if low and recipe(auto.choose(process, steps, True).sampler if name == "auto" else name).method.memory > 1:
+            options["lower_order_final"] = True
+        if eta is not None:
+            options["eta"] = eta
+        return make_plan(found, process, steps, grid=times, chart=self.config["chart"], guided=True, **options)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Where the run will begin, as pipelines say that start from a picture.
@@ -513,17 +317,28 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
+        *,
+        eta: float = 0.0,
     ) -> Any:
         """The state after the next row, as a SchedulerOutput or a tuple.
 
+        The timestep says which row. One of `timesteps` itself is known by its place in memory; a copy of any kind is
+        looked up by its value, which reads it from the device. One out of turn begins anew there, with nothing to look
+        back on: twice the same, one further on, one further back, or, as the first of a run, one between two others.
+
         Args:
-            model_output: of the network for `sample`. timestep: the one that the network was told.
+            model_output: of the network for `sample`; not kept, so that it may be written over afterwards.
+            timestep: the one that the network was told, the same for every sample.
             sample: the state, (batch, ...). generator: of the batch, or one per sample.
+            eta: of the noise, for recipes that have one. 0, which pipelines pass if they are not told, is the config's.
 
         Raises:
-            UsageError: no timesteps set; seeds that do not fit the batch.
+            UsageError: no timesteps set; in the midst of a run a timestep that is none of them; samples at different
+                timesteps; an eta that the recipe does not take; seeds that do not fit the batch.
         """
         run = self._runs.run or self._running()
+        if eta and eta != run.eta:
+            run.with_eta(number("eta", eta, 0.0))
         compiling = torch.compiler.is_compiling()
         if compiling:
             line = run.table.line(0, run.dense[run.position - run.offset].unbind(), full=True)  # type: ignore[index]
@@ -542,7 +357,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         if run.unusual:
             out = self._denoised_again(line, x, out)
         noise = self._noise(run, x, generator) if line.draws else x  # type: ignore[attr-defined]
-        x = run.advance(line, x, out, noise)
+        x = run.advance(line, x, out, noise, model_output)
         run.position += 1
         made = x if model_output.dtype is x.dtype else x.to(model_output.dtype)
         if not compiling:
@@ -561,7 +376,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
 
     def _denoised_again(self, line: Line, x: Tensor, out: Tensor) -> Tensor:
         """The network's output: its mean alone, and as if its denoiser were clipped."""
-        if self.config["variance_type"] in conventions.LEARNED and out.shape[1] == 2 * x.shape[1]:
+        if self.config["variance_type"] in LEARNED and out.shape[1] == 2 * x.shape[1]:
             out = out.chunk(2, 1)[0]
         if not (self.config["clip_sample"] or self.config["thresholding"]):
             return out
@@ -611,7 +426,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
         """The position of a timestep, or of the one next to it."""
         run = self._running()
-        found = run.index(timestep)
+        found = run.told.alias(timestep)
         return run.nearest(timestep) if found is None else found
 
     def __getstate__(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import pfode
+from pfode.errors import UsageError
 from pfode.prediction import PREDICTIONS
 from pfode.process import Process
 from pfode.samplers import PFODEScheduler, make_plan
@@ -514,6 +515,42 @@ def test_seeds_reach_where_pipelines_pass_no_generator(bench):
             made_by.setdefault(seed, []).append(bench.call())
     assert torch.equal(*made_by[0])
     assert (made_by[0][0] - made_by[1][0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("bench", ["StableDiffusion", "Sdxl"], indirect=True)
+def test_the_eta_of_a_pipelines_call_is_heeded(bench):
+    """It was dropped where the scheduler's step did not name it."""
+    with torch.no_grad():
+        bench.use(sampler="ddim", seed=3, options={"eta": 1.0})
+        wanted = bench.call(generator=None)
+        bench.use(sampler="ddim", seed=3)
+        assert torch.equal(bench.call(generator=None, eta=1.0), wanted)
+        assert not torch.equal(bench.call(generator=None), wanted)
+        bench.use(sampler="unipc")
+        with pytest.raises(UsageError, match="unipc2 takes no eta"):
+            bench.call(eta=1.0)
+
+
+@pytest.mark.parametrize("bench", ["StableDiffusion"], indirect=True)
+def test_a_pipeline_whose_network_returns_one_buffer(bench):
+    """As a compiled one with replayed graphs does: the latents are those of a network that returns fresh tensors."""
+    bench.use(sampler="unipc3", prediction_type="sample")
+    unet = bench.pipe.unet
+    forward, buffers = unet.forward, {}
+
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        first = out[0]
+        kept = buffers.setdefault("out", torch.empty_like(first))
+        return (kept.copy_(first),)
+
+    with torch.no_grad():
+        wanted = bench.call()
+        unet.forward = bound
+        try:
+            assert torch.equal(bench.call(), wanted)
+        finally:
+            unet.forward = forward
 
 
 @pytest.mark.parametrize("bench", ["Sdxl"], indirect=True)

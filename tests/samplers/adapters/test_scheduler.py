@@ -23,7 +23,7 @@ from pfode.plan import Plan
 from pfode.process import Process
 from pfode.samplers import CATALOGUE, PFODEScheduler, make_plan
 from pfode.samplers.adapters import scheduler as module
-from pfode.samplers.adapters.conventions import KNOWN
+from pfode.samplers.adapters.classes import KNOWN
 from pfode.scores.exact import Gaussian
 from tests import peers, problems
 
@@ -914,7 +914,109 @@ def test_a_plan_may_ask_at_other_times_than_its_nodes(kind, tmp_path):
     assert relative(drive(scheduler, network(scheduler, denoiser), x), wanted) < 2e-6
 
 
+# ---- what a pipeline passes on: eta
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++2m-sde", "dpm++3m-sde"])
+def test_eta_of_a_call_is_that_of_the_options(name):
+    """Pipelines pass it to every step where the signature has it, and 0 where they were not told."""
+    assert "eta" in inspect.signature(PFODEScheduler.step).parameters
+    made: dict[str, Tensor] = {}
+    cases: list[tuple[str, Any, float]] = [
+        ("set", {"eta": 0.7}, 0.0),
+        ("passed", None, 0.7),
+        ("other", {"eta": 0.2}, 0.7),
+    ]
+    for key, options, eta in cases:
+        scheduler = PFODEScheduler(sampler=name, options=options, seed=5)
+        scheduler.set_timesteps(7)
+        made[key] = drive(scheduler, network(scheduler, bed(scheduler)), unit(), eta=eta)
+    assert torch.equal(made["set"], made["passed"])
+    assert torch.equal(made["set"], made["other"])
+
+
+def test_an_eta_of_0_is_that_of_the_recipe():
+    scheduler = PFODEScheduler(sampler="ddpm", seed=5)
+    scheduler.set_timesteps(7)
+    call = network(scheduler, bed(scheduler))
+    assert torch.equal(drive(scheduler, call, unit()), drive(scheduler, call, unit(), eta=0.0))
+
+
+@pytest.mark.parametrize("name", ["unipc", "auto", "dpm++2m", "heun"])
+def test_an_eta_that_a_recipe_has_not_is_refused(name):
+    scheduler = PFODEScheduler(sampler=name)
+    scheduler.set_timesteps(7)
+    with pytest.raises(UsageError, match="takes no eta"):
+        scheduler.step(unit(), scheduler.timesteps[0], unit(), eta=1.0)
+
+
+def test_an_eta_that_moves_the_timesteps_is_refused():
+    scheduler = PFODEScheduler(sampler="dpm++2s-a")
+    scheduler.set_timesteps(7)
+    with pytest.raises(UsageError, match="the timesteps of dpm\\+\\+2s-a depend on eta"):
+        scheduler.step(unit(), scheduler.timesteps[0], unit(), eta=0.5)
+
+
+@pytest.mark.parametrize("eta", [-1.0, float("nan"), "1"])
+def test_an_eta_that_is_none_is_refused(eta):
+    scheduler = PFODEScheduler(sampler="ddim")
+    scheduler.set_timesteps(7)
+    with pytest.raises(UsageError, match="eta"):
+        scheduler.step(unit(), scheduler.timesteps[0], unit(), eta=eta)
+
+
+# ---- networks and pipelines that use their memory again
+
+
+@pytest.mark.parametrize("kind", ["VP", "Flow", "x0"])
+@pytest.mark.parametrize("name", [name for name, found in CATALOGUE.items() if found.order > 1])
+def test_a_network_may_write_over_its_last_output(name, kind):
+    """As replayed CUDA graphs and engines with bound outputs do; a pipeline may as well keep its latents in place."""
+    config = {"prediction_type": "sample"} if kind == "x0" else KINDS[kind]
+    scheduler = PFODEScheduler(sampler=name, seed=5, **config)
+    scheduler.set_timesteps(7)
+    call = network(scheduler, bed(scheduler))
+    wanted = drive(scheduler, call, unit())
+    buffer, latents = unit(), unit()
+    for t in scheduler.timesteps:
+        buffer.copy_(call(latents, t))
+        latents.copy_(scheduler.step(buffer, t, latents, return_dict=False)[0])
+    assert torch.equal(latents, wanted)
+
+
 # ---- what cannot be done
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"grid": "karas"}, "unknown grid 'karas'"),
+        ({"grid": "karras(1,2,3)"}, "grid karras: got 3 parameters"),
+        ({"grid": "nonsense", **FLOW}, "unknown grid"),
+        ({"grid": "ays-sd15", **EDM}, "unknown grid"),
+        ({"grid": [3.0, 1.0]}, "grid: need a name as text"),
+        ({"chart": "dmp"}, "unknown chart"),
+        ({"sampler": "ddim", "chart": "dpm++"}, "unknown chart for ddim"),
+        ({"sampler": "ddim", "options": {"tau": 1.0}}, "ddim takes no tau"),
+        ({"sampler": "ddim", "options": {"eta": "much"}}, "eta"),
+        ({"sampler": "ddim", "options": {"etta": 1.0}}, "unknown option 'etta'"),
+        ({"options": [1.0]}, "options: need a dict"),
+        ({"timestep_spacing": "even"}, "unknown timestep_spacing"),
+        ({"final_sigmas_type": "none"}, "unknown final_sigmas_type"),
+        ({"sigma_schedule": "line", **EDM}, "unknown sigma_schedule"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "more than one"),
+        ({"shift": 2.0, "flow_shift": 3.0, **FLOW}, "shift and flow_shift differ"),
+        ({"seed": -1}, "seed"),
+        ({"seed": [1, "two"]}, "seed"),
+        ({"seed": 1.5}, "seed"),
+    ],
+)
+def test_a_wrong_config_is_refused_when_it_is_made(config: dict[str, Any], words: str):
+    """Not when the pipeline runs, after the text encoders and with the network in memory."""
+    with pytest.raises(UsageError, match=words):
+        PFODEScheduler(**config)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=words):
+        PFODEScheduler.from_config(diffusers.DDIMScheduler().config, **config)
 
 
 @pytest.mark.parametrize(
