@@ -66,7 +66,7 @@ def checked(where: str, values: Mapping[str, Any], fields: Mapping[str, Field]) 
     """
     for key in values:
         if key not in fields:
-            raise UsageError(f"{where}: unknown field {key!r:.60}", did_you_mean(key, fields))
+            raise UsageError(f"{where}: unknown field {shown(key)}", did_you_mean(str(key)[:60], fields))
     found = {}
     for key, field in fields.items():
         value = values.get(key, field.default)
@@ -79,9 +79,32 @@ def checked(where: str, values: Mapping[str, Any], fields: Mapping[str, Field]) 
 
 
 def shown(value: Any, length: int = 60) -> str:
-    """A value of a file for a message, short and on one line."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more digits than Python prints, a list within itself
-        text = f"a {type(value).__name__}"
+    """A value of a file for a message: one line of at most that many characters.
+
+    Only the beginning of it is looked at: a value that is shared a few dozen times within itself can be larger than any
+    memory once it is written out.
+    """
+    text = _brief(value, length, 3)
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _brief(value: Any, length: int, depth: int) -> str:
+    if value is None or type(value) in (bool, float):
+        return repr(value)
+    if type(value) is int:
+        return repr(value) if value.bit_length() <= 400 else f"an integer of {value.bit_length():,} bits"
+    if type(value) in (str, bytes):
+        return repr(value[: length + 1])
+    brackets = {list: "[]", tuple: "()", dict: "{}", set: "{}"}.get(type(value))
+    if brackets is None or not depth:
+        return f"a {type(value).__name__}"
+    parts, used = [], 0
+    for item in value:
+        part = _brief(item, length, depth - 1)
+        part += f": {_brief(value[item], length, depth - 1)}" if type(value) is dict else ""
+        parts.append(part)
+        used += len(part) + 2
+        if used > length:
+            break
+    inside = ", ".join(parts) + ("," if type(value) is tuple and len(value) == 1 else "")
+    return brackets[0] + inside + brackets[1]

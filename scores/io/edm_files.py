@@ -9,6 +9,7 @@ import torch
 
 from pfode.errors import FileError, PfodeError
 from pfode.fields import FLAG, Field, checked, either, real, shown, whole
+from pfode.files import SIZES
 from pfode.process import EDM, VP, Process, VPDiscrete
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io import pickles
@@ -19,6 +20,7 @@ from pfode.tensors import DTYPES
 
 NETWORKS = {"SongUNet": "SongUNet", "DhariwalUNet": "DhariwalUNet", "UNet": "EDM2UNet"}  # their names and ours
 DEPTH = 32  # of modules within modules
+MAX_NAME = 1000  # characters of the name of a tensor
 UNUSED = ("logvar_fourier.freqs", "logvar_fourier.phases", "logvar_linear.weight")  # of the loss of EDM2
 LEVEL = either(real(0, 1e9), Field("infinity", lambda value: value == math.inf))
 SHARED: dict[str, Field] = {
@@ -58,13 +60,15 @@ def load_pickle(file: Path) -> Denoiser:
         raise FileError(message, error.hint) from error
     prefix = "unet." if precond.name == "Precond" else "model."
     buffers = ("u",) if precond.name == "iDDPMPrecond" else UNUSED if precond.name == "Precond" else ()
-    tensors = {}
+    stored = {}
     for name, value in _tensors(file, precond):
         if name.startswith(prefix):
-            tensors[name.removeprefix(prefix)] = _torch(value)
+            stored[name.removeprefix(prefix)] = value
         elif name not in buffers:
-            raise FileError(f"{file}: tensor {name!r} is unknown", "the file is of another model, or damaged")
-    fill(network, tensors, lambda name: file)
+            raise FileError(f"{file}: tensor {shown(name)} is unknown", "the file is of another model, or damaged")
+    if sum(value.numel * SIZES[value.storage.dtype] for value in stored.values()) > file.stat().st_size:
+        raise FileError(f"{file}: its tensors share their numbers and are larger than the file")
+    fill(network, {name: _torch(value) for name, value in stored.items()}, lambda name: file)
     classes = state["label_dim"]
     return Denoiser(
         network.eval().requires_grad_(False),
@@ -82,7 +86,7 @@ def _network(file: Path, value: Any) -> Stored:
     if type(value) is dict:
         found = value.get("ema", value.get("net"))
         if found is None:
-            raise FileError(f"{file}: no network under 'ema': it has {shown(sorted(map(str, value)))}")
+            raise FileError(f"{file}: no network under 'ema': it has {shown(list(value))}")
         value = found
     if type(value) is not Stored or value.name not in PRECONDITIONING:
         known = ", ".join(PRECONDITIONING)
@@ -94,7 +98,8 @@ def _network(file: Path, value: Any) -> Stored:
 def _build(inner: Stored, state: dict[str, Any]) -> edm.Network:
     """Our network for theirs, without weights; its constructor's arguments are in the pickle."""
     given = inner.state.get("_init_kwargs")
-    if type(given) is not dict or inner.state.get("_init_args") not in ((), None):
+    positional = inner.state.get("_init_args")
+    if type(given) is not dict or (positional is not None and (type(positional) is not tuple or positional)):
         raise FileError(f"{inner.name}: _init_kwargs: expected named arguments, got {shown(given)}")
     name = NETWORKS[inner.name]
     with torch.device("meta"):
@@ -115,7 +120,8 @@ def _process(precond: Stored, state: dict[str, Any]) -> tuple[Process, str, floa
     if precond.name == "VEPrecond":
         return EDM(state["sigma_min"], state["sigma_max"]), "ve", 1.0
     if precond.name == "iDDPMPrecond":
-        levels = precond.state.get("_buffers", {}).get("u")
+        buffers = precond.state.get("_buffers")
+        levels = buffers.get("u") if type(buffers) is dict else None
         if type(levels) is not pickles.Tensor or levels.shape != (state["M"] + 1,):
             raise FileError(f"iDDPMPrecond: u: expected {state['M'] + 1} noise levels")
         sigma = _torch(levels).double()[:-1].flip(0)
@@ -133,29 +139,50 @@ def _modules(module: Stored) -> dict[Any, Any]:
     return found
 
 
-def _tensors(file: Path, module: Stored, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, pickles.Tensor]]:
-    """Parameters and persistent buffers with their names, as a state dict has them."""
-    if depth > DEPTH:
-        raise FileError(f"{file}: modules within modules, more than {DEPTH} deep")
-    for key in ("_parameters", "_buffers"):
-        values = module.state.get(key, {})
-        if type(values) is not dict:
-            raise FileError(f"{file}: {prefix}{key}: expected a dict, got {type(values).__name__}")
-        for name, value in values.items():
-            if type(value) is pickles.Tensor:
-                yield f"{prefix}{name}", value
-            elif value is not None:
-                raise FileError(f"{file}: {prefix}{name}: expected a tensor, got {type(value).__name__}")
-    for name, inner in _modules(module).items():
-        if type(inner) is Stored and type(inner.state) is dict:
-            yield from _tensors(file, inner, f"{prefix}{name}.", depth + 1)
-        elif inner is not None:
-            raise FileError(f"{file}: {prefix}{name}: expected a module, got {type(inner).__name__}")
+def _tensors(file: Path, top: Stored) -> Iterator[tuple[str, pickles.Tensor]]:
+    """Parameters and persistent buffers with their names, as a state dict has them; each module is visited once.
+
+    Raises:
+        FileError: modules within modules more than 32 deep, one that stands in two places, or something else in the
+            place of a tensor or a module.
+    """
+    seen: set[int] = set()
+    left = [(top, "", 0)]
+    while left:
+        module, prefix, depth = left.pop()
+        if depth > DEPTH or len(prefix) > MAX_NAME:
+            raise FileError(f"{file}: modules within modules, more than {DEPTH} deep")
+        if id(module) in seen:
+            raise FileError(f"{file}: {shown(prefix)}: a module that stands in two places")
+        seen.add(id(module))
+        for key in ("_parameters", "_buffers"):
+            values = module.state.get(key, {})
+            if type(values) is not dict:
+                raise FileError(f"{file}: {shown(prefix + key)}: expected a dict, got {type(values).__name__}")
+            for name, value in values.items():
+                if type(value) is pickles.Tensor:
+                    yield prefix + _part(file, name), value
+                elif value is not None:
+                    place = shown(prefix + _part(file, name))
+                    raise FileError(f"{file}: {place}: expected a tensor, got {type(value).__name__}")
+        for name, inner in _modules(module).items():
+            if type(inner) is Stored and type(inner.state) is dict:
+                left.append((inner, f"{prefix}{_part(file, name)}.", depth + 1))
+            elif inner is not None:
+                place = shown(prefix + _part(file, name))
+                raise FileError(f"{file}: {place}: expected a module, got {type(inner).__name__}")
+
+
+def _part(file: Path, name: Any) -> str:
+    """A part of the name of a tensor."""
+    if type(name) is not str or len(name) > MAX_NAME:
+        raise FileError(f"{file}: a name of a module or a tensor that is none: {shown(name)}")
+    return name
 
 
 def _torch(tensor: pickles.Tensor) -> torch.Tensor:
     storage = tensor.storage
     if not tensor.numel:
         return torch.empty(tensor.shape, dtype=DTYPES[storage.dtype])
-    flat = torch.frombuffer(bytearray(storage.data), dtype=DTYPES[storage.dtype])
-    return flat.as_strided(tensor.shape, tensor.stride, tensor.offset).contiguous()
+    flat = torch.frombuffer(storage.data, dtype=DTYPES[storage.dtype])
+    return flat.as_strided(tensor.shape, tensor.stride, tensor.offset).clone(memory_format=torch.contiguous_format)

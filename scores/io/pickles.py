@@ -14,12 +14,14 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from pfode.errors import FileError
-from pfode.files import SIZES
+from pfode.fields import shown
+from pfode.files import SIZES, read_file
 
 MAX_BYTES = 1 << 34
+MAX_BITS = 128  # of an integer: the largest that torch writes has 77
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before its zip files
 HINT = "nothing of it was executed; take the weights as .safetensors, or a network pickle of the EDM or EDM2 repository"
 STORAGES = {
@@ -41,7 +43,7 @@ class Name(NamedTuple):
         return f"{self.module}.{self.name}"
 
 
-@dataclass
+@dataclass(eq=False)
 class Stored:
     """An object of the file: the name of its class and its state."""
 
@@ -49,19 +51,19 @@ class Stored:
     state: Any = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Storage:
     """The bytes behind tensors; dtype as safetensors names it."""
 
     dtype: str
-    data: bytes
+    data: bytearray
 
     @property
     def numel(self) -> int:
         return len(self.data) // SIZES[self.dtype]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tensor:
     """A strided view of a storage that stays within it."""
 
@@ -86,12 +88,7 @@ def read(path: str | os.PathLike[str]) -> Any:
         FileError: it cannot be read, is broken, or asks for anything else, which the message names.
     """
     file = Path(path)
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise FileError(f"{file}: larger than {MAX_BYTES:,} bytes")
-        data = file.read_bytes()
-    except OSError as error:
-        raise FileError(f"{file}: cannot be read: {error.strerror or error}") from error
+    data = read_file(file, MAX_BYTES, "a pickle")
     try:
         stream = io.BytesIO(data)
         value = Machine(stream, GLOBALS, CALLS, CLASSES).run()
@@ -107,11 +104,16 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 class Machine:
     """A stack, a memo and a table of opcodes; `names` are the globals that may be named, `calls` what REDUCE may do,
-    `classes` what NEWOBJ may make."""
+    `classes` what NEWOBJ may make.
+
+    Values may be shared: a few dozen tuples, each of the one before, twice, are a value of 2^60 parts. So nothing is
+    compared, hashed or written out before its type is known, and all calls together may copy no more than `budget`
+    parts and bytes.
+    """
 
     def __init__(
         self,
-        stream: BinaryIO,
+        stream: io.BytesIO,
         names: frozenset[Name],
         calls: "dict[Name, Callable[[tuple[Any, ...]], Any]]",
         classes: frozenset[Name] = frozenset(),
@@ -122,6 +124,7 @@ class Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.budget = 1_000_000 + 4 * len(stream.getbuffer())
 
     def run(self) -> Any:
         """Walk to STOP and give the value on the stack.
@@ -138,7 +141,7 @@ class Machine:
                 OPCODES[code](self, argument)
             except (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, struct.error) as error:
                 raise Refused(f"broken at byte {place}: {code}: {type(error).__name__}") from None
-        raise Refused("truncated")
+        raise Refused("truncated or no pickle")
 
     def _opcodes(self) -> Iterator[tuple[str, Any, int]]:
         """Name, argument and place of every opcode; the argument of one that no network pickle needs is not read."""
@@ -150,10 +153,20 @@ class Machine:
             if opcode.name != "STOP" and opcode.name not in OPCODES:
                 raise Refused(f"it uses the opcode {opcode.name} (byte {place}), which no network pickle needs")
             try:
-                argument = None if opcode.arg is None else opcode.arg.reader(self.stream)
+                if opcode.name == "GLOBAL":
+                    argument = self._line(), self._line()
+                else:
+                    argument = None if opcode.arg is None else opcode.arg.reader(self.stream)
             except (ValueError, IndexError, OverflowError, MemoryError, struct.error) as error:
                 raise Refused(f"truncated or no pickle ({str(error)[:100]})") from None
             yield opcode.name, argument, place
+
+    def _line(self) -> str:
+        """A name as protocol 2 writes it, up to the end of the line."""
+        line = self.stream.readline()
+        if not line.endswith(b"\n"):
+            raise ValueError("no end of the line")
+        return line[:-1].decode("ascii")
 
     def pop(self) -> Any:
         """The value on top, which must not lie below the last mark."""
@@ -208,11 +221,14 @@ class Machine:
             raise Refused(f"it calls {str(function) if type(function) is Name else type(function).__name__!r:.100}")
         if type(arguments) is not tuple:
             raise TypeError
+        self.budget -= sum(len(value) for value in arguments if type(value) in (str, bytes, list, tuple, dict, set))
+        if self.budget < 0:
+            raise Refused("it copies one value again and again")
         self.stack.append(self.calls[function](arguments))
 
     def newobj(self) -> None:
         arguments, cls = self.pop(), self.pop()
-        if type(cls) is not Name or cls not in self.classes or arguments != ():
+        if type(cls) is not Name or cls not in self.classes or type(arguments) is not tuple or arguments:
             raise Refused(f"it makes a {str(cls) if type(cls) is Name else type(cls).__name__!r:.100}")
         self.stack.append({} if cls in DICTS else Stored(str(cls)))
 
@@ -239,6 +255,8 @@ def _key(key: Any) -> Any:
 
 
 def _push(machine: Machine, argument: Any) -> None:
+    if type(argument) is int and argument.bit_length() > MAX_BITS:
+        raise Refused(f"an integer of {argument.bit_length():,} bits")
     machine.stack.append(argument)
 
 
@@ -271,7 +289,7 @@ OPCODES: dict[str, Callable[[Machine, Any], None]] = {
     "MEMOIZE": lambda m, _: m.remember(len(m.memo)),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, index: m.remember(index)),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.stack.append(m.memo[index])),
-    "GLOBAL": lambda m, words: m.named(*words.split(" ", 1)),
+    "GLOBAL": lambda m, words: m.named(*words),
     "STACK_GLOBAL": lambda m, _: m.named(*[m.pop(), m.pop()][::-1]),
     "REDUCE": lambda m, _: m.reduce(),
     "NEWOBJ": lambda m, _: m.newobj(),
@@ -295,7 +313,7 @@ def _set(arguments: tuple[Any, ...]) -> set[Any]:
 def _latin1(arguments: tuple[Any, ...]) -> bytes:
     """Bytes, as protocol 2 writes them."""
     text, encoding = arguments
-    if type(text) is not str or encoding != "latin1":
+    if type(text) is not str or type(encoding) is not str or encoding != "latin1":
         raise TypeError
     return text.encode("latin1")
 
@@ -303,6 +321,8 @@ def _latin1(arguments: tuple[Any, ...]) -> bytes:
 def _object(arguments: tuple[Any, ...]) -> Stored:
     """A class instance of torch_utils.persistence: its name and state are kept, its source code is not looked at."""
     (meta,) = arguments
+    if type(meta) is not dict:
+        raise TypeError
     name, state = meta["class_name"], meta["state"]
     if type(name) is not str or type(state) not in (dict, type(None)):
         raise TypeError
@@ -319,14 +339,18 @@ def _tensor(arguments: tuple[Any, ...]) -> Tensor:
     storage, offset, shape, stride = arguments[:4]
     if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple:
         raise TypeError
-    numbers = (offset, *shape, *stride)
-    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(stride) or len(shape) > 8:
-        raise Refused(f"a tensor of shape {shape!r:.60} and stride {stride!r:.60}")
+    if not _numbers(offset, *shape, *stride) or len(shape) != len(stride) or len(shape) > 8:
+        raise Refused(f"a tensor of shape {shown(shape)} and stride {shown(stride)}")
     found = Tensor(storage, offset, shape, stride)
     last = offset + sum((side - 1) * step for side, step in zip(shape, stride, strict=True))
     if found.numel > storage.numel or (found.numel and last >= storage.numel):
-        raise Refused(f"a tensor of shape {list(shape)!r:.60} in a storage of {storage.numel} numbers")
+        raise Refused(f"a tensor of shape {shown(list(shape))} in a storage of {storage.numel} numbers")
     return found
+
+
+def _numbers(*values: Any) -> bool:
+    """Whether all are integers of at least 0 that fit into 63 bits."""
+    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _storage(arguments: tuple[Any, ...]) -> Storage:
@@ -339,34 +363,48 @@ def _storage(arguments: tuple[Any, ...]) -> Storage:
     def next_value(persistent: Callable[[Any], Any] | None = None) -> Any:
         return Machine(stream, STORAGE_NAMES, {}, persistent=persistent).run()
 
-    if next_value() != MAGIC or next_value() != PROTOCOL or next_value().get("little_endian") is not True:
+    if raw.startswith(b"PK"):
+        raise Refused("truncated or no pickle: a storage in a zip archive")
+    magic, protocol, system = next_value(), next_value(), next_value()
+    if type(magic) is not int or magic != MAGIC or type(protocol) is not int or protocol != PROTOCOL:
         raise Refused("a storage that torch did not write")
+    if type(system) is not dict or system.get("little_endian") is not True:
+        raise Refused("a storage that torch did not write, or not a little-endian one")
     dtype, key, numel = next_value(_persistent_storage)
-    if next_value() != [key]:
+    keys = next_value()
+    if type(keys) is not list or len(keys) != 1 or type(keys[0]) is not str or keys[0] != key:
         raise Refused("a storage that torch did not write")
     head = stream.read(8)
-    data = stream.read()
+    data = bytearray(stream.read())  # tensors are views of it
     if len(head) != 8 or int.from_bytes(head, "little") != numel or len(data) != numel * SIZES[dtype]:
         raise Refused(f"a storage of {numel} numbers {dtype} that has {len(data)} bytes")
     return Storage(dtype, data)
 
 
 def _persistent_storage(found: Any) -> tuple[str, str, int]:
-    kind, cls, key, _, numel = found[:5]
-    if kind != "storage" or type(cls) is not Name or type(numel) is not int or numel < 0:
+    if type(found) is not tuple:
         raise TypeError
+    kind, cls, key, _, numel = found[:5]
+    if type(kind) is not str or kind != "storage" or type(cls) is not Name or type(key) is not str:
+        raise TypeError
+    if not _numbers(numel):
+        raise Refused("a storage of no number of elements")
     return STORAGES[cls.name], key, numel
 
 
 def _dtype(arguments: tuple[Any, ...]) -> Stored:
-    if arguments[0] not in NUMPY:
-        raise Refused(f"a NumPy array of dtype {arguments[0]!r:.40}")
-    return Stored("numpy.dtype", arguments[0])
+    name = arguments[0]
+    if type(name) is not str or name not in NUMPY:
+        raise Refused(f"a NumPy array of dtype {shown(name)}")
+    return Stored("numpy.dtype", name)
 
 
 def _scalar(arguments: tuple[Any, ...]) -> Any:
     dtype, raw = arguments
-    (value,) = struct.unpack("<" + _numpy_format(dtype), raw)
+    letter = _numpy_format(dtype)
+    if type(raw) is not bytes:
+        raise TypeError
+    (value,) = struct.unpack("<" + letter, raw)
     return value
 
 
@@ -376,11 +414,15 @@ def _array(arguments: tuple[Any, ...]) -> Stored:
 
 def _numpy_format(dtype: Any) -> str:
     """The format letter of a dtype as `_dtype` and BUILD made it."""
+    if type(dtype) is not Stored or dtype.name != "numpy.dtype":
+        raise TypeError
     state = dtype.state
     if type(state) is dict:
-        if state["state"][1] not in ("<", "|"):
+        order, state = state["state"][1], state["arguments"]
+        if type(order) is not str or order not in ("<", "|"):
             raise Refused("NumPy numbers that are not little-endian")
-        state = state["arguments"]
+    if type(state) is not str:
+        raise TypeError
     return NUMPY[state]
 
 
@@ -392,10 +434,15 @@ def numbers(array: Stored) -> list[float]:
     """
     try:
         _, shape, dtype, fortran, raw = array.state["state"]
-        if fortran and len(shape) > 1:
+        letter = _numpy_format(dtype)
+        if type(shape) is not tuple or len(shape) > 32 or not _numbers(*shape) or type(raw) is not bytes:
+            raise TypeError
+        if fortran is not False and len(shape) > 1:
             raise Refused("a NumPy array in Fortran order")
-        return list(struct.unpack(f"<{math.prod(shape)}{_numpy_format(dtype)}", raw))
-    except (AttributeError, KeyError, TypeError, ValueError, struct.error) as error:
+        if len(raw) != math.prod(shape) * struct.calcsize(letter):
+            raise ValueError
+        return [value for (value,) in struct.iter_unpack("<" + letter, raw)]
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, struct.error) as error:
         raise Refused(f"a broken NumPy array ({type(error).__name__})") from None
 
 

@@ -142,7 +142,7 @@ def crafted() -> dict[str, tuple[bytes, str]]:
         "tensor before": (bare_tensor((2,), (1,), -1), "a tensor of shape"),
         "tensor backwards": (bare_tensor((2,), (-1,), 3), "a tensor of shape"),
         "huge bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"x.", "truncated or no pickle"),
-        "huge bytearray": (b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"x.", "truncated or no pickle"),
+        "huge bytearray": (b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"x.", "it uses the opcode BYTEARRAY8"),
         "huge string": (b"\x80\x04X\xff\xff\xff\xffx.", "truncated or no pickle"),
         "huge integer": (b"\x80\x02\x8b\xff\xff\xff\x7fx.", "truncated or no pickle"),
         "memo bomb": (b"\x80\x02]r\xff\xff\xff\x7f.", "expected a network"),
