@@ -16,6 +16,7 @@ from pfode.cli.settings import typed
 from pfode.cli.streams import output, table
 from pfode.errors import FileError, MissingError, UsageError
 from pfode.files import Header, read_header
+from pfode.scores.io import kinds
 from pfode.scores.io.shipped import model_path, shipped
 
 PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "pillow", "click", "huggingface_hub")
@@ -65,7 +66,8 @@ def _is_png(path: Path) -> bool:
 
 
 def _tensors(header: Header, verify: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {"file": str(header.path), "kind": header.metadata.get("pfode.kind", "safetensors")}
+    kind = header.metadata.get("pfode.kind") or kinds.kind(header)[0] or "safetensors"
+    found: dict[str, Any] = {"file": str(header.path), "kind": kind}
     if found["kind"] in ("model", "plan"):
         found |= header.config("pfode.config")
     else:

@@ -186,7 +186,9 @@ class Plan:
         """Write the plan as one safetensors file with its process, name and digest in the metadata."""
         config = {"name": self.name, "process": self.process.config(), "prediction": self.prediction, "meta": self.meta}
         tensors = {key: getattr(self, key).detach().contiguous() for key in _TENSORS}
-        return write_tensors(path, tensors, {"pfode.kind": "plan", "pfode.config": json.dumps(config)})
+        return write_tensors(
+            path, tensors, {"pfode.kind": "plan", "pfode.config": json.dumps(config, ensure_ascii=False)}
+        )
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Plan":

@@ -44,6 +44,7 @@ def write_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor], meta
             raise UsageError(f"{name}: a safetensors file has no {value.dtype}", "another dtype")
     contents = {name: (NAMES[value.dtype], tuple(value.shape), raw(value)) for name, value in tensors.items()}
     sealed = {"format": "pt", **metadata}
+    sealed = {key: text.encode("utf-8", "replace").decode() for key, text in sealed.items()}  # of file names, say
     sealed["pfode.digest"] = content_digest(sealed, contents)
     return write_atomic(path, pack(sealed, contents))
 

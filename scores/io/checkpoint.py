@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import pfode
 from pfode.errors import FileError, PfodeError, UsageError
-from pfode.files import read_header
+from pfode.files import read_header, shown
 from pfode.plan import Plan
 from pfode.process import Process, from_config
 from pfode.scores.denoiser import KNOWN, Denoiser
+from pfode.scores.io import kinds
 from pfode.scores.io.shipped import model_path, plan_files
 from pfode.scores.networks import edm
 from pfode.scores.networks.unet import UNet, UNetConfig
@@ -42,6 +43,12 @@ def save(
         WriteError: the file cannot be written; an older one is kept.
     """
     architecture = architecture_of(den)
+    if dtype not in FLOATS.values():
+        known = ", ".join(str(known) for known in FLOATS.values())
+        raise UsageError(f"save: dtype: {dtype} is none that weights are kept in", f"one of {known}")
+    for name, value in den.net.state_dict().items():
+        if value.is_meta:
+            raise UsageError(f"save: {name}: is on the meta device and holds no numbers", "load its weights first")
     clash = FIELDS & set(card)
     if clash:
         raise UsageError(f"save: card: {sorted(clash)[0]!r} is a field of the model itself", "choose another key")
@@ -56,7 +63,7 @@ def save(
         "labels": den.labels,
     }
     try:
-        text = json.dumps(config, sort_keys=True, allow_nan=False)
+        text = json.dumps(config, sort_keys=True, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise UsageError(f"save: card: not JSON ({error})") from error
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in den.net.state_dict().items()}
@@ -144,11 +151,12 @@ def load_file(file: Path) -> Denoiser:
     header = read_header(file)
     kind = header.metadata.get("pfode.kind")
     if kind != "model":
-        what = f"a pfode {kind}" if kind else "not a pfode model"
-        hint = "pfode info FILE shows what it holds"
-        if (file.parent / "config.json").exists():
+        what, hint = kinds.kind(header)
+        what = f"a pfode {kind}" if kind else what or "not a pfode model"
+        hint = hint or "pfode info FILE shows what it holds"
+        if os.path.exists(file.parent / "config.json") and "folder" not in hint:
             hint += "; for a model of diffusers give the folder"
-        raise FileError(f"{file}: metadata 'pfode.kind': this is {what}", hint)
+        raise FileError(f"{shown(file)}: metadata 'pfode.kind': this is {what}", hint)
     if "pfode.digest" not in header.metadata:
         raise FileError(f"{file}: metadata: no 'pfode.digest'", "the file is damaged: fetch or write it again")
     tensors = read_tensors(header)

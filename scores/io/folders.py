@@ -4,6 +4,7 @@ Every field of a configuration is checked and every tensor must be there, of its
 diffusers itself fills gaps with defaults and random numbers. Nothing of a folder is executed.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,9 @@ DIT_BEFORE = {
     "num_vector_embeds": None, "only_cross_attention": False, "use_linear_projection": False, "caption_channels": None,
     "interpolation_scale": None, "use_additional_conditions": None,
 }  # fmt: skip
-
-
+EMA = (
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"
+)  # fmt: skip
 ATTENTION_BEFORE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -202,7 +204,7 @@ def parts(folder: Path) -> tuple[dict[str, Any], Path, Path | None]:
         FileError: none of what diffusers writes, or a pipeline of another kind.
     """
     index_file = folder / "model_index.json"
-    if index_file.exists():
+    if os.path.exists(index_file):
         index = read_json(index_file)
         name = index.get("_class_name")
         component = PIPELINES.get(name) if isinstance(name, str) else None
@@ -215,13 +217,16 @@ def parts(folder: Path) -> tuple[dict[str, Any], Path, Path | None]:
             if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(e, str) for e in entry):
                 raise FileError(f"{index_file}: {key}: expected [library, class], got {shown(entry)}")
         # the oldest pipelines have no subfolders
-        network, scheduler = (folder / key if (folder / key).is_dir() else folder for key in (component, "scheduler"))
+        network, scheduler = (
+            folder / key if os.path.isdir(folder / key) else folder for key in (component, "scheduler")
+        )
         return index, network, scheduler / "scheduler_config.json"
-    for place in (folder, folder / "unet", folder / "transformer"):
-        if (place / "config.json").exists():
-            near = [place, place.parent / "scheduler"]
-            found = [near_by / "scheduler_config.json" for near_by in near]
-            return {}, place, next((file for file in found if file.exists()), None)
+    for place in (folder, *(folder / name for name in ("unet", "transformer", "unet_ema", "transformer_ema"))):
+        if os.path.exists(place / "config.json"):
+            # the training scripts of diffusers write checkpoint-500/unet_ema, and the scheduler beside the checkpoints
+            run = [place.parent.parent / "scheduler"] if place.parent.name.startswith("checkpoint-") else []
+            found = [near / "scheduler_config.json" for near in (place, place.parent / "scheduler", *run)]
+            return {}, place, next((file for file in found if os.path.exists(file)), None)
     raise FileError(
         f"{folder}: is a folder without model_index.json, config.json or model.safetensors",
         "give a folder that diffusers or pfode saved, or a .safetensors file",
@@ -276,7 +281,7 @@ def _component(place: Path, wanted: Any, entry: Any) -> tuple[Any, str, dict[str
     if wanted not in FIELDS:
         known = ", ".join(FIELDS)
         raise FileError(f"{file}: _class_name: expected one of {known}, got {shown(found.get('_class_name'))}")
-    public = {key: value for key, value in found.items() if not key.startswith("_")}
+    public = {key: value for key, value in found.items() if not key.startswith("_") and not _of_training(key, value)}
     if found.get("_class_name") == "Transformer2DModel":
         public = {k: v for k, v in public.items() if k not in DIT_BEFORE or v != DIT_BEFORE[k]}
     elif found.get("_class_name") != wanted:
@@ -294,6 +299,11 @@ def _component(place: Path, wanted: Any, entry: Any) -> tuple[Any, str, dict[str
         named[_renamed(name, expected)] = value
     fill(model, named, where)
     return model, wanted, config
+
+
+def _of_training(key: str, value: Any) -> bool:
+    """Whether `EMAModel.save_pretrained` of diffusers leaves this field in a configuration: how it averaged."""
+    return key in EMA and type(value) in (bool, int, float, type(None))
 
 
 def _renamed(name: str, expected: set[str]) -> str:
@@ -386,18 +396,19 @@ def weight_files(place: Path) -> tuple[list[Path], dict[str, Path] | None, Path]
         FileError: none, none that is safe to read, or a broken index of shards.
     """
     plain, index = place / f"{STEM}.safetensors", place / f"{STEM}.safetensors.index.json"
-    if plain.exists():
+    if os.path.exists(plain):
         return [plain], None, plain
     variants = sorted(place.glob(f"{STEM}.*.safetensors"))
-    if not index.exists():
+    if not os.path.exists(index):
         others = sorted(place.glob(f"{STEM}.safetensors.index.*.json")) + sorted(place.glob(f"{STEM}.*.index.json"))
         index = others[0] if others else index
-    if index.exists():
+    if os.path.exists(index):
         entries = read_json(index).get("weight_map")
         if not isinstance(entries, dict) or not entries:
             raise FileError(f"{index}: weight_map: expected the file of every tensor, got {shown(entries)}")
         for name, file in entries.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            plain_name = isinstance(file, str) and file.isprintable() and Path(file).name == file
+            if not plain_name or not file.endswith(".safetensors"):
                 raise FileError(f"{index}: weight_map: {name!r:.80}: no name of a safetensors file: {shown(file)}")
         placed = {name: place / file for name, file in entries.items()}
         return sorted(set(placed.values())), placed, index

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def fetch(name: str, revision: str | None = None, **options: Any) -> Path:
 
     options = {"revision": revision, **options}
     folder = _download(name, allow_patterns=[*SMALL, SELF_CONTAINED], **options)
-    if (folder / SELF_CONTAINED).is_file():
+    if os.path.isfile(folder / SELF_CONTAINED):
         return folder
     index, network, _ = parts(folder)
     places = [network, folder / "vae"] if "vae" in index else [network]
@@ -140,7 +141,7 @@ def from_pretrained(name: str, revision: str | None = None, **options: Any) -> P
     Raises:
         FileError: the folder has no model of pfode; MissingError: see `fetch`.
     """
-    folder = Path(name) if Path(name).is_dir() else fetch(name, revision, **options)
-    if not (folder / SELF_CONTAINED).is_file():
+    folder = Path(name) if os.path.isdir(name) else fetch(name, revision, **options)
+    if not os.path.isfile(folder / SELF_CONTAINED):
         raise FileError(f"{folder}: no {SELF_CONTAINED}", "pfode.load reads folders of diffusers as well")
     return folder / SELF_CONTAINED
