@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -15,7 +16,7 @@ import pfode
 from pfode.cli.exits import end, fail
 from pfode.cli.options import COMMANDS, EPILOG, find_command
 from pfode.cli.streams import Output, open_standard_streams
-from pfode.errors import unknown
+from pfode.errors import PfodeWarning, unknown
 
 
 class Group(click.Group):
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if "_PFODE_COMPLETE" in os.environ:
         group.main(given, prog_name="pfode")
     try:
-        with _terminable():
+        with _terminable(), _warnings_as_notes(out):
             code = _run(given, out)
     except BaseException as error:
         fail(error, out)
@@ -75,6 +76,22 @@ def _run(arguments: list[str], out: Output) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_as_notes(out: Output) -> Iterator[None]:
+    """Say pfode's own warnings in one line, without the place in the code."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, PfodeWarning):
+            out.note(f"warning: {message}")
+        else:
+            usual(message, category, *where)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextlib.contextmanager

@@ -74,12 +74,20 @@ class WriteError(PfodeError, OSError):
     code = 7
 
 
-class OtherModelWarning(UserWarning):
+class PfodeWarning(UserWarning):
+    """Base of every warning: a result that may not be what was meant."""
+
+
+class OtherModelWarning(PfodeWarning):
     """A plan is run with another model than the one it was fitted to."""
 
 
-class UnsoundWarning(UserWarning):
+class UnsoundWarning(PfodeWarning):
     """A plan whose steps are too long for it: its errors grow from step to step."""
+
+
+class UnseenLabelWarning(PfodeWarning):
+    """A class, or the absence of one, that the network never saw in training."""
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

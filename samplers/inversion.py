@@ -23,13 +23,13 @@ from torch import Tensor
 from pfode.denoiser import Denoiser
 from pfode.errors import UsageError, integer
 from pfode.grids import Grid
+from pfode.labels import class_indices
 from pfode.plan import Bad, Plan, not_finite, row_affine, run
 from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, find_adaptive
 from pfode.samplers.catalogue import Recipe
 from pfode.samplers.sampling import (
     DEFAULT_BATCH,
     find_device,
-    label_indices,
     non_finite,
     prepared,
     sample,
@@ -192,7 +192,7 @@ def _in_batches(
         raise UsageError(f"need floating-point tensors of one shape (n, ...), got {states!r:.90}")
     n = len(states[0])
     batch = DEFAULT_BATCH if batch is None else integer("batch", batch, 1)
-    labels = label_indices(denoiser, label, n)
+    labels = class_indices(denoiser, label, n)
     where = find_device(device or getattr(denoiser, "device", None) or states[0].device)
     ends: list[list[Tensor]] = []
     for i in range(0, n, batch):

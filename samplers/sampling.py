@@ -23,6 +23,7 @@ from pfode.errors import (
     unknown,
 )
 from pfode.grids import Grid
+from pfode.labels import class_indices
 from pfode.plan import Bad, Plan, Point, find_bad, iterate, not_finite, replaced, run, spread
 from pfode.process import Process
 from pfode.samplers.adaptive import ADAPTIVE, Adaptive, AdaptiveRecipe, Stopped, find_adaptive, make_adaptive
@@ -81,7 +82,7 @@ def sample(
     init: Tensor | None = None,
     shape: Sequence[int] | None = None,
     plan: Plan | Adaptive | None = None,
-    label: int | str | Sequence[int | str] | Tensor | None = None,
+    label: int | str | Sequence[int | str | None] | Tensor | None = None,
     guidance: float | None = None,
     start: float | None = None,
     stop: float | None = None,
@@ -110,7 +111,7 @@ def sample(
         x: states at the first time, shape (n, *shape), instead of noise.
         init: data to begin from, shape `shape` or (n, *shape), noised to the first time: image-to-image with `start`.
         shape: of one sample, where the denoiser does not say.
-        label: a class (number or name), or one per sample, passed on to the denoiser.
+        label: a class (number or name), or one per sample, where None is no class; passed on to the denoiser.
         guidance: scale of classifier-free guidance.
         afs: make the first step without a call, as if the data were Gaussian of mean 0 and this standard deviation;
             True: the denoiser's `data_std`.
@@ -251,7 +252,7 @@ def batches(
     x: Tensor | None = None,
     init: Tensor | None = None,
     shape: Sequence[int] | None = None,
-    label: int | str | Sequence[int | str] | Tensor | None = None,
+    label: int | str | Sequence[int | str | None] | Tensor | None = None,
     batch: int = DEFAULT_BATCH,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -275,7 +276,7 @@ def batches(
     dtype = state_dtype(dtype, x)
     shape = sample_shape(denoiser, x, shape)
     init = _init(init, x, shape, len(seeds))
-    labels = label_indices(denoiser, label, len(seeds))
+    labels = class_indices(denoiser, label, len(seeds))
     where = device or getattr(denoiser, "device", None) or (x.device if x is not None else "cpu")
     where = find_device(where)
     done = 0
@@ -470,21 +471,6 @@ def _seeds(n: int | None, seed: int, seeds: Sequence[int] | None, x: Tensor | No
     if not chosen or len(set(given.values())) > 1:
         raise UsageError(f"n, seeds and x disagree, or are empty: {given}", "give one of them")
     return chosen
-
-
-def label_indices(denoiser: Denoiser, label: Any, n: int) -> Tensor | None:
-    """One class for all or one each, by number or name."""
-    if label is None:
-        return None
-    given = label.tolist() if isinstance(label, Tensor) else label
-    several = list(given) if isinstance(given, list | tuple | range) else [given]
-    names = getattr(denoiser, "label_index", None)
-    indices = [
-        names(one) if names is not None and isinstance(one, str) else integer("label", one, 0) for one in several
-    ]
-    if len(indices) not in (1, n):
-        raise UsageError(f"label: need one or {n} of them, got {len(indices)}", "label=3")
-    return torch.tensor(indices).expand(n)
 
 
 def find_device(name: torch.device | str) -> torch.device:

@@ -1,9 +1,8 @@
 """A network and its preconditioning, seen as a denoiser: D(x, t) = c_skip x + c_out F(c_in x, c_noise)."""
 
 import copy
-import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +13,7 @@ from pfode.denoiser import Denoiser as DenoiserProtocol
 from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.denoiser import digest as digest_of
 from pfode.errors import UsageError, did_you_mean
+from pfode.labels import class_index, label_tensor
 from pfode.plan import Plan
 from pfode.prediction import PREDICTIONS, Coefficient, Pair
 from pfode.process import VP, Process, VPCosine, VPDiscrete
@@ -44,6 +44,8 @@ class Denoiser(Preconditioned):
         time_scale: factor from t to what the network is given (1000 for networks trained on a thousand steps).
         digest: of the weights, where it is known; `fingerprint` is it, else made of the parameters as they are.
         plans: fitted to these weights, by their number of calls.
+        unseen: classes that never came up in training, by number; len(labels) among them where no label was ever
+            hidden: to draw or to guide with these warns.
 
     Raises:
         UsageError: an unknown prediction or values out of range.
@@ -63,6 +65,7 @@ class Denoiser(Preconditioned):
         time_scale: float = 1.0,
         digest: str | None = None,
         plans: Mapping[int, Plan] | None = None,
+        unseen: Iterable[int] = (),
     ):
         if prediction not in KNOWN:
             raise UsageError(f"unknown prediction {prediction!r}", did_you_mean(prediction, KNOWN))
@@ -73,6 +76,10 @@ class Denoiser(Preconditioned):
         self.sigma_data = float(sigma_data)
         self.shape = None if shape is None else tuple(shape)
         self.labels = None if labels is None else tuple(labels)
+        self.unseen = frozenset(unseen)
+        if any(type(one) is not int or not 0 <= one <= len(self.labels or ()) for one in self.unseen):
+            got = sorted(map(str, self.unseen))
+            raise UsageError(f"unseen: need numbers of classes, or {len(self.labels or ())} for none, got {got}")
         self.time_scale = float(time_scale)
         self.data_std = self.sigma_data if prediction == "edm" else None
         self._take(network, digest, plans)
@@ -135,55 +142,21 @@ class Denoiser(Preconditioned):
         if c_noise.ndim == 0:
             c_noise = c_noise.expand(x.shape[0])
         if label is not None:
-            cond["label"] = self.indices(label, x)
+            cond["label"] = label_tensor(label, self.labels, x)
         return self.net(x if self.dtype is None else x.to(self.dtype), c_noise, **cond)
 
-    def indices(self, label: Tensor | int, x: Tensor) -> Tensor:
-        """Labels as integers of shape (batch,) on the device of x; tensors are checked where that needs no waiting.
-
-        Raises:
-            UsageError: out of range, not integers, or of another length.
-        """
-        if isinstance(label, int):
-            low = high = label
-            label = torch.full((x.shape[0],), label, device=x.device)
-        elif label.is_floating_point() or label.shape not in ((), (x.shape[0],)):
-            raise UsageError(
-                f"label: expected integers of shape ({x.shape[0]},), got {label.dtype} of shape {tuple(label.shape)}"
-            )
-        elif label.device.type == "cpu" and self.labels is not None and not torch.compiler.is_compiling():
-            low, high = int(label.min()), int(label.max())
-        else:
-            low = high = 0
-        if self.labels is not None and not 0 <= low <= high <= len(self.labels):
-            wrong = low if low < 0 else high
-            raise UsageError(f"label {wrong} is out of range", f"0 to {len(self.labels) - 1}: {_listed(self.labels)}")
-        return label.expand(x.shape[0]).to(x.device)
+    @property
+    def classes(self) -> int | None:
+        """How many classes there are, 0 for none; None for a network that does not say."""
+        return getattr(self.net, "classes", None) if self.labels is None else len(self.labels)
 
     def label_index(self, name: str | int) -> int:
-        """The integer of a class, given by its name or its number.
+        """The number of a class, given by its name or its number.
 
         Raises:
             UsageError: an unknown class, or a network without classes.
         """
-        if not self.labels:
-            raise UsageError(f"label {name!r}: this network is unconditional", "leave the label out")
-        if name in self.labels:
-            return self.labels.index(str(name))
-        folded = [label.casefold() for label in self.labels]
-        if str(name).casefold() in folded:
-            return folded.index(str(name).casefold())
-        try:
-            number = int(name)
-        except ValueError:
-            number = -1
-        if not 0 <= number < len(self.labels):
-            close = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.4)
-            hint = (
-                f"did you mean {self.labels[folded.index(close[0])]!r}?" if close else f"known: {_listed(self.labels)}"
-            )
-            raise UsageError(f"unknown label {name!r}", hint)
-        return number
+        return class_index(self.labels, name)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """A copy on another device or in another dtype; this one stays as it is. A plain function moves nowhere."""
@@ -265,8 +238,3 @@ class Denoiser(Preconditioned):
 
     def __repr__(self) -> str:
         return f"Denoiser({type(self.net).__name__}, {self.process}, {self.prediction!r}, shape={self.shape})"
-
-
-def _listed(labels: Sequence[str]) -> str:
-    """The names of the classes, shortened."""
-    return ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")

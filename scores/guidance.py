@@ -4,6 +4,7 @@ What changes with the time does so by `at(t)`, the denoiser that stands in at on
 beforehand, as a plan does, asks for it on the host, so that no call looks at a time on the device.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from pfode.denoiser import Denoiser, Preconditioned, Preconditioning, at, preconditioned
 from pfode.errors import UsageError, integer, number
+from pfode.labels import class_index, class_indices, warn_unseen
 from pfode.plan import Plan, row_affine
 from pfode.scores.mixing import Rule, Schedule, column
-from pfode.scores.wrapping import Wrapper, known, method
+from pfode.scores.wrapping import Wrapper, known
 
 Class = int | str | Sequence[int | str] | Tensor
 
@@ -37,6 +39,8 @@ class Guided(Wrapper, Preconditioned):
         super().__init__(denoiser)
         self.inner = preconditioned(denoiser)
         self.rule, self.label, self.negative = rule, label, negative
+        if "label" in negative:
+            self.unseen -= {len(self.labels or ())}  # known to `guide`, and not what a call without a label draws
         self.level = level  # (c_skip / c_in, c_out) at the time, once it is known
         self.timed |= rule.varies or (rule.projects and level is None)
         self.evals *= sum(rule.needs)
@@ -98,9 +102,10 @@ class Guided(Wrapper, Preconditioned):
 
     def guided(self, scale: float) -> Denoiser:
         """The denoiser underneath, guided by another scale and otherwise alike."""
-        rule = self.rule
-        options: dict[str, Any] = {key: getattr(rule, key) for key in ("interval", "rescale", "eta", "norm")}
-        return guide(self.denoiser, scale, self.label, negative=self.negative, **options)
+        rule = dataclasses.replace(self.rule, scale=scale)
+        if scale == 1 and self.label is None:
+            return self.denoiser
+        return Guided(self.denoiser, rule, self.label, self.negative)
 
 
 class Autoguided(Wrapper):
@@ -115,6 +120,7 @@ class Autoguided(Wrapper):
         if shapes[0] != shapes[1] or classes[0] != classes[1]:
             raise UsageError(f"the weak denoiser differs in shape or classes: {shapes}, {classes}", "take its sibling")
         self.weak, self.rule = weak, rule
+        self.unseen |= frozenset(getattr(weak, "unseen", ()))
         self.timed |= rule.varies or getattr(weak, "timed", False)
         away, towards = rule.needs
         self.evals = away * getattr(weak, "evals", 1) + towards * self.evals
@@ -182,11 +188,14 @@ def guide(
         return denoiser
     away: Mapping[str, Any]
     if isinstance(negative, Mapping):
-        away = {key: _class(denoiser, value) if key == "label" else value for key, value in negative.items()}
+        away = {key: _class(denoiser, value, away=True) if key == "label" else value for key, value in negative.items()}
         if not away:
             raise UsageError("negative: got no condition", 'negative={"label": 3}')
     else:
-        away = {"label": len(_names(denoiser)) if negative is None else _class(denoiser, negative)}
+        none = len(_names(denoiser))
+        if negative is None and rule.needs[0]:
+            warn_unseen(denoiser, [none])
+        away = {"label": none if negative is None else _class(denoiser, negative, away=True)}
     return Guided(denoiser, rule, None if label is None else _class(denoiser, label), away)
 
 
@@ -237,16 +246,17 @@ def _names(denoiser: Denoiser) -> Sequence[str]:
     return names
 
 
-def _class(denoiser: Denoiser, label: Any) -> Tensor | int:
-    """Classes by number; len(labels) means none."""
+def _class(denoiser: Denoiser, label: Any, away: bool = False) -> Tensor | int:
+    """A class by number, or those of a list or a tensor; of what is led away from, len(labels) may say none."""
     names = _names(denoiser)
-    if isinstance(label, Tensor):
-        return label
-    if isinstance(label, str):
-        return method(denoiser, "label_index", "give the number of the class")(label)
-    if isinstance(label, list | tuple | range):
-        return torch.tensor([_class(denoiser, one) for one in label])
-    return integer("label", label, 0, len(names))
+    if isinstance(label, list | tuple | range) or (hasattr(label, "tolist") and getattr(label, "ndim", 0)):
+        found = class_indices(denoiser, label, len(label))
+        assert found is not None
+        return found
+    label = label.item() if isinstance(label, Tensor) else label
+    index = integer("label", label, 0, len(names)) if away and not isinstance(label, str) else class_index(names, label)
+    warn_unseen(denoiser, [index])
+    return index
 
 
 def _joined(key: str, away: Any, towards: Any, x: Tensor) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pfode.denoiser import Denoiser, at, fingerprint
 from pfode.errors import UsageError, number
+from pfode.labels import class_count
 from pfode.scores.mixing import flat, per_sample
 
 
@@ -20,6 +21,8 @@ class Wrapper:
         self.denoiser: Any = denoiser
         self.process = denoiser.process
         self.labels: Sequence[str] | None = getattr(denoiser, "labels", None)
+        self.classes: int | None = class_count(denoiser)
+        self.unseen: frozenset[int] = frozenset(getattr(denoiser, "unseen", ()))  # classes, see `pfode.labels`
         self.shape: tuple[int, ...] | None = getattr(denoiser, "shape", None)
         self.data_std: float | None = getattr(denoiser, "data_std", None)
         self.dtype: torch.dtype | None = getattr(denoiser, "dtype", None)

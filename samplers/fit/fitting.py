@@ -24,12 +24,13 @@ from pfode import grids, noise
 from pfode.denoiser import Denoiser, at, fingerprint
 from pfode.errors import NumericalError, UsageError, integer, number, unknown
 from pfode.files import make_folder, read_header
+from pfode.labels import class_indices
 from pfode.plan import Plan, run
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.catalogue import Recipe, make_plan
 from pfode.samplers.fit.tangents import Numbers, differences, end, lower, tangents
-from pfode.samplers.sampling import DEFAULT_BATCH, find_device, label_indices, prepared, sample_shape, state_dtype
+from pfode.samplers.sampling import DEFAULT_BATCH, find_device, prepared, sample_shape, state_dtype
 from pfode.tensors import write_tensors
 
 GROUP = 8  # samples that share a guidance scale
@@ -464,7 +465,7 @@ class _Fit:
             return None
         some = self.labels if isinstance(self.labels, list | tuple) else [self.labels]
         each = [one for _, one in zip(range(n), itertools.cycle(some), strict=False)]
-        indices = label_indices(self.denoiser, each, n)
+        indices = class_indices(self.denoiser, each, n)
         assert indices is not None
         return indices.to(self.device)
 

@@ -26,7 +26,8 @@ from pfode.scores.networks import edm
 from pfode.scores.networks.unet import UNet, UNetConfig
 from pfode.tensors import FLOATS, NAMES, read_tensors, write_tensors
 
-FIELDS = {"architecture", "process", "prediction", "sigma_data", "time_scale", "shape", "labels"}
+REQUIRED = {"architecture", "process", "prediction", "sigma_data", "time_scale", "shape", "labels"}
+FIELDS = REQUIRED | {"unseen"}  # of the configuration that speak of the model itself; what else is there is its card
 
 
 def save(
@@ -62,6 +63,8 @@ def save(
         "shape": den.shape,
         "labels": den.labels,
     }
+    if den.unseen:
+        config["unseen"] = sorted(den.unseen)
     try:
         text = json.dumps(config, sort_keys=True, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
@@ -221,7 +224,7 @@ class Plans(Mapping[int, Plan]):
 
 def _build(config: dict[str, Any]) -> Denoiser:
     """The denoiser of a configuration, its network on the meta device."""
-    for key in sorted(FIELDS - set(config)):
+    for key in sorted(REQUIRED - set(config)):
         raise UsageError(f"no {key!r}")
     architecture, process = config["architecture"], config["process"]
     for key, value in (("architecture", architecture), ("process", process)):
@@ -251,7 +254,18 @@ def _build(config: dict[str, Any]) -> Denoiser:
         shape=shape,
         labels=labels,
         time_scale=config["time_scale"],
+        unseen=_unseen(config, classes),
     )
+
+
+def _unseen(config: dict[str, Any], classes: int) -> list[int]:
+    """The classes that never came up in training, `classes` for none; of older files what the recipe says."""
+    training = config.get("training")
+    hidden = training.get("drop") != 0 if isinstance(training, dict) else True
+    unseen = config.get("unseen", [] if hidden or not classes else [classes])
+    if not isinstance(unseen, list) or not all(type(one) is int and 0 <= one <= classes for one in unseen):
+        raise UsageError(f"unseen: expected numbers of classes from 0 to {classes}, got {unseen!r:.60}")
+    return unseen
 
 
 def _scalars(process: dict[str, Any]) -> None:

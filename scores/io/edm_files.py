@@ -78,6 +78,7 @@ def load_pickle(file: Path) -> Denoiser:
         shape=network.shape,
         labels=[str(i) for i in range(classes)] if classes else None,
         time_scale=scale,
+        unseen=[classes] if classes and not network.config.get("label_dropout", 0) else (),
     )
 
 

@@ -366,6 +366,7 @@ class Trainer:
             sigma_data=self.config.sigma_data,
             shape=self.data.shape,
             labels=self.data.names or None,
+            unseen=unseen_classes(self.config, self.data),
         )
 
     def _advance(self) -> float:
@@ -539,6 +540,16 @@ class Trainer:
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
             write_atomic(path, "".join(line + "\n" for line in lines).encode())
+
+
+def unseen_classes(config: TrainConfig, data: Data) -> list[int]:
+    """The classes that a network trained so never sees, by number; len(data.names) for no class."""
+    if data.labels is None:
+        return []
+    shown = set() if config.drop == 1 else set(data.labels.unique().tolist())
+    if config.drop > 0:
+        shown.add(len(data.names))
+    return [index for index in range(len(data.names) + 1) if index not in shown]
 
 
 def _ema_file(width: float) -> str:

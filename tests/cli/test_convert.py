@@ -17,6 +17,8 @@ from tests.scores.tiny import diffusers
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
+UNSEEN = pytest.mark.filterwarnings("ignore::pfode.errors.UnseenLabelWarning")  # EDM hides no labels in training
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
@@ -50,6 +52,7 @@ def test_convert(cli, models, name):
     assert cli("info", "one.safetensors", "--verify").code == 0
 
 
+@UNSEEN
 def test_convert_to_another_dtype_and_from_our_own(cli, models):
     assert cli("convert", models / "edm.pkl", "half.safetensors", "--dtype", "bf16").code == 0
     assert cli("info", "half.safetensors", "--json").json["dtypes"] == ["BF16"]
@@ -92,6 +95,7 @@ def test_info(cli, models):
     assert (run.code, "has no digest" in run.err) == (2, True)
 
 
+@UNSEEN
 @pytest.mark.parametrize("name", ["ddpm", "edm.pkl"])
 def test_sample(cli, models, name):
     assert cli("sample", "--model", models / name, "--steps", 2, "--n", 4, "--out", "a.png", "--scale", 1).code == 0
@@ -117,6 +121,7 @@ def test_latents_become_pictures(cli, models):
     assert (run.code, "draws latents" in run.err) == (2, True)
 
 
+@UNSEEN
 def test_a_changed_model_is_noticed(cli, models, tmp_path):
     pickled.snapshot(tmp_path / "net.pkl", pickled.network("ddpm++", in_channels=3, out_channels=3), "EDMPrecond")
     assert cli("sample", "--model", "net.pkl", "--steps", 2, "--n", 1, "--out", "a.png").code == 0
