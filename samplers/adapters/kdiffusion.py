@@ -6,16 +6,19 @@ recipe of the catalogue is there too, `sample_unipc3` or `sample_dpmpp2m_sde_heu
 the denoised x; sigma has shape (batch,) and, as x, the dtype that x came in. Between its calls the state is float32 or
 better.
 
-Noise is drawn only where it is used: by noise_sampler(sigma, sigma_next) where that is given, else as k-diffusion does,
-by `torch.randn_like`, or from a Brownian path for the samplers of SDEs. Sigmas that come twice in a row count once.
+Noise is drawn only where it is used: by noise_sampler(sigma, sigma_next) where that is given, else from a Brownian path
+for the samplers of SDEs, and by `torch.randn_like` for the others, as k-diffusion does. `extra_args["seed"]` makes both
+repeatable, whatever the batch: one of the first sample, or one per sample. Sigmas that come twice in a row count once.
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -32,6 +35,7 @@ from pfode.samplers.tape import Linear
 
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[dict[str, Any]], object]
+Seed = int | Sequence[int] | Tensor | np.ndarray | None
 
 # ---- schedules and helpers
 
@@ -87,9 +91,32 @@ def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tupl
     return (sigma_to**2 - up**2) ** 0.5, up
 
 
-def default_noise_sampler(x: Tensor) -> NoiseSampler:
-    """Fresh noise from torch's generator."""
-    return lambda sigma, sigma_next: torch.randn_like(x)
+def default_noise_sampler(x: Tensor, seed: Seed = None) -> NoiseSampler:
+    """Fresh noise at every call: from torch's generator, or keyed by a seed and the number of the call.
+
+    Args:
+        x: of the shape, dtype and device to be drawn.
+        seed: of the first sample, the others following, or one per sample.
+
+    Raises:
+        UsageError: seeds that are no integers from 0 to 2^64 - 1, or not one per sample.
+    """
+    if seed is None:
+        return lambda sigma, sigma_next: torch.randn_like(x)
+    seeds, draw = _seeds(seed, len(x)), itertools.count(1)
+    return lambda sigma, sigma_next: noise.normal(seeds, next(draw), x.shape[1:], x.dtype, x.device)
+
+
+def _seeds(seed: Any, n: int) -> list[int]:
+    """One seed per sample: as they are given, or counted up from a single one."""
+    given = seed.tolist() if isinstance(seed, Tensor | np.ndarray | np.generic) else seed
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        seeds = noise.check_seeds(given)
+        if len(seeds) != n:
+            raise UsageError(f"seed: {len(seeds)} of them for {n} samples", "seed=0, or one per sample")
+        return seeds
+    first = noise.check_seeds([given])[0]
+    return noise.check_seeds(range(first, first + n))
 
 
 class BrownianTreeNoiseSampler:
@@ -106,14 +133,11 @@ class BrownianTreeNoiseSampler:
         x: Tensor,
         sigma_min: Any,
         sigma_max: Any,
-        seed: int | Sequence[int] | None = None,
+        seed: Seed = None,
         transform: Callable[[Tensor], Tensor] = lambda sigma: 1 / (1 + sigma**-0.25),
     ):
         seed = int(torch.randint(0, 2**63 - 1, ())) if seed is None else seed
-        seeds = range(seed, seed + len(x)) if isinstance(seed, int) else seed
-        self.seeds, self.x, self.transform = noise.check_seeds(seeds), x, transform
-        if len(self.seeds) != len(x):
-            raise UsageError(f"seed: {len(self.seeds)} of them for {len(x)} samples", "seed=0, or one per sample")
+        self.seeds, self.x, self.transform = _seeds(seed, len(x)), x, transform
         self.low, self.high = sorted(self._clock(end) for end in (sigma_min, sigma_max))
         self.ends: dict[int, Any] = {}
 
@@ -218,7 +242,7 @@ def _drawing(
         return None
     if noise_sampler is None:
         path = isinstance(found.method, AncestralMidpoint | Reverse)
-        noise_sampler = BrownianTreeNoiseSampler(x, *ends, seed) if path else default_noise_sampler(x)
+        noise_sampler = BrownianTreeNoiseSampler(x, *ends, seed) if path else default_noise_sampler(x, seed)
     levels = (1 / plan.span - 1) ** -4  # sigma of the Brownian clock
     state = torch.promote_types(x.dtype, torch.float32)
 

@@ -4,6 +4,7 @@ import inspect
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -180,6 +181,70 @@ def test_a_seed_makes_sdes_repeatable_whatever_the_batch(name):
     other = sampler(model, start()[:1], sigmas, extra_args={"seed": 4}, disable=True)
     assert torch.allclose(batch[:1], alone, rtol=1e-6)
     assert (alone - other).abs().max() > 1e-3
+
+
+NOISY: list[tuple[str, dict[str, Any]]] = [  # every sampler of k-diffusion that draws, and one of each of our kinds
+    *((name, {}) for name in THEIRS if "ancestral" in name or "sde" in name),
+    *((name, {"s_churn": 10.0}) for name in ("euler", "heun", "dpm_2")),
+    *((name, {}) for name in ("ddpm", "sa_solver", "er_sde_3", "dpmpp2m_sde_heun")),
+]
+
+
+def drawn(name: str, x: Tensor, seed: Any, **options: Any) -> Tensor:
+    extra = {} if seed is None else {"seed": seed}
+    sigmas = kdiffusion.get_sigmas_karras(6, 0.1, 10.0)
+    return getattr(kdiffusion, f"sample_{name}")(model, x, sigmas, extra_args=extra, disable=True, **options)
+
+
+@pytest.mark.parametrize(("name", "options"), NOISY, ids=str)
+def test_a_seed_is_heeded_by_every_sampler_that_draws(name, options):
+    """`extra_args["seed"]`: one, or one per sample, as an integer, a list or a tensor; whatever torch's generator."""
+    first = drawn(name, start(), 3, **options)
+    torch.manual_seed(1)
+    torch.randn(7)
+    for same in (3, [3, 4, 5, 6], (3, 4, 5, 6), range(3, 7), torch.arange(3, 7), np.arange(3, 7), np.int64(3)):
+        assert torch.equal(drawn(name, start(), same, **options), first)
+    assert torch.equal(drawn(name, start(), torch.tensor(3), **options), first)
+    permuted = drawn(name, start()[[2, 0]], [5, 3], **options)
+    assert torch.allclose(permuted, first[[2, 0]], rtol=1e-6)
+    assert (drawn(name, start(), 4, **options) - first).abs().max() > 1e-3
+    assert (drawn(name, start(), None, **options) - drawn(name, start(), None, **options)).abs().max() > 1e-3
+
+
+def test_dpm_fast_heeds_a_seed():
+    made = [
+        kdiffusion.sample_dpm_fast(model, start(), 0.02, 80.0, 9, extra_args={"seed": s}, disable=True, eta=0.7)
+        for s in (3, 3, 4)
+    ]
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "ddpm"])
+def test_the_noise_of_a_seed_is_that_of_sample(name):
+    """The same keys as in `pfode.sample`: (seed of the sample, number of the call)."""
+    sigmas = kdiffusion.get_sigmas_karras(6, 0.1, 10.0).double()
+    x, seeds = start(dtype=torch.float64) / 8, [9, 2, 4, 7]
+    ours = getattr(kdiffusion, f"sample_{name}")(model, x, sigmas, extra_args={"seed": seeds}, disable=True)
+    plan = make_plan(name, pfode.EDM(sigmas[-2].item(), sigmas[0].item()), grid=sigmas)
+    assert torch.allclose(ours, pfode.run(plan, problems.mixture(pfode.EDM()), x, seeds), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde"])
+@pytest.mark.parametrize(
+    ("seed", "words"),
+    [
+        ([1, 2], "2 of them for 4 samples"),
+        (-1, "seed"),
+        (1.5, "seed"),
+        (2**64, "seed"),
+        ("abcd", "seed"),
+        (True, "seed"),
+    ],
+)
+def test_seeds_that_are_none_are_refused(name, seed, words):
+    with pytest.raises(UsageError, match=words):
+        drawn(name, start(), seed)
 
 
 def test_brownian_noise_is_one_path():

@@ -972,7 +972,7 @@ def test_an_eta_that_is_none_is_refused(eta):
 @pytest.mark.parametrize("name", [name for name, found in CATALOGUE.items() if found.order > 1])
 def test_a_network_may_write_over_its_last_output(name, kind):
     """As replayed CUDA graphs and engines with bound outputs do; a pipeline may as well keep its latents in place."""
-    config = {"prediction_type": "sample"} if kind == "x0" else KINDS[kind]
+    config: dict[str, Any] = {"prediction_type": "sample"} if kind == "x0" else KINDS[kind]
     scheduler = PFODEScheduler(sampler=name, seed=5, **config)
     scheduler.set_timesteps(7)
     call = network(scheduler, bed(scheduler))
