@@ -183,19 +183,17 @@ def command(words: list[str]) -> str:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["info", "digits"]])
-def test_first_answers_are_quick(words):
-    """At most four times the processor time of importing click, the best of a few tries."""
+def test_first_answers_load_little(words, tmp_path):
+    """click and the standard library alone, twice as many modules as click itself at most: benchmarks/latency.py."""
+    tail = "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
 
-    def seconds(code: str) -> float:
-        used = []
-        for _ in range(5):
-            began = os.times()
-            subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-            ended = os.times()
-            used.append(sum(ended[2:4]) - sum(began[2:4]))
-        return min(used)
+    def modules_of(code: str) -> set[str]:
+        run = subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, cwd=ROOT, check=True)
+        return set(json.loads(run.stdout.splitlines()[-1]))
 
-    assert seconds(command(words)) <= 4 * seconds("import click")
+    theirs, ours = modules_of("import click"), modules_of(command(words))
+    assert len(ours) <= 2 * len(theirs)
+    assert {name.split(".")[0] for name in ours - theirs} - sys.stdlib_module_names <= {"pfode", "click"}
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))

@@ -110,7 +110,7 @@ def default_noise_sampler(x: Tensor, seed: Seed = None) -> NoiseSampler:
 def _seeds(seed: Any, n: int) -> list[int]:
     """One seed per sample: as they are given, or counted up from a single one."""
     given = seed.tolist() if isinstance(seed, Tensor | np.ndarray | np.generic) else seed
-    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+    if isinstance(given, list | tuple | range):
         seeds = noise.check_seeds(given)
         if len(seeds) != n:
             raise UsageError(f"seed: {len(seeds)} of them for {n} samples", "seed=0, or one per sample")

@@ -1,0 +1,100 @@
+"""What must not take long: the command line's first answers, the nodes of a grid, implicit steps of a wide state.
+
+    python benchmarks/latency.py [--json FILE] [--repeats 5]
+
+Seconds of processor time, the least of all repeats: of fresh interpreters for the command line, beside importing click;
+of this process for the rest, each called once before. dm-nonuniform optimises a range once and keeps it; the figure is
+that of the first time.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import pfode
+from pfode import grids
+from pfode.ode import solve
+
+Work = Callable[[], object]
+COMMANDS = {"pfode --help": ["--help"], "pfode --version": ["--version"], "pfode info digits": ["info", "digits"]}
+
+
+def of_interpreter(code: str, repeats: int) -> float:
+    """Processor seconds of a fresh interpreter that runs this code."""
+    used = []
+    for _ in range(repeats):
+        began = os.times()
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        ended = os.times()
+        used.append(sum(ended[2:4]) - sum(began[2:4]))
+    return min(used)
+
+
+def of_process(work: Work, repeats: int) -> float:
+    """Processor seconds of a call in this process."""
+    used = []
+    for _ in range(repeats):
+        began = time.process_time()
+        work()
+        used.append(time.process_time() - began)
+    return min(used)
+
+
+def wide(batch: str) -> Work:
+    """Four implicit steps of 512 rows of four numbers: torchdiffeq takes 49 s."""
+    y0 = torch.randn(512, 4, generator=torch.Generator().manual_seed(0))
+    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    ts = [0.0, 1.0]
+    return lambda: solve(lambda t, y: net(y), y0, ts, method="implicit_euler", step_size=0.25, batch=batch)
+
+
+def works() -> dict[str, tuple[Work, float]]:
+    """What is measured, and the seconds that it may take."""
+    process = pfode.VP()
+    found: dict[str, tuple[Work, float]] = {
+        f"grid {name}, 20 steps": (lambda name=name: grids.times(process, name, 20), 0.01)
+        for name in grids.GRIDS
+        if name not in ("dm-nonuniform", "shifted")
+    }
+
+    def searched() -> object:
+        grids._optimised.cache_clear()
+        return grids.times(process, "dm-nonuniform", 6, final="stop")
+
+    found["grid dm-nonuniform, 6 steps"] = (searched, 15.0)
+    for batch in ("joint", "per-sample"):
+        found[f"implicit Euler, 4 steps of (512, 4), {batch}"] = (wide(batch), 1.0)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    rows: dict[str, dict[str, float]] = {}
+    click = of_interpreter("import click", options.repeats)
+    for name, words in COMMANDS.items():
+        code = f"from pfode.cli.__main__ import main\ntry: main({words})\nexcept SystemExit: pass"
+        rows[name] = {"seconds": of_interpreter(code, options.repeats), "target": 4 * click}
+    for name, (work, target) in works().items():
+        work()
+        rows[name] = {"seconds": of_process(work, options.repeats), "target": target}
+    for name, row in rows.items():
+        late = "" if row["seconds"] <= row["target"] else "  missed"
+        print(f"{name:60s}{1e3 * row['seconds']:10.2f} ms, target {1e3 * row['target']:8.1f} ms{late}")
+    report = {"torch": torch.__version__, "machine": platform.machine(), "import click": click, "rows": rows}
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
