@@ -21,7 +21,7 @@ from torch import Tensor
 
 import pfode
 from pfode.denoiser import Denoiser
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.catalogue import recipe

@@ -14,7 +14,7 @@ from pfode.errors import UsageError
 from pfode.files import make_folder
 
 if TYPE_CHECKING:
-    from pfode.plan import Plan
+    from pfode.plans.table import Plan
     from pfode.samplers import Progress
 
 LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")

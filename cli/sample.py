@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pfode.plan import Plan
+    from pfode.plans.table import Plan
     from pfode.process import Process
     from pfode.samplers import Adaptive
 
@@ -145,7 +145,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     if options["overwrite"] and options["separate"] is None:
         raise UsageError("--overwrite: nothing is continued without --separate", "--separate DIR")
     from pfode.cli import many
-    from pfode.plan import foreign
+    from pfode.plans.table import foreign
     from pfode.samplers.sampling import unsound
 
     if options["separate"] is None and many.launched():

@@ -13,7 +13,8 @@ __getattr__, __dir__ = lazy(
         "errors": ["PfodeError"],
         "process": ["EDM", "VE", "VP", "Flow", "Process", "SubVP", "VPCosine", "VPDiscrete"],
         "ode": ["solve"],
-        "plan": ["Plan", "iterate", "run"],
+        "plans.executor": ["iterate", "run"],
+        "plans.table": ["Plan"],
         "samplers": ["decode", "encode", "fit_plan", "make_plan", "sample"],
         "scores": ["from_pipeline", "load"],
     },
@@ -28,9 +29,9 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode import scores as scores
     from pfode.errors import PfodeError as PfodeError
     from pfode.ode import solve as solve
-    from pfode.plan import Plan as Plan
-    from pfode.plan import iterate as iterate
-    from pfode.plan import run as run
+    from pfode.plans.executor import iterate as iterate
+    from pfode.plans.executor import run as run
+    from pfode.plans.table import Plan as Plan
     from pfode.process import EDM as EDM
     from pfode.process import VE as VE
     from pfode.process import VP as VP

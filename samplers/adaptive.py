@@ -21,7 +21,7 @@ from pfode.errors import NumericalError, UsageError, integer, number, unknown
 from pfode.ode import PID, SOLVERS, Solver, Status, Step, solve
 from pfode.ode.solver import Time, column
 from pfode.ode.state import Field
-from pfode.plan import Bad
+from pfode.plans.executor import Bad, as_state, check_output
 from pfode.prediction import PREDICTIONS
 from pfode.process import Process
 
@@ -272,19 +272,14 @@ class Adaptive:
         if self.process != denoiser.process:
             problem = f"{self.name} was made for {self.process}, the denoiser has {denoiser.process}"
             raise UsageError(problem, "make_adaptive(..., process=denoiser.process)")
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
-            raise UsageError(f"x: need a floating-point tensor of shape (batch, ...), got {x!r:.60}")
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        theirs, x = x, as_state(x, 2)
         if self.rtol < _LEAST[x.dtype]:
             problem = f"rtol: {self.rtol:g} is beyond the rounding of {x.dtype}"
             raise UsageError(problem, f"rtol={_LEAST[x.dtype]:g}, or dtype=torch.float64")
 
         def x0(x: Tensor, t: Tensor) -> Tensor:
-            out = denoiser(x, t.to(x.device, x.dtype), **cond)
-            if not isinstance(out, Tensor) or out.shape != x.shape:
-                got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-                raise UsageError(f"the denoiser returned {got} for x of shape {tuple(x.shape)}", "it must return x0")
-            return out.to(x.dtype)
+            asked = x.clone() if x is theirs else x  # the denoiser may change what it is given
+            return check_output(denoiser(asked, t.to(x.device, x.dtype), **cond), x)
 
         def field(u: Tensor, y: Tensor) -> Tensor:
             t, (m, p, q) = self._levels(u, y)

@@ -14,7 +14,7 @@ from pfode import grids
 from pfode.chart import CHARTS, Node
 from pfode.chart import chart as find_chart
 from pfode.errors import UsageError, integer, number, unknown
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.prediction import PREDICTIONS
 from pfode.process import Process
 from pfode.samplers import auto
@@ -243,7 +243,8 @@ def make_plan(
         steps: moves from node to node; or nfe: a budget of denoiser calls, from which as many steps are made as fit.
         grid: a name, a `grids.Grid`, or the times themselves (used exactly; rising ones lead from data to noise);
             None is the one that `auto.choose` has for the process and the number of calls.
-        chart: another of the recipe's charts than its first.
+        chart: another of the recipe's charts than its first (of exactly invertible recipes the first that holds where
+            alpha = 0, if the plan begins there).
         final: "denoise" ends at clean data, "stop" at the process's t_min.
         start, stop: times of the process between which to integrate instead.
         lower_order_final: the last k steps of a multistep recipe have at most order k, k - 1, ..., 1.
@@ -269,9 +270,11 @@ def make_plan(
     if afs is not None and method.calls > 1:
         raise UsageError(f"afs: the first step of {found.name} has inner calls", "choose a multistep recipe")
     afs = None if afs is None else number("afs", afs, 0)
-    named = _chart_of(found, chart)
-    space = Space(method.chart(find_chart(named)), process)
     rule = chosen.grid if grid is None else grid
+    named = _chart_of(found, chart)
+    if chart is None and method.pair:
+        named = _invertible_chart(found, process, rule, start)
+    space = Space(method.chart(find_chart(named)), process)
 
     def lay(n: int) -> Plan:
         nodes = space.chart.nodes(process, grids.times(process, rule, n, final, start, stop))
@@ -314,6 +317,17 @@ def _chart_of(found: Recipe, name: str | None) -> str:
     if name is not None and name not in found.charts:
         raise unknown(f"chart for {found.name}", name, found.charts)
     return name or found.charts[0]
+
+
+def _invertible_chart(found: Recipe, process: Process, rule: Any, start: float | None) -> str:
+    """The recipe's first chart that holds at the first time: from pure noise (alpha = 0) no other inverts its steps."""
+    if isinstance(rule, str | grids.Grid):
+        first = process.t_max if start is None else number("start", start)
+    else:
+        first = grids.times(process, rule, 0)[0]
+    if not process.t_min <= first <= process.t_max or process.alpha(first) > 0:
+        return found.charts[0]
+    return next(name for name in found.charts if find_chart(name).nodes(process, [first])[0].regular)
 
 
 def _within(lay: Callable[[int], Plan], nfe: Any, calls: int) -> Plan:

@@ -24,7 +24,9 @@ from pfode.denoiser import Denoiser
 from pfode.errors import UsageError, integer
 from pfode.grids import Grid
 from pfode.labels import class_indices
-from pfode.plan import Bad, Plan, not_finite, row_affine, run
+from pfode.plans.executor import Bad, not_finite, run
+from pfode.plans.rows import row_affine
+from pfode.plans.table import Plan
 from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, find_adaptive
 from pfode.samplers.catalogue import Recipe
 from pfode.samplers.sampling import (

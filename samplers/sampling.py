@@ -24,7 +24,9 @@ from pfode.errors import (
 )
 from pfode.grids import Grid
 from pfode.labels import class_indices
-from pfode.plan import Bad, Plan, Point, find_bad, iterate, not_finite, replaced, run, spread
+from pfode.plans.executor import Bad, Point, find_bad, iterate, not_finite, replaced, run
+from pfode.plans.table import Plan
+from pfode.plans.unrolled import spread
 from pfode.process import Process
 from pfode.samplers.adaptive import ADAPTIVE, Adaptive, AdaptiveRecipe, Stopped, find_adaptive, make_adaptive
 from pfode.samplers.catalogue import DEFAULT_STEPS, Recipe, make_plan, recipe

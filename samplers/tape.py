@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pfode.chart import Node
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.process import Process
 
 Symbol = tuple[str, int]

@@ -14,7 +14,7 @@ from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.denoiser import digest as digest_of
 from pfode.errors import UsageError, did_you_mean
 from pfode.labels import class_index, label_tensor
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.prediction import PREDICTIONS, Coefficient, Pair
 from pfode.process import VP, Process, VPCosine, VPDiscrete
 from pfode.scores.guidance import guide

@@ -15,7 +15,8 @@ from torch import Tensor
 from pfode.denoiser import Denoiser, Preconditioned, Preconditioning, at, preconditioned
 from pfode.errors import UsageError, integer, number
 from pfode.labels import class_index, class_indices, warn_unseen
-from pfode.plan import Plan, row_affine
+from pfode.plans.rows import row_affine
+from pfode.plans.table import Plan
 from pfode.scores.mixing import Rule, Schedule, column
 from pfode.scores.wrapping import Wrapper, known
 

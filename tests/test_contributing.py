@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.samplers import CATALOGUE, Recipe, make_plan
 from tests import problems
 from tests.samplers.test_orders import measured

@@ -74,7 +74,7 @@ def test_rooms_import_only_what_lies_below(room):
         ("def f():\n    import pfode\n    return pfode.make_plan", {"samplers"}),
         ("from pfode import load, Plan", {"scores"}),
         ("import scores", {"scores"}),
-        ("from pfode.plan import Plan", set()),
+        ("from pfode.plans.table import Plan", set()),
     ],
 )
 def test_the_layer_test_sees_violations(source, rooms):

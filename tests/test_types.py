@@ -6,7 +6,7 @@ Nothing here is called; `pyright` is the test.
 
 from typing import assert_type
 
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.process import EDM
 from pfode.samplers.catalogue import make_plan
 

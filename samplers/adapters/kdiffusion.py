@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from pfode import grids, noise
 from pfode.errors import UsageError, integer
-from pfode.plan import Plan, run
+from pfode.plans.executor import run
+from pfode.plans.table import Plan
 from pfode.process import EDM, VP
 from pfode.samplers.adaptive import ADAPTIVE, Adaptive, make_adaptive
 from pfode.samplers.catalogue import CATALOGUE, Recipe, make_plan, recipe

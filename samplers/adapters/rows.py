@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
-from pfode.plan import Plan, row_affine, used, weighed
+from pfode.plans.rows import row_affine, used, weighed
+from pfode.plans.table import Plan
 from pfode.samplers.adapters.conventions import Convention
 
 

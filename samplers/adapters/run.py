@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.samplers.adapters.conventions import Convention
 from pfode.samplers.adapters.rows import Line, Table
 from pfode.samplers.adapters.timesteps import Timesteps

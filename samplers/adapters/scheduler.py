@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pfode import noise
 from pfode.errors import UsageError, number, unknown
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.adapters import conventions, nodes

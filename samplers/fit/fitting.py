@@ -25,7 +25,8 @@ from pfode.denoiser import Denoiser, at, fingerprint
 from pfode.errors import NumericalError, UsageError, integer, number, unknown
 from pfode.files import make_folder, read_header
 from pfode.labels import class_indices
-from pfode.plan import Plan, run
+from pfode.plans.executor import run
+from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.catalogue import Recipe, make_plan

@@ -10,7 +10,7 @@ from torch import Tensor
 from pfode.denoiser import Denoiser
 from pfode.errors import UsageError, integer, number, unknown
 from pfode.grids import Grid
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.samplers.catalogue import make_plan
 from pfode.samplers.sampling import DEFAULT_BATCH, batches
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
-from pfode.plan import Plan, row_affine
+from pfode.plans.table import Plan
+from pfode.plans.unrolled import matrix
 from pfode.process import Process
 
 Call = Callable[[Tensor, float], Tensor]  # (x, t) -> x0, x of any multiple of the batch, sample by sample
@@ -49,7 +50,7 @@ class Numbers:
         """
         if plan.stochastic:
             raise UsageError(f"plan {plan.name!r} draws noise: it has no end point of its own", "a deterministic one")
-        states = unrolled(plan)
+        states = matrix(plan)
         kept = states[:, 0]
         if not (kept[:-1].abs() > 0).all():
             raise UsageError(f"plan {plan.name!r} forgets x_T before its last row", "another recipe to start from")
@@ -71,22 +72,6 @@ def lower(square: Tensor) -> Tensor:
     """The lower triangle of a matrix, row by row."""
     row, column = torch.tril_indices(*square.shape)
     return square[row, column]
-
-
-def unrolled(plan: Plan) -> Tensor:
-    """The states in x_T and D_0, D_1, ...: row k of shape (n + 1, n + 1) is y_k."""
-    n = plan.nfe
-    unit = torch.eye(n + 1, dtype=torch.float64)
-    p, q = row_affine(plan.prediction, plan.alpha[:-1], plan.sigma[:-1])
-    before, state, made, states = unit[0], plan.init[0] * unit[0], [], []
-    for k in range(n):
-        states.append(state)
-        made.insert(0, p[k] * state + q[k] * unit[k + 1])
-        moved = plan.r[k] * state + plan.r_prev[k] * before
-        for factor, m in zip(plan.b[k], made, strict=False):
-            moved = moved + factor * m
-        before, state = state, moved
-    return torch.stack([*states, state])
 
 
 def end(numbers: Numbers, call: Call, y: Tensor) -> Tensor:

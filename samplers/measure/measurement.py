@@ -11,7 +11,7 @@ from torch import Tensor
 from pfode import grids
 from pfode.denoiser import fingerprint
 from pfode.errors import DenoiserError, NumericalError, PfodeError, UsageError
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.samplers.catalogue import make_plan
 from pfode.samplers.fit.search import Jumps, measure_jumps
 from pfode.samplers.measure import metrics, peers

@@ -14,7 +14,7 @@ from torch import Tensor
 from pfode import grids, noise
 from pfode.denoiser import Denoiser, fingerprint
 from pfode.errors import DenoiserError, NumericalError, PfodeError, UsageError, integer
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.samplers import auto
 from pfode.samplers.catalogue import make_plan
 from pfode.samplers.measure.metrics import Features, rounded

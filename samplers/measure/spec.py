@@ -21,7 +21,7 @@ from pfode import grids
 from pfode.chart import CHARTS
 from pfode.errors import UsageError, unknown
 from pfode.files import read_header
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.catalogue import CATALOGUE, make_plan, recipe

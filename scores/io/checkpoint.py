@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pfode
 from pfode.errors import FileError, PfodeError, UsageError
 from pfode.files import read_header, shown
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.process import Process, from_config
 from pfode.scores.denoiser import KNOWN, Denoiser
 from pfode.scores.io import kinds

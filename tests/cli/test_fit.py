@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pfode
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.scores.io import shipped
 
 FEW = ("--n", 16, "--active", 16, "--check", 16, "--teacher", 6, "--iterations", 2, "--out", "plans")

@@ -10,7 +10,7 @@ from torch.distributions import Normal
 import pfode
 from pfode import Plan, iterate, noise
 from pfode.errors import UsageError
-from pfode.plan import Point
+from pfode.plans.executor import Point
 from pfode.samplers import make_plan
 
 SEEDS = [3, 2**64 - 1, 0, 77]

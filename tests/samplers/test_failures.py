@@ -8,7 +8,7 @@ import torch
 
 import pfode
 from pfode.errors import MemoryLimitError, NumericalError
-from pfode.plan import Bad
+from pfode.plans.executor import Bad
 from pfode.samplers.sampling import batches
 from tests import problems
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import pfode
 from pfode import run
 from pfode.denoiser import Denoiser, Preconditioned, Preconditioning, preconditioned
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.samplers import CATALOGUE, make_plan
 
 NETWORKS = {

@@ -346,7 +346,7 @@ def test_bad_calls_of_decode(options, message):
 
 def test_plans_that_cannot_be_walked_back():
     with pytest.raises(UsageError, match=r"row 1 has r' = 0.*\n.*chart=\"flow\""):
-        encode(problems.mixture(pfode.Flow()), DATA, 8, "o-belm")
+        encode(problems.mixture(pfode.Flow()), DATA, 8, "o-belm", chart="ddim")
     plan = make_plan("o-belm", MIX.process, 4, final="stop")
     wide = dataclasses.replace(plan, b=torch.cat([plan.b, torch.ones(4, 1)], 1))
     with pytest.raises(UsageError, match="row 1 uses an earlier prediction"):
@@ -354,3 +354,15 @@ def test_plans_that_cannot_be_walked_back():
     broken = dataclasses.replace(plan, r_prev=torch.tensor([0.0, 1.0, 0.0, 1.0]))
     with pytest.raises(UsageError, match="row 2 has r' = 0"):
         decode(MIX, (DATA, DATA), plan=broken)
+
+
+@pytest.mark.parametrize("process", [pfode.Flow(), pfode.VPCosine(t_max=1.0), problems.zero_terminal_snr()])
+@pytest.mark.parametrize("name", ["o-belm", "bdia", "edict", "auto", "ddim", "dpm++2m", "rk45"])
+def test_encoding_from_pure_noise_needs_no_chart(process, name):
+    """Where alpha = 0 at the first time, the default chart is one that holds there."""
+    denoiser = problems.mixture(process)
+    x = denoiser.sample(2, seed=3).double()
+    steps = None if name == "rk45" else 20
+    z = encode(denoiser, x, steps, name, dtype=torch.float64)
+    back = decode(denoiser, z, steps, name, dtype=torch.float64)
+    assert problems.rms(back, x) < (1e-11 if name in ("o-belm", "bdia", "edict") else 0.2)

@@ -13,7 +13,7 @@ import torch
 import pfode
 from pfode import iterate, run
 from pfode.chart import CHARTS
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.samplers import CATALOGUE, Recipe, make_plan
 from pfode.samplers.methods import RungeKutta, Tableau
 from tests import problems

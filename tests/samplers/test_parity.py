@@ -16,7 +16,7 @@ import torch
 
 import pfode
 from pfode import iterate, run
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.samplers import CATALOGUE, Recipe, make_plan
 from tests import peers, problems
 

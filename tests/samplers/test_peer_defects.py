@@ -18,7 +18,7 @@ import pfode
 from pfode import iterate, run
 from pfode.errors import UsageError
 from pfode.grids import times as lay
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers import make_plan
 from pfode.scores.exact import Gaussian

@@ -10,7 +10,9 @@ import torch
 
 import pfode
 from pfode import run
-from pfode.plan import Plan, row_affine, spread
+from pfode.plans.rows import row_affine
+from pfode.plans.table import Plan
+from pfode.plans.unrolled import spread
 from pfode.process import Process
 from pfode.samplers import CATALOGUE, make_plan
 from tests import problems

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfode
 from pfode.errors import UsageError
-from pfode.plan import Plan
+from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers import CATALOGUE, PFODEScheduler, make_plan
 from pfode.samplers.adapters import scheduler as module

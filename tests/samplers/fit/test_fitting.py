@@ -12,7 +12,8 @@ import torch
 import pfode
 from pfode import noise
 from pfode.errors import OtherModelWarning, UsageError
-from pfode.plan import Plan, run
+from pfode.plans.executor import run
+from pfode.plans.table import Plan
 from pfode.samplers import fit_plan, make_plan
 from pfode.samplers.fit.fitting import LOSSES, STARTS, DyWeight, General, clock, clocked
 from pfode.samplers.fit.tangents import Numbers, differences, end, tangents
