@@ -38,7 +38,6 @@ class Mark:
     dash: bool = False
     opacity: float = 1.0
     bold: bool = False
-    turned: bool = False
 
 
 @dataclass
@@ -192,35 +191,45 @@ def style(selector: str = "svg") -> str:
 
 
 def svg(drawing: Drawing, alone: bool = True) -> str:
-    """As SVG: with its own colours and ground when it stands alone, else with those of the page."""
+    """As SVG: on its own ground when it stands alone, else in the colours of the page around it.
+
+    Alone it has presentation attributes only, in the light colours: Inkscape, librsvg and office programs know no
+    variables of CSS and draw what is coloured by them in black.
+    """
     w, h = drawing.width, drawing.height
     fonts = "font-family=\"system-ui,-apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif\""
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:g} {h:g}" {fonts} role="img">']
+    size = f'width="{w:g}" height="{h:g}" ' if alone else ""
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}viewBox="0 0 {w:g} {h:g}" {fonts} role="img">']
     if alone:
-        parts.append(f'<style>{style()}</style><rect width="{w:g}" height="{h:g}" style="fill:var(--paper)"/>')
-    parts += [_svg_mark(mark) for mark in drawing.marks]
+        parts.append(f'<rect width="{w:g}" height="{h:g}" {_paint("fill", "paper", alone)}/>')
+    parts += [_svg_mark(mark, alone) for mark in drawing.marks]
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _svg_mark(mark: Mark) -> str:
+def _paint(what: str, colour: str, alone: bool) -> str:
+    """The attribute that fills or strokes in a colour by name: as it is when alone, else by the page's variable."""
+    return f'{what}="{LIGHT[colour]}"' if alone else f'style="{what}:var(--{colour})"'
+
+
+def _svg_mark(mark: Mark, alone: bool) -> str:
     title = f"<title>{html.escape(mark.text)}</title>" if mark.text and mark.kind != "text" else ""
-    colour = f"var(--{mark.colour})"
+    fill = _paint("fill", mark.colour, alone)
     if mark.kind == "text":
         (x, y), weight = mark.points[0], ' font-weight="600"' if mark.bold else ""
         return (
             f'<text x="{x:.1f}" y="{y:.1f}" font-size="{mark.size:g}" text-anchor="{mark.anchor}"{weight} '
-            f'style="fill:{colour}">{html.escape(mark.text)}</text>'
+            f"{fill}>{html.escape(mark.text)}</text>"
         )
     if mark.kind == "dot":
         (x, y), r = mark.points[0], mark.size
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:g}" style="fill:{colour}">{title}</circle>'
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:g}" {fill}>{title}</circle>'
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in mark.points)
     if mark.kind == "area":
-        return f'<polygon points="{path}" style="fill:{colour}" opacity="{mark.opacity:g}"/>'
+        return f'<polygon points="{path}" {fill} fill-opacity="{mark.opacity:g}"/>'
     dash = ' stroke-dasharray="5 4"' if mark.dash else ""
     return (
         f'<polyline points="{path}" fill="none" stroke-width="{mark.size:g}" stroke-linejoin="round" '
-        f'stroke-linecap="round"{dash} style="stroke:{colour}">{title}</polyline>'
+        f'stroke-linecap="round"{dash} {_paint("stroke", mark.colour, alone)}>{title}</polyline>'
     )
 
 
