@@ -81,7 +81,7 @@ def _headers(archive: Archive) -> dict[str, Header]:
     """The header of each array; every entry must be a known one."""
     where = shown(archive.path)
     names = {name.removesuffix(".npy"): name for name in archive.entries}
-    listed = ", ".join(f"{name:.40}" for name in list(names)[:10])
+    listed = ", ".join(f"{name:.40}" if name.isprintable() else f"{name!r:.40}" for name in list(names)[:10])
     if "images" not in names:
         raise FileError(f"{where}: no array 'images' (it has: {listed or 'nothing'})", HOW)
     archive.allow(list(archive.entries), MAX_BYTES)

@@ -21,7 +21,7 @@ import torch
 
 from pfode.errors import FileError
 from pfode.files import read_file, shown
-from pfode.scores.io.pictures import MAX_FILE, SUFFIXES, opened, read_picture
+from pfode.scores.io.pictures import MAX_FILE, MAX_PIXELS, SUFFIXES, opened, read_picture
 from pfode.scores.training.archives import open_archive
 from pfode.scores.training.dataset import MAX_BYTES, MAX_CLASSES, Data, checked_names
 
@@ -34,6 +34,9 @@ LABELS = "dataset.json"
 MAX_LABELS = 256 << 20  # bytes of it
 MAX_AGAIN = 1_000  # folders that are entered once more, by links
 MAX_DEPTH = 64
+FREE_PIXELS = 1 << 24  # that any picture may have; more only in a file that is long enough for them
+PIXELS_PER_BYTE = 64
+BAND = 1 << 20  # pixels
 CHUNK = re.compile(r"\d{5}")  # the name of a folder that only keeps listings short
 HIDDEN, OTHER, SPECIAL = "hidden", "of other kinds", "not regular files"  # reasons to leave a file out
 CIRCLE = "links to a folder around them"
@@ -247,11 +250,16 @@ def decode(where: str, raw: bytes, size: tuple[int, int]) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
-    with opened(where, raw) as source:
+    most = min(MAX_PIXELS, FREE_PIXELS + PIXELS_PER_BYTE * len(raw))
+    with opened(where, raw, most=most) as source:
         picture = ImageOps.exif_transpose(source)
-        picture = (_eight_bits(where, source, picture) if picture.mode[:1] in "IF" else picture).convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        flat = Image.alpha_composite(ground, picture).convert("RGB")
+        flat = Image.new("RGB", picture.size, "white")
+        rows = max(1, BAND // picture.width)
+        for top in range(0, picture.height, rows):  # in bands: of a large picture there is one copy, not four
+            band = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+            band = (_eight_bits(where, source, band) if band.mode[:1] in "IF" else band).convert("RGBA")
+            ground = Image.new("RGBA", band.size, "white")
+            flat.paste(Image.alpha_composite(ground, band).convert("RGB"), (0, top))
         return np.asarray(ImageOps.fit(flat, size, Image.Resampling.LANCZOS))
 
 
@@ -261,7 +269,7 @@ def _eight_bits(where: str, source: "Image.Image", picture: "Image.Image") -> "I
     Args:
         where: what messages call it.
         source: as it was opened, with what its file says about it.
-        picture: the same, turned upright.
+        picture: a part of it.
     """
     from PIL import Image
 

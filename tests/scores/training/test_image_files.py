@@ -328,3 +328,19 @@ def test_an_encrypted_entry(tmp_path):
     path.write_bytes(raw)
     with pytest.raises(FileError, match=r"a\.png"):
         load_data(path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_many_pixels_in_a_short_file_are_refused(kind):
+    raw = png(size=(6000, 6000), mode="1" if kind == "PNG" else "L", kind=kind)
+    with pytest.raises(FileError, match="pixels are too many"):
+        decode("x", raw[:40_000], (8, 8))
+
+
+def test_a_large_picture_is_read_in_bands():
+    rows = np.random.default_rng(0).integers(0, 256, (1200, 1300, 4)).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(rows).save(stream, "PNG")
+    ground = Image.new("RGBA", (1300, 1200), "white")
+    whole = Image.alpha_composite(ground, Image.fromarray(rows)).convert("RGB")
+    assert (decode("x", stream.getvalue(), (1300, 1200)) == np.asarray(whole)).all()
