@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UnseenLabelWarning, UsageError
+from pfode.tensors import readable
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -128,7 +129,7 @@ def label_tensor(label: Any, names: Sequence[str] | None, x: Tensor) -> Tensor:
     n = len(x)
     if isinstance(label, Tensor):
         exact = label.dtype in INTEGERS and label.shape in ((), (n,))
-        seen = exact and label.numel() and label.device.type == "cpu" and not torch.compiler.is_compiling()
+        seen = exact and label.numel() and readable(label)
         low, high = (int(label.min()), int(label.max())) if seen and names is not None else (0, 0)
         got = f"{label.dtype} of shape {tuple(label.shape)}"
     else:

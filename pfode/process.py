@@ -401,3 +401,24 @@ def from_config(config: dict[str, Any]) -> Process:
         return PROCESSES[name](**parameters)
     except (TypeError, ValueError) as error:
         raise UsageError(f"process {name}: {error}") from error
+
+
+def need_process(value: object) -> Process:
+    """`value`, which must be a noise process.
+
+    Raises:
+        UsageError: it is none: a name, say, or a class instead of an instance; the hint says what to write.
+    """
+    if isinstance(value, Process):
+        return value
+    known = {name.casefold(): name for name in PROCESSES}
+    if isinstance(value, type):
+        name, got = value.__name__, f"the class {value.__name__}"
+    else:
+        name, got = (value if isinstance(value, str) else type(value).__name__), f"{value!r:.60}"
+    name = known.get(name.casefold().removeprefix("pfode."), "")
+    given = {"VPDiscrete": "alphas_cumprod", "VE": "sigma_min=..., sigma_max=..."}.get(name, "")
+    raise UsageError(
+        f"process: expected a noise process, got {got}",
+        f"pfode.{name}({given})" if name else "one of " + ", ".join(f"pfode.{known}()" for known in PROCESSES),
+    )

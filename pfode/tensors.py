@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pfode.errors import FileError, UsageError
 from pfode.files import Digest, Header, content_digest, pack, read_header, write_atomic
@@ -89,3 +91,20 @@ def read_sealed(path: str | PathLike[str], kind: str, hint: str = "") -> tuple[d
         return read_tensors(header), dict(header.metadata)
     except FileError as error:
         raise FileError(error.message, hint or error.hint) from error
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether x is being differentiated or mapped by torch.func, or is a dual number of forward-mode differentiation.
+
+    There its values cannot be looked at (vmap), only the plain memory format exists, and fused attention has no
+    derivative. Asking costs about a microsecond; under torch.compile the answer is no.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]  # no public way to ask
+    return wrapped(x) or forward_ad.unpack_dual(x).tangent is not None
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at without waiting for a device, and at all."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed(value)

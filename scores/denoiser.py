@@ -1,10 +1,12 @@
 """A network and its preconditioning, seen as a denoiser: D(x, t) = c_skip x + c_out F(c_in x, c_noise)."""
 
 import copy
+import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +14,18 @@ from torch import Tensor, nn
 from pfode.denoiser import Denoiser as DenoiserProtocol
 from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.denoiser import digest as digest_of
-from pfode.errors import UsageError, did_you_mean
+from pfode.errors import UsageError, did_you_mean, integer, number
 from pfode.labels import class_index, label_tensor
 from pfode.plans.table import Plan
 from pfode.prediction import PREDICTIONS, Coefficient, Pair
-from pfode.process import VP, Process, VPCosine, VPDiscrete
+from pfode.process import VP, Process, VPCosine, VPDiscrete, need_process
 from pfode.scores.guidance import guide
+from pfode.tensors import readable
 
 VARIANCE_PRESERVING = (VP, VPCosine, VPDiscrete)
 KNOWN = ("edm", "ve", *PREDICTIONS)
+DEPTH = 4  # of functions that name functions, in which modules are looked for
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
 class Denoiser(Preconditioned):
@@ -67,20 +72,24 @@ class Denoiser(Preconditioned):
         plans: Mapping[int, Plan] | None = None,
         unseen: Iterable[int] = (),
     ):
-        if prediction not in KNOWN:
-            raise UsageError(f"unknown prediction {prediction!r}", did_you_mean(prediction, KNOWN))
-        if not sigma_data > 0 or not time_scale > 0:
-            raise UsageError(f"sigma_data and time_scale must be positive, got {sigma_data} and {time_scale}")
-        self.process = process
+        if isinstance(network, type) or not callable(network):
+            kind = network.__name__ if isinstance(network, type) else ""
+            got = f"the class {kind}" if kind else f"{network!r:.60}"
+            hint = f"an instance: {kind}(...)" if kind else "a torch module, or any function of (x, t)"
+            raise UsageError(f"network: expected what can be called with (x, t), got {got}", hint)
+        if not isinstance(prediction, str) or prediction not in KNOWN:
+            raise UsageError(f"unknown prediction {prediction!r:.60}", did_you_mean(prediction, KNOWN))
+        if isinstance(labels, str) or any(not isinstance(name, str) for name in labels or ()):
+            raise UsageError(f"labels: expected the names of the classes, got {labels!r:.60}", "labels=['cat', 'dog']")
+        self.process = need_process(process)
         self.prediction = prediction
-        self.sigma_data = float(sigma_data)
-        self.shape = None if shape is None else tuple(shape)
+        self.sigma_data, self.time_scale = positive("sigma_data", sigma_data), positive("time_scale", time_scale)
+        self.shape = None if shape is None else tuple(integer("shape", side, 1) for side in sides(shape))
         self.labels = None if labels is None else tuple(labels)
         self.unseen = frozenset(unseen)
         if any(type(one) is not int or not 0 <= one <= len(self.labels or ()) for one in self.unseen):
             got = sorted(map(str, self.unseen))
             raise UsageError(f"unseen: need numbers of classes, or {len(self.labels or ())} for none, got {got}")
-        self.time_scale = float(time_scale)
         self.data_std = self.sigma_data if prediction == "edm" else None
         self._take(network, digest, plans)
 
@@ -88,18 +97,18 @@ class Denoiser(Preconditioned):
         self.net: Any = network
         self.digest = digest
         self.plans: Mapping[int, Plan] = {} if plans is None else plans
-        weight = (
-            next((p for p in network.parameters() if p.is_floating_point()), None)
-            if isinstance(network, nn.Module)
-            else None
-        )
-        self.dtype = None if weight is None else weight.dtype
+        self._hashed: tuple[Stamp | None, str] | None = None
+        weight = next((p for p in network.parameters() if p.is_floating_point()), None) if _is_module(network) else None
         self.device = None if weight is None else weight.device
+        self.dtype = compute_dtype(network)
+        self._time_dtype = torch.promote_types(self.dtype or torch.float32, torch.float32)
+        if digest is not None and isinstance(network, nn.Module):
+            self._hashed = stamp(network), digest
 
     def precondition(self, t: Tensor) -> Preconditioning:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         blind = self.prediction in ("edm", "ve") or PREDICTIONS[self.prediction].blind
-        if blind and t.device.type == "cpu" and not torch.compiler.is_compiling() and bool((alpha == 0).any()):
+        if blind and readable(t) and bool((alpha == 0).any()):
             raise UsageError(
                 f"prediction {self.prediction!r} says nothing about the data where alpha = 0 (t = {float(t.max()):g})",
                 "use a network with prediction 'flow', 'v' or 'x0', or a grid that starts at alpha > 0",
@@ -129,21 +138,25 @@ class Denoiser(Preconditioned):
         return alpha * s**2 / square, sigma * s / square**0.5
 
     def network(self, x: Tensor, c_noise: Tensor, *, label: Tensor | int | None = None, **cond: Any) -> Tensor:
-        """F(x, c_noise) in the dtype of the network.
+        """F(x, c_noise) in the dtype of the network, where that is known.
 
         Args:
             x: (batch, ...), already scaled by c_in.
-            c_noise: 0-d or (batch,).
+            c_noise: 0-d or (batch,); the network gets it in float32, or in float64 where it computes in that.
             label: (batch,) of integers, one integer for all, or None.
 
         Raises:
             UsageError: a label out of range or of the wrong shape.
         """
+        if x.device.type != "meta":
+            self._need_numbers()
         if c_noise.ndim == 0:
             c_noise = c_noise.expand(x.shape[0])
+        if self.dtype is not None:
+            x, c_noise = x.to(self.dtype), c_noise.to(self._time_dtype)
         if label is not None:
             cond["label"] = label_tensor(label, self.labels, x)
-        return self.net(x if self.dtype is None else x.to(self.dtype), c_noise, **cond)
+        return self.net(x, c_noise, **cond)
 
     @property
     def classes(self) -> int | None:
@@ -160,17 +173,28 @@ class Denoiser(Preconditioned):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """A copy on another device or in another dtype; this one stays as it is. A plain function moves nowhere."""
+        self._need_numbers()
         same_device = device is None or torch.device(device) == self.device
         if not isinstance(self.net, nn.Module) or (same_device and dtype in (None, self.dtype)):
             return self
         return self.with_network(copy.deepcopy(self.net).to(device=device, dtype=dtype), self.fingerprint, self.plans)
 
+    def _need_numbers(self) -> None:
+        if self.device is not None and self.device.type == "meta":
+            raise UsageError("the network is on the meta device: its weights hold no numbers", "load them first")
+
     @property
     def fingerprint(self) -> str | None:
-        """The digest of the weights; None for a function without parameters."""
-        if self.digest is not None or not isinstance(self.net, nn.Module):
+        """The digest of the weights as they are now; None for a function without parameters.
+
+        They are hashed once, and again only after they changed.
+        """
+        if not isinstance(self.net, nn.Module):
             return self.digest
-        return digest_of(f"{self.process} {self.prediction}", self.net.state_dict())
+        now = stamp(self.net)
+        if now is None or self._hashed is None or self._hashed[0] != now:
+            self._hashed = now, digest_of(f"{self.process} {self.prediction}", self.net.state_dict())
+        return self._hashed[1]
 
     def with_network(
         self, network: Callable[..., Tensor], digest: str | None = None, plans: Mapping[int, Plan] | None = None
@@ -238,3 +262,120 @@ class Denoiser(Preconditioned):
 
     def __repr__(self) -> str:
         return f"Denoiser({type(self.net).__name__}, {self.process}, {self.prediction!r}, shape={self.shape})"
+
+
+def positive(name: str, value: object) -> float:
+    """A finite number above 0.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        found = number(name, value)
+    except UsageError:
+        found = 0.0
+    if found <= 0:
+        raise UsageError(f"{name}: need a positive number, got {value!r:.60}", f"{name}=0.5")
+    return found
+
+
+def sides(shape: object) -> tuple[Any, ...]:
+    """The sides of a shape.
+
+    Raises:
+        UsageError: it is no list, tuple or torch.Size.
+    """
+    if not isinstance(shape, list | tuple):
+        raise UsageError(f"shape: expected the sides of one sample, got {shape!r:.60}", "shape=(3, 32, 32)")
+    return tuple(shape)
+
+
+def _is_module(network: object) -> TypeGuard[nn.Module]:
+    return isinstance(network, nn.Module)
+
+
+# ---- what a network computes in, and whether its weights changed
+
+
+def compute_dtype(network: object) -> torch.dtype | None:
+    """The dtype that a network takes: that of its first floating-point parameter of 16 bits or more.
+
+    For something else that can be called, of the modules that it holds or names (an object's attributes, the arguments
+    of a `functools.partial`, what a function closes over), where these agree.
+
+    Returns:
+        None where no dtype is known: the network then gets the dtype of the state.
+
+    Raises:
+        UsageError: all its weights have 8 bits, in which nothing is computed.
+    """
+    found: set[torch.dtype] = set()
+    for module in modules(network):
+        floats = [p.dtype for p in module.parameters() if p.is_floating_point()]
+        wide = next((dtype for dtype in floats if dtype.itemsize > 1), None)
+        own = getattr(module, "dtype", None)  # of diffusers' models that keep 8 bits and compute in more
+        if wide is None and isinstance(own, torch.dtype) and own.is_floating_point and own.itemsize > 1:
+            wide = own
+        if floats and wide is None:
+            raise UsageError(
+                f"network: its weights are {floats[0]}, in which nothing is computed", "network.to(torch.bfloat16)"
+            )
+        found |= set() if wide is None else {wide}
+    return found.pop() if len(found) == 1 else None
+
+
+def modules(network: object) -> list[nn.Module]:
+    """The torch modules that something callable is or holds, down to functions named by functions."""
+    found: list[nn.Module] = []
+    left, seen = [(network, 0)], set()
+    while left:
+        value, depth = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif depth < DEPTH:
+            left += [(inner, depth + 1) for inner in _held(value)]
+    return found
+
+
+def _held(value: object) -> list[Any]:
+    """What a callable stands on."""
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if inspect.ismethod(value):
+        return [value.__self__]
+    if inspect.isfunction(value):
+        try:
+            names = inspect.getclosurevars(value)
+        except ValueError:  # a name that it closes over has no value yet
+            return []
+        return [inner for inner in (*names.nonlocals.values(), *names.globals.values()) if callable(inner)]
+    return [] if isinstance(value, type) or not callable(value) else [*getattr(value, "__dict__", {}).values()]
+
+
+Stamp = tuple[tuple[str, int, int, int], ...]
+
+
+def stamp(network: nn.Module) -> Stamp | None:
+    """What changes when the weights do: place, version and sum of the bits of each; a few per cent of hashing them.
+
+    Returns:
+        None where a weight has none of these (on the meta device, in a dtype of its own): it counts as changed.
+    """
+    names, places, sums = [], [], []
+    for name, value in network.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            return None
+        data = value.detach()
+        try:
+            width = 8 if data.is_contiguous() and data.numel() * data.itemsize % 8 == 0 else data.itemsize
+            bits = data.reshape(-1).view(INTEGERS[width]) if width == 8 else data.view(INTEGERS[width])
+            sums.append(bits.sum(dtype=torch.int64))
+            places.append((data.data_ptr(), 0 if value.is_inference() else value._version))
+        except (RuntimeError, KeyError, NotImplementedError):
+            return None
+        names.append(name)
+    totals = [total.item() for total in sums]
+    return tuple((name, *place, int(total)) for name, place, total in zip(names, places, totals, strict=True))

@@ -15,7 +15,7 @@ from torch import Tensor
 from pfode import noise
 from pfode.denoiser import digest
 from pfode.errors import UsageError
-from pfode.process import EDM, Process
+from pfode.process import EDM, Process, need_process
 
 
 class GaussianMixture:
@@ -48,7 +48,7 @@ class GaussianMixture:
             raise UsageError(f"means: need shape (k, d), got {tuple(mu.shape)}", "means=[[0.0, 0.0], [1.0, 1.0]]")
         if (std is None) == (cov is None):
             raise UsageError("need either std or cov", "std=0.3")
-        self.process = EDM() if process is None else process
+        self.process = EDM() if process is None else need_process(process)
         self.shape = tuple(mu.shape[1:])
         self.means = mu.flatten(1)  # (k, d)
         k, d = self.means.shape

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from pfode.compat.schedules import Stated, stated
 from pfode.errors import FileError, PfodeError, UsageError
@@ -20,7 +22,7 @@ from pfode.process import Flow, Process
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.checkpoint import fill
 from pfode.scores.latent import Autoencoder, LatentDenoiser
-from pfode.tensors import read_tensors
+from pfode.tensors import read_tensors, readable, transformed
 
 STEM = "diffusion_pytorch_model"
 MAX_JSON = 8 << 20  # bytes; an index of shards names every tensor
@@ -145,13 +147,25 @@ class Adapter(nn.Module):
         if not self.classes and label is not None:
             raise UsageError("this network is unconditional: it takes no label", "leave label= out")
         if self.classes and not self.null:
-            known = not torch.compiler.is_compiling() and label is not None and label.device.type == "cpu"
+            known = label is not None and readable(label)
             if label is None or (known and int(label.max()) >= self.classes):
                 raise UsageError("this network always needs a class: it has none for 'no class'", "label=0")
         if self.null and label is None:
             label = torch.full((len(x),), self.classes, device=x.device)
         given = {} if label is None else {"class_labels": label}
-        return self.model(x, c_noise, **given, return_dict=False)[0][:, : self.channels]
+        if not transformed(x):
+            return self.model(x, c_noise, **given, return_dict=False)[0][:, : self.channels]
+        with sdpa_kernel(SDPBackend.MATH), _Differentiable():
+            return self.model(x, c_noise, **given, return_dict=False)[0][:, : self.channels]
+
+
+class _Differentiable(TorchFunctionMode):
+    """Within it group normalisation has a forward-mode derivative: torch's views its input as rows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.nn.functional.group_norm, torch.group_norm):
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 # ---- reading

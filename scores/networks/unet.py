@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pfode.errors import UsageError, unknown
+from pfode.tensors import transformed
 
 MAX_PARAMETERS = 200_000_000
 
@@ -179,7 +180,7 @@ class UNet(nn.Module):
                 "this network is unconditional: it takes no label", "leave label= (or --label, --guidance) out"
             )
         emb = functional.silu(emb)
-        h = self.first(x.contiguous(memory_format=torch.channels_last))
+        h = self.first(x if transformed(x) else x.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for layer in self.down:
             h = layer(h, emb)
@@ -219,6 +220,10 @@ class Norm(nn.GroupNorm):
 
     def __init__(self, width: int):
         super().__init__(width // math.gcd(16, width), width)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # torch's forward-mode derivative of it views its input as rows
+        return super().forward(input.contiguous() if transformed(input) else input)
 
 
 class Block(nn.Module):
@@ -265,7 +270,8 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head)) v; shapes (batch, heads, pixels, head)."""
-    if q.device.type == "cpu" and q.requires_grad:  # the fused kernel's backward pass is 2 to 7 times slower there
+    slow = q.device.type == "cpu" and q.requires_grad  # the fused kernel's backward pass is 2 to 7 times slower there
+    if slow or transformed(q):  # and none has a forward-mode derivative
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1).to(v.dtype) @ v
     return functional.scaled_dot_product_attention(q, k, v)
 
