@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfode.beta import beta_quantile
 from pfode.errors import UsageError, integer, number, unknown
+from pfode.optional import optional_module
 from pfode.process import Process, VPDiscrete
 
 MAX_STEPS = 100_000
@@ -311,7 +313,7 @@ def _optimised(start: tuple[float, ...], power: float) -> tuple[float, ...]:
     n = len(start) - 1
     if n == 1:
         return start
-    from scipy import optimize  # here, as it is slow to import
+    optimize = optional_module("scipy.optimize", "grid 'dm-nonuniform'")
 
     def objective(inner: np.ndarray) -> tuple[float, np.ndarray]:
         x = torch.tensor([start[0], *inner, start[-1]], dtype=torch.float64, requires_grad=True)
@@ -545,9 +547,7 @@ def _beta_quantiles(name: str, a: float, b: float) -> Callable[[int], Tensor]:
     a, b = number(f"{name}: a", a, 0.3, 30), number(f"{name}: b", b, 0.3, 30)
 
     def quantiles(n: int) -> Tensor:
-        from scipy import special  # here, as it is slow to import
-
-        return torch.from_numpy(special.betaincinv(a, b, _falling(n).numpy()))
+        return torch.from_numpy(beta_quantile(_falling(n).numpy(), a, b))
 
     return quantiles
 

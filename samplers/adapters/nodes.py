@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pfode import grids
+from pfode.beta import beta_quantile
 from pfode.errors import UsageError, integer, number, unknown
 from pfode.process import EDM, Flow, Process, VPDiscrete
 from pfode.samplers import auto
@@ -249,7 +250,5 @@ def _respaced(config: Config, t: np.ndarray) -> np.ndarray:
     if config["use_exponential_sigmas"]:
         return np.exp(math.log(first) + ramp * (math.log(last) - math.log(first)))
     if config["use_beta_sigmas"]:
-        from scipy import special  # here, as it is slow to import
-
-        return last + special.betaincinv(0.6, 0.6, 1 - ramp) * (first - last)
+        return last + beta_quantile(1 - ramp, 0.6, 0.6) * (first - last)
     return t

@@ -15,6 +15,7 @@ from torch import Tensor
 from pfode.errors import UsageError, unknown
 from pfode.ode.solver import Step, Time, clock
 from pfode.ode.state import Field
+from pfode.optional import optional_module
 
 NAMES = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _ORDERS: dict[str, int] = dict(zip(NAMES, (5, 3, 8, 5, 5, 12), strict=True))
@@ -59,7 +60,7 @@ class Scipy:
         Raises:
             UsageError: gradients are wanted through it.
         """
-        from scipy.integrate import solve_ivp
+        solve_ivp = optional_module("scipy.integrate", f"method {self.name!r}").solve_ivp
 
         if any(isinstance(v, Tensor) and v.requires_grad for v in (t0, t1, y0)):
             raise _no_gradients(self.name)
