@@ -16,8 +16,10 @@ FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F
 DTYPES = FLOATS | {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # torch >= 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

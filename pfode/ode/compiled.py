@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pfode._torch import cpp_compiler, dynamo_error, while_loop
 from pfode.errors import MissingError, UsageError
 from pfode.ode.adjoints.adjoint import Sighting
 from pfode.ode.control import PID
@@ -176,8 +177,6 @@ def _unlimited(control: PID) -> PID:
 
 def _compiled(f: Callable[..., Any], device: torch.device, options: dict[str, Any]) -> Kernel:
     """torch.compile, whose failures are errors of ours."""
-    from torch._dynamo.exc import TorchDynamoException
-
     if device.type == "cpu":
         _require_compiler()
     f.__code__ = f.__code__.replace()  # torch.compile limits how often one code object is compiled
@@ -186,7 +185,7 @@ def _compiled(f: Callable[..., Any], device: torch.device, options: dict[str, An
     def call(*inputs: Any) -> Any:
         try:
             return kernel(*inputs)
-        except TorchDynamoException as error:
+        except dynamo_error() as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             reason = next((line for line in lines if line.startswith("Explanation:")), lines[0])
             raise UsageError(
@@ -198,15 +197,10 @@ def _compiled(f: Callable[..., Any], device: torch.device, options: dict[str, An
 
 
 def _require_compiler() -> None:
-    from torch._inductor import exc
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
+    if cpp_compiler() is None:
         raise MissingError(
             "compile: on a CPU torch.compile needs a C++ compiler, and none was found", "install g++, or compile=False"
-        ) from error
+        )
 
 
 class _Attempt(NamedTuple):
@@ -272,8 +266,7 @@ def _step(attempt: Callable[..., _Attempt]) -> Kernel:
 
 def _ahead(attempt: Callable[..., _Attempt], control: PID, order: int) -> Kernel:
     """The loop over attempts (see `advance`, whose lines these are for tensors)."""
-    from torch._higher_order_ops import while_loop
-
+    loop = while_loop()
     lanes = PerSample()
 
     def ahead(inputs: Tensor, y: Tensor, slope: Tensor, args: tuple[Any, ...]) -> Any:
@@ -308,7 +301,7 @@ def _ahead(attempt: Callable[..., _Attempt], control: PID, order: int) -> Kernel
 
         zero = torch.zeros_like(inputs[0])
         given = (zero == 0, *inputs[:5].unbind(), zero, zero, y, slope)
-        _, *facts, y, slope = while_loop(going, body, tuple(v.clone() for v in given))
+        _, *facts, y, slope = loop(going, body, tuple(v.clone() for v in given))
         return torch.stack(facts), y, slope
 
     return ahead

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfode._torch import is_transformed
 from pfode.ode.control import PID
 from pfode.ode.solver import RMS, Solver, Step, clock, column
 from pfode.ode.state import Field, leaves, rebuild
@@ -338,7 +339,7 @@ def _verdict(field: Field, status: Any, t: float, y: Tensor, solved: Tensor | No
 
     What is not finite stays so up to the end. torch.func's transforms can read nothing: there NaN is left to be seen.
     """
-    if torch._C._functorch.is_functorch_wrapped_tensor(y):  # type: ignore[attr-defined]
+    if is_transformed(y):
         return status, t
     finite = torch.isfinite(y).flatten(field.layout.lead).all(-1)
     if solved is not None:

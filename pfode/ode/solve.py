@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pfode._torch import transformed
 from pfode.errors import NumericalError, UsageError, integer, number, unknown
 from pfode.ode import checks
 from pfode.ode.adjoints.adjoint import (
@@ -42,7 +43,7 @@ from pfode.ode.methods.scipy import Scipy
 from pfode.ode.methods.symplectic import SYMPLECTIC
 from pfode.ode.outputs import JointOutputs, PerSampleOutputs, outputs
 from pfode.ode.solver import RMS, Solver, clock
-from pfode.ode.state import Field, Layout, Tree, leaves, transformed
+from pfode.ode.state import Field, Layout, Tree, leaves
 
 SOLVERS: dict[str, Solver] = {
     **{tableau.name: RungeKutta(tableau) for tableau in tables.EXPLICIT},

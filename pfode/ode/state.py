@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pfode._torch import in_place_changes, storage_uses, transformed, version
 from pfode.errors import UsageError
 
 Tree = Any
@@ -187,8 +188,6 @@ class Loan:
         make: makes a stack of them, on fresh memory.
     """
 
-    _uses: Any = staticmethod(getattr(torch._C, "_storage_Use_Count", lambda _: math.inf))  # without it: never again
-
     def __init__(self, make: Callable[[], Tensor]):
         self.make = make
         self._renew()
@@ -198,13 +197,12 @@ class Loan:
         self.tensors = self.stack.unbind()
         self.flat = self.stack.view(len(self.stack), -1).unbind()
         self.array: Any = self.stack.numpy() if self.stack.ndim == 1 and self.stack.device.type == "cpu" else None
-        self.storage = self.stack.untyped_storage()._cdata
-        self.idle = max(map(sys.getrefcount, self.tensors)), self._uses(self.storage)
+        self.idle = max(map(sys.getrefcount, self.tensors)), storage_uses(self.stack)
 
     def take(self) -> "Loan":
         """Itself, with memory that nobody else has."""
         references, uses = self.idle
-        if max(map(sys.getrefcount, self.tensors)) > references or not self._uses(self.storage) <= uses < math.inf:
+        if max(map(sys.getrefcount, self.tensors)) > references or not storage_uses(self.stack) <= uses < math.inf:
             self._renew()
         return self
 
@@ -217,8 +215,8 @@ def changed(whose: str) -> UsageError:
 
 def versions(tensors: Iterable[Tensor]) -> list[int] | None:
     """How often each tensor was changed in place; None in inference mode, where torch does not count."""
-    tensors = list(tensors)
-    return None if any(x.is_inference() for x in tensors) else [x._version for x in tensors]
+    counts = [in_place_changes(x) for x in tensors]
+    return None if None in counts else counts
 
 
 @contextmanager
@@ -245,15 +243,6 @@ def unchanged(whose: str, tensors: Iterable[Tensor]) -> Iterator[None]:
         now = [x.detach() for x in tensors if before is None or x.device.type == "cpu"]
         if not all(bool(((a == b) | (a != a) & (b != b)).all()) for a, b in zip(kept, now, strict=True)):
             raise changed(whose)
-
-
-def transformed() -> str | None:
-    """Whether differentiation or batching by transforms is going on: "vmap", "other" or None."""
-    stack: Any = torch._C._functorch.get_interpreter_stack()  # type: ignore[attr-defined]  # no public way to ask
-    kinds = [str(interpreter.key()) for interpreter in stack or ()]
-    if kinds:
-        return "vmap" if any("Vmap" in kind for kind in kinds) else "other"
-    return "other" if torch.autograd.forward_ad._current_level >= 0 else None
 
 
 @functools.lru_cache(256)
@@ -322,9 +311,9 @@ class Field:
                 return self.f(t, state, *self.args)
         if not self.counted or y.is_inference():
             return self.f(t, state, *self.args)
-        version = y._version
+        before = version(y)
         slope = self.f(t, state, *self.args)
-        if y._version != version:
+        if version(y) != before:
             raise changed("the field")
         return slope
 

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from pfode._torch import lerp_all_
 from pfode.denoiser import Preconditioning
 from pfode.errors import FileError, NumericalError, PfodeError, UsageError, WriteError, unknown
 from pfode.files import FolderLock, lock_folder, make_folder, shown, write_atomic
@@ -405,7 +406,7 @@ class Trainer:
         weights = [p.detach() for p in self.net.parameters()]
         for width, average in self.ema.items():
             keep = (1 - 1 / (self.step + 1)) ** (ema_power(width) + 1)
-            torch._foreach_lerp_(list(average.values()), weights, 1 - keep)
+            lerp_all_(list(average.values()), weights, 1 - keep)
         return loss
 
     def _problem(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Preconditioning, Tensor]:

@@ -35,11 +35,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pfode._torch import transformed
 from pfode.errors import UsageError
 from pfode.ode.control import PID
 from pfode.ode.loop import Course, End, Lanes, Move
 from pfode.ode.solver import Solver
-from pfode.ode.state import Field, Tree, leaves, rebuild, transformed, without_graph
+from pfode.ode.state import Field, Tree, leaves, rebuild, without_graph
 
 PLAIN = nullcontext()
 _DEPTH = 4  # containers, closures and attributes are searched for parameters this deep

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfode._torch import version
 from pfode.errors import NumericalError, UsageError
 from pfode.ode.adjoints.adjoint import Cotangents, Inputs, Problem, Tape, Work, again, refuse_unknown
 from pfode.ode.control import PID
@@ -78,10 +79,10 @@ class _Continuous(Tape):
             raise UsageError("adjoint: ts of shape (batch, times) cannot be solved backwards", 'adjoint="checkpoint"')
 
     def finish(self, ys: Tensor, end: End) -> None:
-        self.ys, self.end, self.version = ys, end, ys._version
+        self.ys, self.end, self.version = ys, end, version(ys)
 
     def pull(self, problem: Problem, inputs: Inputs, given: Cotangents, work: Work) -> list[Tensor | None]:
-        if self.ys._version != self.version:
+        if version(self.ys) != self.version:
             raise UsageError("adjoint: the states at the output times were changed in place", "ys.clone()")
         times, sign = problem.ts.tolist(), problem.course.sign
         ends = set(torch.as_tensor(self.end.t, dtype=problem.ts.dtype).flatten().tolist())

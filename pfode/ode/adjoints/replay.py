@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pfode._torch import keeps_graph
 from pfode.errors import NumericalError, UsageError, integer, number
 from pfode.ode.adjoints.adjoint import (
     Behind,
@@ -252,7 +253,7 @@ class _Back(_Again):
         own = {id(a): b for a, b in zip(leaves(self.inputs.args), leaves(args), strict=True)}
         into = [own.get(id(t), t) for t in self.leaves]
         last = leaves(tuple(kept.before)) if kept.before else ()
-        keep: bool = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        keep = keeps_graph()
         first = [y] if y.requires_grad else []
         with torch.enable_grad():
             shown = [(ys[1:], self.given.ys[1:])]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pfode._torch import version
 from pfode.ode.methods.tableau import Tableau
 from pfode.ode.solver import Dense, Step, Time, clock, column
 from pfode.ode.state import Field, Loan, changed
@@ -216,13 +217,13 @@ class _Lent:
         field, mv, y, done = self.field, torch.mv, self.y0, 0
         if self.inside:
             f, args, put, inside = field.f, field.args, field.put, self.inside
-            version = inside.stack._version if field.counted else 0
+            before = version(inside.stack) if field.counted else 0
             for (column, row, parts), flat, y, t in zip(self.places, inside.flat, inside.tensors, times, strict=False):
                 mv(column, row, out=flat)
                 put(parts, f(t, y, *args))
             done = len(inside.flat)
             field.calls += done
-            if field.counted and inside.stack._version != version + done:
+            if field.counted and version(inside.stack) != before + done:
                 raise changed("the field")
         for i, t in enumerate(times[done:], done + 1):
             y = self.combine(i)
