@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -179,8 +179,7 @@ def find_features(name: str) -> "tuple[Features, str]":
     found = import_name("--features", name)
     if not callable(found):
         raise UsageError(f"--features {name}: {type(found).__name__} cannot be called", "a function (n, ...) -> (n, d)")
-    features: Features = found
-    return features, name
+    return cast("Features", found), name
 
 
 class Progress:

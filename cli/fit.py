@@ -1,6 +1,7 @@
 """pfode fit: plans of few calls, fitted to a model without data."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ import pfode
 from pfode.cli.options import Command
 from pfode.cli.settings import DTYPES, listed
 from pfode.cli.streams import Output, bar, output, table
-from pfode.errors import UsageError
-from pfode.files import make_folder
+from pfode.errors import FileError, UsageError
+from pfode.files import lock_folder, make_folder
 
 if TYPE_CHECKING:
     from pfode.plans.table import Plan
@@ -76,6 +77,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     how |= {"label": find_label(options["label"], net), "guidance": find_range(options["guidance"])}
     starts = {nfe: [find_start(name.replace("{nfe}", str(nfe))) for name in options["start"]] for nfe in counts}
     make_folder(folder)
+    ctx.call_on_close(lock_folder(folder, "fit").close)
     done = []
     for nfe, start in starts.items():
         file = folder / f"{path.stem}.plan-{nfe}.safetensors"
@@ -151,9 +153,15 @@ def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
     """Refuse to take a plan that is there for one that would be another.
 
     Raises:
-        UsageError: fitted to another model, or with other settings.
+        UsageError: fitted to another model, or with other settings. FileError: no plan that `fit` wrote.
     """
     said = plan.meta.get("fitted", {})
+    try:
+        sound = {"iterations", "settings", "validation"} <= said.keys() and all(map(math.isfinite, _figures(said)))
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound and said != {}:
+        raise FileError(f"{file}: no plan that pfode fit wrote", "--overwrite, or another --out")
     wanted = json.loads(json.dumps({key: how[key] for key in said.get("settings", {}) if key in how}))
     differ = [key for key, value in wanted.items() if said["settings"][key] != value]
     if said.get("model") != net.fingerprint:
@@ -163,3 +171,8 @@ def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
         if other is None:
             other = f"with other settings: {differ[0]} is {said['settings'][differ[0]]} there, {wanted[differ[0]]} here"
         raise UsageError(f"{file} is there already, fitted {other}", "--overwrite, or another --out")
+
+
+def _figures(said: dict[str, Any]) -> list[float]:
+    """The figures of a fitted plan that the table shows."""
+    return [said["validation"][key] for key in ("rms", "median", "start rms", "start median")]

@@ -7,23 +7,24 @@ quadratic functions of the numbers. A loss that is robust to the few samples tha
 those functions exactly, and of several dampings the step is taken that lowers the loss of those samples most.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from pfode import grids, noise
 from pfode.denoiser import Denoiser, at, fingerprint
-from pfode.errors import NumericalError, UsageError, integer, number, unknown
-from pfode.files import make_folder, read_header
+from pfode.errors import FileError, NumericalError, UsageError, integer, number, unknown
+from pfode.files import lock_folder, make_folder
 from pfode.labels import class_indices
 from pfode.plans.executor import run
 from pfode.plans.table import Plan
@@ -32,7 +33,7 @@ from pfode.samplers import auto
 from pfode.samplers.catalogue import Recipe, make_plan
 from pfode.samplers.fit.tangents import Numbers, differences, end, lower, tangents
 from pfode.samplers.sampling import DEFAULT_BATCH, find_device, prepared, sample_shape, state_dtype
-from pfode.tensors import write_tensors
+from pfode.tensors import read_sealed, write_tensors
 
 GROUP = 8  # samples that share a guidance scale
 MEMORY = 2**27  # bytes that the tangents may take
@@ -45,6 +46,10 @@ STARTS = {  # beside what auto takes by hand: the least loss decides, and with i
     "unipc2@flow": ("cosine(0.5)",),
 }
 CACHED = {"pfode.kind": "cache"}  # what files of the cache say they are
+ANEW = "delete it: it is made again"
+LIMITS = {"teacher": grids.MAX_STEPS, "batch": 2**31}
+MAX_NFE = 200  # of a fitted plan
+MAX_BYTES = 2**34  # that the quadratic functions of an iteration, or all samples, may take
 PATIENCE = 3  # iterations in which the noise that chooses shows no gain of GAIN
 GAIN = 0.02  # in the logarithm of the median, in the last phase of both errors' product
 DAMPED, DAMPING = 0.3, 8.0  # the first damping; the factor between those that are tried
@@ -260,14 +265,23 @@ class _State:
     mark: float = math.inf  # the lowest value that a phase looks at
 
     def save(self, path: Path) -> None:
+        """Keep it; the file says by its name what it is a state of."""
         rest = [self.damping, self.mark, self.done, self.stale, self.failed, self.phase]
         kept = {"theta": self.theta, "best": self.best.clone(), "rest": torch.tensor(rest, dtype=torch.float64)}
-        write_tensors(path, kept, CACHED)
+        write_tensors(path, kept, {**CACHED, "pfode.for": path.name})
 
     @classmethod
-    def load(cls, path: Path) -> "_State":
-        found = _read(path)
+    def load(cls, path: Path, size: int, phases: int) -> "_State":
+        """The state that was kept.
+
+        Raises:
+            FileError: damaged, or of another fit.
+        """
+        found = _read(path, {"theta": (size,), "best": (size,), "rest": (6,)})
         damping, mark, *counts = found["rest"].tolist()
+        sound = damping > 0 and not math.isnan(mark) and all(math.isfinite(c) and c >= 0 == c % 1 for c in counts)
+        if not sound or counts[-1] >= phases:
+            raise FileError(f"{path}: not the state of this fit", ANEW)
         done, stale, failed, phase = map(int, counts)
         return cls(found["theta"], found["best"], damping, done, stale, failed, phase, mark)
 
@@ -340,15 +354,22 @@ class _Problem:
         return float(self.family.start.init[0]) * group.x
 
     def _seen(self, x: Tensor) -> Tensor:
-        return x if self.features is None else self.features(x)
+        """Samples as errors see them, shape (batch, ...)."""
+        if self.features is None:
+            return x
+        found = self.features(x)
+        if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(x) or found.numel() == 0:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UsageError(f"features: need a tensor of shape ({len(x)}, ...), got {got}", "x.flatten(1), say")
+        return found
 
     def _apart(self, part: Group, y: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """Errors, (batch, d), and their tangents, (batch, p, d), in float64."""
         if self.features is not None:
-            here, size = self.features(y), moved.flatten(2).pow(2).mean(2).sqrt().clamp_min(1e-30)
+            here, size = self._seen(y), moved.flatten(2).pow(2).mean(2).sqrt().clamp_min(1e-30)
             level = 1e-2 * part.target.pow(2).mean().sqrt()
             h = (level / size).reshape(*size.shape, *[1] * (y.ndim - 1))
-            moved = torch.stack([(self.features(y + h[i] * move) - here) for i, move in enumerate(moved)])
+            moved = torch.stack([(self._seen(y + h[i] * move) - here) for i, move in enumerate(moved)])
             moved, y = moved / h.reshape(*size.shape, *[1] * (here.ndim - 1)), here
         apart = y - self._seen(part.target)
         return apart.double().flatten(1), moved.double().flatten(2).transpose(0, 1)
@@ -443,6 +464,24 @@ class _Fit:
     def guided(self) -> bool:
         return self.scales is not None or getattr(self.denoiser, "evals", 1) > 1
 
+    def check_size(self, numbers: int) -> None:
+        """Refuse what cannot be kept in memory, before anything is made.
+
+        Args:
+            numbers: that are fitted.
+
+        Raises:
+            UsageError: too many samples, or too many numbers for so many.
+        """
+        s = self.settings
+        most = MAX_BYTES // (16 * math.prod(self.shape))
+        for name in ("n", "check"):
+            integer(name, s[name], 1, most)
+        size = 8 * min(s["active"], s["n"]) * numbers**2
+        if size > MAX_BYTES:
+            problem = f"nfe, active: {s['active']} samples by {numbers} numbers would take {size / 2**30:,.0f} GiB"
+            raise UsageError(problem, "fewer calls, a smaller active=, or time_only=True")
+
     def groups(self, first: int, n: int) -> list[Group]:
         """n samples with their end points: noise from `first` on, the classes in turn, scales spread over the range."""
         count = math.ceil(n / GROUP)
@@ -475,7 +514,8 @@ class _Fit:
         keys = ("n" if first == FIT else "check", "teacher", "label", "guidance", "seed")
         path = self._path("teacher", {key: self.settings[key] for key in keys} | {"first": first})
         if path is not None and path.exists():
-            ends = _read(path)["x0"].to(self.device, self.dtype)
+            shape = (sum(map(len, groups)), *self.shape)
+            ends = _read(path, {"x0": shape})["x0"].to(self.device, self.dtype)
         else:
             process = self.denoiser.process
             plan = make_plan("exp-ab3", process, self.settings["teacher"], grid="karras")
@@ -486,7 +526,7 @@ class _Fit:
                 self.tell(Progress("teacher", sum(map(len, parts)), total))
             ends = torch.cat(parts)
             if path is not None:
-                write_tensors(path, {"x0": ends.cpu()}, CACHED)
+                write_tensors(path, {"x0": ends.cpu()}, {**CACHED, "pfode.for": path.name})
         if not ends.isfinite().all():
             raise NumericalError("the fine solution is not finite", "check the network and its precision")
         return list(ends.split([len(group) for group in groups]))
@@ -507,7 +547,8 @@ class _Fit:
         family, total = problem.family, s["iterations"]
         zeros = torch.zeros(family.size, dtype=torch.float64)
         path = self._path("fit", {**s, "iterations": None, "start": family.numbers(zeros).vector.tolist()})
-        state = _State.load(path) if path is not None and path.exists() else _State(zeros, zeros)
+        kept = path is not None and path.exists()
+        state = _State.load(path, family.size, len(problem.phases)) if path and kept else _State(zeros, zeros)
         best = problem.errors(family.numbers(state.best), checked)
         while True:
             self.tell(Progress("fit", state.done, total, best.rms, best.median, start.rms, start.median))
@@ -544,6 +585,9 @@ class _Fit:
         value = LOSSES[self.settings["loss"]][0]
         usual = [max(min(values) ** 2, 1e-300) for values in zip(*((e.median, e.rms) for e in found), strict=True)]
         losses = [value(errors.each, *usual).mean().item() for errors in found]
+        if not any(map(math.isfinite, losses)):
+            raise NumericalError("no starting plan ends in finite samples and features", "check network and features")
+        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
         i = min(range(len(losses)), key=losses.__getitem__)
         return problems[i], problems[i].errors(zeros[i], checked)
 
@@ -623,15 +667,22 @@ def fit_plan(
         UsageError: options that cannot be carried out; NumericalError: a teacher whose end points are not finite.
         WriteError, FileError: the cache.
     """
-    nfe, seed = integer("nfe", nfe, 1, grids.MAX_STEPS), integer("seed", seed, 0, 2**20 - 1)
-    if loss not in LOSSES:
+    nfe, seed = integer("nfe", nfe, 1, MAX_NFE), integer("seed", seed, 0, 2**20 - 1)
+    if not isinstance(loss, str) or loss not in LOSSES:
         raise unknown("loss", loss, LOSSES)
-    if parameterisation not in PARAMETERISATIONS:
+    if not isinstance(parameterisation, str) or parameterisation not in PARAMETERISATIONS:
         raise unknown("parameterisation", parameterisation, PARAMETERISATIONS)
+    if not isinstance(time_only, bool):
+        raise UsageError(f"time_only: got {time_only!r:.60}", "time_only=True or time_only=False")
+    for name, function in (("features", features), ("callback", callback)):
+        if function is not None and not callable(function):
+            raise UsageError(f"{name}: {type(function).__name__} cannot be called", f"{name}=None, or a function")
+    if cache is not None and not isinstance(cache, str | os.PathLike):
+        raise UsageError(f"cache: need a folder, got {cache!r:.60}", 'cache="folder"')
     if time_only and parameterisation != "general":
         raise UsageError("time_only: dyweight is another parameterisation", 'parameterisation="general"')
     counts = {"iterations": iterations, "n": n, "active": active, "check": check, "teacher": teacher, "batch": batch}
-    counts = {name: integer(name, value, 1) for name, value in counts.items()}
+    counts = {name: integer(name, value, 1, LIMITS.get(name, 2**62)) for name, value in counts.items()}
     tell = callback or (lambda progress: None)
     settings = {
         "nfe": nfe, "parameterisation": parameterisation, "time_only": time_only, "loss": loss,
@@ -641,7 +692,9 @@ def fit_plan(
     }  # fmt: skip
     begun = _Fit(denoiser, settings, shape, dtype, device, cache, batch, tell)
     families = _starts(start, denoiser.process, nfe, grid, chart, begun.guided, parameterisation, time_only)
-    with torch.no_grad():
+    begun.check_size(max(family.size for family in families))
+    lock = contextlib.nullcontext() if cache is None else lock_folder(cache, "fit", "wait for it, or another cache")
+    with lock, torch.no_grad():
         return begun.run(families, features)
 
 
@@ -678,6 +731,8 @@ def _starts(
                 raise UsageError(f"start: the plan was made for {one.process}, the denoiser has {process}")
             plan, sampler, named = one, one.meta.get("sampler"), one.meta.get("chart")
         else:
+            if not isinstance(one, str | Recipe):
+                raise UsageError(f"start: need a recipe or a plan, got {one!r:.60}", 'start="auto"')
             sampler, named = one, chart
             if isinstance(one, str) and "@" in one:
                 sampler, named = one.split("@", 1)
@@ -719,13 +774,21 @@ def _ends(guidance: float | tuple[float, float] | None) -> tuple[float, float] |
     """The ends of the range of scales."""
     if guidance is None:
         return None
-    low, high = guidance if isinstance(guidance, tuple | list) else (guidance, guidance)
+    low, high = guidance if isinstance(guidance, tuple | list) and len(guidance) == 2 else (guidance, guidance)
     low, high = number("guidance", low), number("guidance", high)
     if low > high:
         raise UsageError(f"guidance: the range {low:g} to {high:g} is empty", f"guidance=({high:g}, {low:g})")
     return low, high
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    read_header(path).verify()
-    return safetensors.torch.load_file(path)
+def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The floating-point tensors of a file of the cache.
+
+    Raises:
+        FileError: damaged, renamed, or with other tensors than these.
+    """
+    found, metadata = read_sealed(path, CACHED["pfode.kind"], ANEW)
+    sound = {name: tuple(value.shape) for name, value in found.items()} == shapes
+    if not sound or not all(x.is_floating_point() for x in found.values()) or metadata.get("pfode.for") != path.name:
+        raise FileError(f"{path}: not what a fit keeps under this name", ANEW)
+    return found

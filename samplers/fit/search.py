@@ -12,9 +12,10 @@ from pfode.errors import UsageError, integer, number, unknown
 from pfode.grids import Grid
 from pfode.plans.table import Plan
 from pfode.samplers.catalogue import make_plan
-from pfode.samplers.sampling import DEFAULT_BATCH, batches
+from pfode.samplers.sampling import DEFAULT_BATCH, batches, prepared
 
 METRICS = ("l2", "dev")
+MAX_NODES, MAX_TRAJECTORIES = 2001, 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,11 @@ def measure_jumps(
     nodes: int = 61,
     final: str = "denoise",
     metric: str = "l2",
-    **options: Any,
+    label: Any = None,
+    shape: Sequence[int] | None = None,
+    batch: int = DEFAULT_BATCH,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Jumps:
     """Run a teacher once and cost every jump between its nodes: one pass serves every number of steps.
 
@@ -76,21 +81,24 @@ def measure_jumps(
         teacher: a deterministic recipe of one call per step. grid, nodes, final: where its nodes lie.
         metric: "l2", the distance to the teacher's state, or "dev", by how much the distance to the chord of the
             trajectory exceeds the teacher's.
-        options: label, shape, batch, dtype, device as for `pfode.sample`.
+        label, shape, batch, dtype, device: as for `pfode.sample`.
 
     Raises:
-        UsageError: an unknown metric, or a teacher that is stochastic or makes several calls per step.
+        UsageError: an unknown metric, sizes that cannot be made, or a teacher that is stochastic or makes several
+            calls per step.
     """
+    denoiser = prepared(denoiser, None)
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
-    steps = integer("nodes", nodes, 3) - 1 if isinstance(grid, str | Grid) else None
+    n, seed = integer("n", n, 1, MAX_TRAJECTORIES), integer("seed", seed, 0, 2**64 - 1 - MAX_TRAJECTORIES)
+    steps = integer("nodes", nodes, 3, MAX_NODES) - 1 if isinstance(grid, str | Grid) else None
     plan = make_plan(teacher, denoiser.process, steps, grid=grid, final=final)
     if plan.stochastic or plan.nfe != plan.steps:
         raise UsageError(f"teacher {teacher!r} is not deterministic with one call per step", 'teacher="ipndm3"')
-    seeds = range(seed, seed + integer("n", n, 1))
+    seeds = range(seed, seed + n)
     total = torch.zeros(plan.nfe + 1, plan.nfe + 1, dtype=torch.float64)
-    options = {"batch": DEFAULT_BATCH, **options}
-    for part in batches(denoiser, plan, seeds, trajectory=True, **options):
+    how: dict[str, Any] = {"label": label, "shape": shape, "dtype": dtype, "device": device, "trajectory": True}
+    for part in batches(denoiser, plan, seeds, batch=integer("batch", batch, 1), **how):
         total += _costs(plan, torch.stack(part.trajectory).flatten(2), part.preview, metric)
     unreachable = torch.ones_like(total, dtype=torch.bool).tril()
     return Jumps(plan.times, (total / n).masked_fill(unreachable, torch.inf))
@@ -100,6 +108,10 @@ def gits(denoiser: Denoiser, steps: int, *, coefficient: float = 1.15, **options
     """The times of a grid of `steps` steps searched for this denoiser (Chen et al. 2024): `measure_jumps(...).grid`.
 
     For several numbers of steps call `measure_jumps` once.
+
+    Args:
+        denoiser, options: as for `measure_jumps`.
+        steps, coefficient: as for `Jumps.grid`.
 
     Returns:
         Times of the denoiser's process, shape (steps + 1,), to be given as `grid=`.

@@ -50,7 +50,7 @@ def bench(
             of other settings, or in use by another process.
         FileError: what the folder has is damaged. WriteError: it cannot be written.
     """
-    listed = [(problem, [Spec.parse(text) for text in dict.fromkeys(texts)]) for problem, texts in problems]
+    listed = [(problem, _specs(texts)) for problem, texts in problems]
     names = [problem.name for problem, _ in listed]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -58,6 +58,8 @@ def bench(
     for _, specs in listed:
         for spec in specs:
             spec.check()
+    if not isinstance(evals, Iterable) or isinstance(evals, str):
+        raise UsageError(f"evals: need a list of whole numbers, got {evals!r:.60}", "evals=[4, 6, 8]")
     counts = list(dict.fromkeys(integer("evals", k, 1, grids.MAX_STEPS) for k in evals))
     make_folder(out)
     with lock_folder(out, "bench"):
@@ -72,6 +74,8 @@ def bench(
         ]
         done, say = 0, progress or (lambda done, total, what: None)
         for problem, _ in listed:
+            if problem.name not in folder.floors or any(one[0] is problem for one in todo):
+                problem.probe()
             measurer = Measurer(problem, folder.cache)
             if problem.name not in folder.floors:
                 say(done, len(todo), f"{problem.name}: converged solution")
@@ -82,3 +86,10 @@ def bench(
                 done += 1
         say(done, len(todo), "")
         return folder.finish()
+
+
+def _specs(texts: Sequence[str]) -> list[Spec]:
+    """The samplers of these texts, each once."""
+    if not isinstance(texts, Iterable) or isinstance(texts, str):
+        raise UsageError(f"samplers: need a list of texts, got {texts!r:.60}", '["ddim", "ipndm3?grid=best"]')
+    return [Spec.parse(text) for text in dict.fromkeys(texts)]

@@ -23,6 +23,7 @@ from pfode.samplers.measure.spec import Spec, load_plans
 __all__ = ["Measurer", "Variant"]
 
 PAIRS = 2048  # samples that metrics of all pairs look at
+NEIGHBOURS = 3  # of precision and recall
 JUMPS = 32  # trajectories of the grid search
 
 
@@ -253,9 +254,12 @@ def features_of(problem: Problem, x: Tensor) -> Tensor:
         raise
     except Exception as error:
         raise DenoiserError.of(error, "the function of features") from error
-    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(x) or found.is_complex():
+    real = isinstance(found, Tensor) and not found.is_complex()
+    if not real or found.ndim != 2 or len(found) != len(x) or found.shape[1] == 0:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise DenoiserError(f"features: need a tensor of shape ({len(x)}, d), got {got}", "x.flatten(1), say")
+    if not torch.isfinite(found).all():
+        raise DenoiserError("features: they are not finite", "a function whose values are, or leave features out")
     return found
 
 
@@ -268,8 +272,9 @@ def distances(problem: Problem, x: Tensor, truth: Tensor, seen: Tensor) -> dict[
         "frechet": rounded(metrics.frechet_distance(features, seen)),
         "kid": rounded(metrics.kernel_distance(features[:PAIRS], seen[:PAIRS])),
     }
-    precision, recall = metrics.precision_recall(features[:PAIRS], seen[:PAIRS])
-    found |= {"precision": rounded(precision), "recall": rounded(recall)}
+    if min(len(features), len(seen)) > NEIGHBOURS:
+        precision, recall = metrics.precision_recall(features[:PAIRS], seen[:PAIRS], k=NEIGHBOURS)
+        found |= {"precision": rounded(precision), "recall": rounded(recall)}
     denoiser = problem.denoiser
     modes, weights = getattr(denoiser, "modes", None), getattr(denoiser, "weights", None)
     if modes is not None and weights is not None and 1 < len(weights) <= len(x) / 10:

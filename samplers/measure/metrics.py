@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfode.errors import FileError, UsageError, integer
+from pfode.errors import FileError, UsageError, integer, number
 from pfode.files import read_file
 
 RESAMPLES = 200
 LEVEL = 0.95
+TYPICAL = 2048  # samples whose pairs make the typical distance
+MAX_PAIRS = 2**26  # that a metric of all pairs looks at
+LARGEST = 1e100  # whose powers float64 still holds
 FLIPPED = 0.5  # of the typical distance between two converged end points
 MAX_NETWORK = 2**31  # bytes of a TorchScript file
 Features = Callable[[Tensor], Tensor]
@@ -59,27 +62,36 @@ def end_point(x: Tensor, converged: Tensor, peak: float | None = None, seed: int
         UsageError: shapes that differ, or fewer than two samples.
     """
     a, b = _flat(x), _flat(converged)
-    if a.shape != b.shape or len(a) < 2:
-        raise UsageError(f"end_point: need two equal shapes (n, ...), n > 1, got {tuple(x.shape)}, {tuple(b.shape)}")
+    if a.shape != b.shape or len(a) < 2 or a.shape[1] == 0:
+        raise UsageError(f"end_point: need two equal shapes (n, ...), n > 1, got {tuple(a.shape)}, {tuple(b.shape)}")
+    if peak is not None:
+        peak = number("peak", peak, 1e-300)
     square = (a - b).pow(2).mean(1)
     own = square.sqrt()
     far = own * math.sqrt(a.shape[1]) > FLIPPED * typical_distance(b)
     drawn = _resampled(len(a), seed)
     rms = _estimate(square.mean().sqrt(), square[drawn].mean(1).sqrt())
     span = float(b.max() - b.min()) if peak is None else peak
-    psnr = 20 * math.log10(span / rms.value) if rms.value > 0 else math.inf
+    psnr = 20 * math.log10(span / rms.value) if rms.value > 0 and span > 0 else math.inf
     shares = far.double()
     return EndPoint(
         rms,
-        _estimate(own.quantile(0.5), own[drawn].quantile(0.5, 1)),
+        _estimate(own.quantile(0.5), torch.from_numpy(np.quantile(own[drawn].numpy(), 0.5, axis=1))),
         psnr,
         _estimate(shares.mean(), shares[drawn].mean(1)),
     )
 
 
 def typical_distance(x: Tensor) -> float:
-    """The median distance between two different samples, shape (n, ...)."""
-    return torch.pdist(_flat(x)).median().item()
+    """The median distance between two different ones of the samples x, shape (n, ...), of the first 2,048 at most.
+
+    Raises:
+        UsageError: fewer than two samples.
+    """
+    a = _flat(x)
+    if len(a) < 2:
+        raise UsageError(f"need two samples or more, got shape {tuple(x.shape)}")
+    return torch.pdist(a[:TYPICAL]).median().item()
 
 
 # ---- two sets of samples
@@ -91,7 +103,7 @@ def energy_distance(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
     Two sets of n of one law come to about sqrt(E|X - X'| (1/n + 1/m)): compare with that floor, not with 0. In one
     dimension it is `scipy.stats.energy_distance`.
     """
-    a, b = _pair(x, y)
+    a, b = _pair(x, y, True)
     n, m = len(a), len(b)
     between, first, second = torch.cdist(a, b), torch.cdist(a, a), torch.cdist(b, b)
     value = 2 * between.mean() - first.mean() - second.mean()
@@ -101,16 +113,18 @@ def energy_distance(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
     return _estimate(value.clamp_min(0).sqrt(), drawn.clamp_min(0).sqrt())
 
 
-def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 64, p: int = 2, seed: int = 0) -> Estimate:
+def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 64, p: float = 2, seed: int = 0) -> Estimate:
     """(mean over directions of W_p^p)^(1/p) of the samples' shadows on them (Bonneel et al. 2015).
 
     Args:
         projections: directions, uniform on the sphere by `seed`; in one dimension one is enough, and the value is W_p.
     """
     a, b = _pair(x, y)
+    p, seed = number("p", p, 1, 100), integer("seed", seed, 0, 2**63 - 2)
+    projections = integer("projections", projections, 1, 2**16)
     draw = torch.Generator().manual_seed(seed)
     d = a.shape[1]
-    ways = torch.randn(d, integer("projections", projections, 1) if d > 1 else 1, generator=draw, dtype=torch.float64)
+    ways = torch.randn(d, projections if d > 1 else 1, generator=draw, dtype=torch.float64)
     ways = ways / torch.linalg.vector_norm(ways, dim=0)
     first, second = (a @ ways).T.contiguous(), (b @ ways).T.contiguous()  # (directions, n)
 
@@ -122,7 +136,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 64, p: int = 2, 
     return _estimate(value, torch.stack([distance(first[:, i], second[:, j]) for i, j in draws]))
 
 
-def _wasserstein(u: Tensor, v: Tensor, p: int) -> Tensor:
+def _wasserstein(u: Tensor, v: Tensor, p: float) -> Tensor:
     """W_p^p between sorted samples along the last dimension: the integral of |difference of quantile functions|^p."""
     n, m = u.shape[-1], v.shape[-1]
     if n == m:
@@ -138,7 +152,7 @@ def frechet_distance(x: Tensor, y: Tensor, features: Features | None = None) -> 
 
     Heusel et al. 2017, eq. 6. The trace is that of the symmetric (C^(1/2) C' C^(1/2))^(1/2).
     """
-    a, b = _pair(*(_in(features, z) for z in (x, y)))
+    a, b = _pair(_in(features, x), _in(features, y))
     root = _root(_covariance(a))
     cross = torch.linalg.eigvalsh(root @ _covariance(b) @ root).clamp_min(0).sqrt().sum()
     spread = torch.trace(_covariance(a)) + torch.trace(_covariance(b))
@@ -147,7 +161,7 @@ def frechet_distance(x: Tensor, y: Tensor, features: Features | None = None) -> 
 
 def kernel_distance(x: Tensor, y: Tensor, features: Features | None = None) -> float:
     """KID: the unbiased squared MMD under the kernel (a.b/d + 1)^3 (Binkowski et al. 2018); may fall below 0."""
-    a, b = _pair(*(_in(features, z) for z in (x, y)))
+    a, b = _pair(_in(features, x), _in(features, y), True)
     n, m, d = len(a), len(b), a.shape[1]
 
     def kernel(u: Tensor, v: Tensor) -> Tensor:
@@ -163,7 +177,7 @@ def precision_recall(x: Tensor, y: Tensor, features: Features | None = None, k: 
 
     Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1).
     """
-    a, b = _pair(*(_in(features, z) for z in (x, y)))
+    a, b = _pair(_in(features, x), _in(features, y), True)
     k = integer("k", k, 1, min(len(a), len(b)) - 1)
     between = torch.cdist(a, b)
 
@@ -176,7 +190,15 @@ def precision_recall(x: Tensor, y: Tensor, features: Features | None = None, k: 
 
 
 def mode_distance(modes: Tensor, weights: Tensor) -> float:
-    """Total variation between how samples fall to the modes, shape (n, k) of probabilities, and the weights, (k,)."""
+    """Total variation between how samples fall to the modes, shape (n, k) of probabilities, and the weights, (k,).
+
+    Raises:
+        UsageError: other shapes.
+    """
+    if not isinstance(modes, Tensor) or not isinstance(weights, Tensor):
+        raise UsageError(f"need tensors, got {type(modes).__name__} and {type(weights).__name__}")
+    if modes.ndim != 2 or len(modes) == 0 or weights.shape != modes.shape[1:]:
+        raise UsageError(f"need shapes (n, k) and (k,), got {tuple(modes.shape)} and {tuple(weights.shape)}")
     return 0.5 * (modes.double().mean(0) - weights.double()).abs().sum().item()
 
 
@@ -222,12 +244,28 @@ def _in(features: Features | None, x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.detach().to("cpu", torch.float64).flatten(1)
+    """Samples of shape (n, ...) as float64 on the host, shape (n, d).
+
+    Raises:
+        UsageError: no real tensor of two dimensions or more, or values that are not finite or beyond 1e100.
+    """
+    if not isinstance(x, Tensor) or x.is_complex() or x.ndim < 2:
+        got = f"{x.dtype}, {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise UsageError(f"samples: need a real tensor of shape (n, ...), got {got}")
+    flat = x.detach().to("cpu", torch.float64).flatten(1)
+    lost = int((~(flat.abs() <= LARGEST)).any(1).sum())
+    if lost:
+        raise UsageError(f"samples: {lost} of {len(flat)} are not finite, or beyond {LARGEST:g}", "leave them out")
+    return flat
 
 
-def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(x: Tensor, y: Tensor, pairs: bool = False) -> tuple[Tensor, Tensor]:
+    """Two sets of samples, flat; `pairs`: whether all pairs of them are looked at."""
     a, b = _flat(x), _flat(y)
-    if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+    if pairs and max(len(a), len(b)) ** 2 > MAX_PAIRS:
+        most = math.isqrt(MAX_PAIRS)
+        raise UsageError(f"{len(a)} and {len(b)} samples: at most {most}, for all their pairs", f"x[:{most}]")
+    if a.shape[1] != b.shape[1] or a.shape[1] == 0 or min(len(a), len(b)) < 2:
         raise UsageError(
             f"need two sets of two samples or more, of one shape, got {tuple(x.shape)} and {tuple(y.shape)}"
         )
@@ -250,11 +288,13 @@ def _root(symmetric: Tensor) -> Tensor:
 
 def _resampled(n: int, seed: int, count: int = RESAMPLES) -> Tensor:
     """Indices of bootstrap samples, shape (count, n)."""
+    seed = integer("seed", seed, 0, 2**64)
     return torch.from_numpy(np.random.default_rng(seed).integers(n, size=(count, n)))
 
 
 def _weights(n: int, seed: int) -> Tensor:
     """How often, over n, each of n is in a bootstrap sample, shape (RESAMPLES, n)."""
+    seed = integer("seed", seed, 0, 2**64)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     return torch.from_numpy(counts / n)
 

@@ -1,6 +1,7 @@
 """A benchmark problem: a denoiser, the noise that samplers start from, and what their samples are compared with."""
 
 import contextlib
+import functools
 import hashlib
 import math
 import traceback
@@ -17,8 +18,8 @@ from pfode.errors import DenoiserError, NumericalError, PfodeError, UsageError, 
 from pfode.plans.table import Plan
 from pfode.samplers import auto
 from pfode.samplers.catalogue import make_plan
-from pfode.samplers.measure.metrics import Features, rounded
-from pfode.samplers.sampling import batches
+from pfode.samplers.measure.metrics import RESAMPLES, Features, rounded
+from pfode.samplers.sampling import batches, sample_shape
 from pfode.tensors import raw
 
 __all__ = ["Problem", "blamed", "reference_solution"]
@@ -28,7 +29,7 @@ VALIDATION = 1_000_000_000  # further on: the noise on which alternatives are ch
 TRUTH = 4_000_000_000  # seeds of true samples; the second set lies as far again
 TOLERANCE = 2e-4  # of the reference: between two resolutions, as a share of the root mean square of its end points
 FIRST, MOST = 64, 512  # denoiser calls of the reference solution
-MAX_BYTES = 2**36  # that all samples of a problem may take
+MAX_BYTES = 2**34  # that all samples of a problem, or their bootstrap samples, may take
 GRIDS = {"alpha = 1": "karras", "VP": "time-quadratic", "Flow": "time"}  # of the reference, by family of process
 
 
@@ -69,12 +70,25 @@ class Problem:
         if not getattr(self.denoiser, "shape", None):
             problem = f"model {self.name!r}: does not say the shape of its samples"
             raise UsageError(problem, "give the denoiser a `shape`")
-        most = MAX_BYTES // (8 * math.prod(self.shape))
-        integer("n", self.n, 1, most)
+        sample_shape(self.denoiser, None, None)
+        if not isinstance(self.name, str) or not self.name.isprintable() or not self.name:
+            raise UsageError(f"name: need a text in one line, got {self.name!r:.200}")
+        most = max(1, MAX_BYTES // (8 * max(math.prod(self.shape), 2 * RESAMPLES)))
+        integer("n", self.n, 2, most)
         integer("validation", self.validation, 1, most)
         integer("teacher", self.teacher, 0, grids.MAX_STEPS)
         integer("batch", self.batch, 1)
+        if self.truth is not None:
+            self._check_truth(self.truth)
+        if self.features is not None and not callable(self.features):
+            raise UsageError(f"features: {type(self.features).__name__} cannot be called", "(n, *shape) -> (n, d)")
         integer("seed", self.seed, 0, 2**64 - 1 - VALIDATION - max(self.n, self.validation))
+
+    def _check_truth(self, truth: Tensor) -> None:
+        right = isinstance(truth, Tensor) and truth.is_floating_point() and tuple(truth.shape[1:]) == self.shape
+        if not right or len(truth) < 2 or not torch.isfinite(truth).all():
+            got = f"{truth.dtype}, {tuple(truth.shape)}" if isinstance(truth, Tensor) else type(truth).__name__
+            raise UsageError(f"truth: need finite samples of shape (n, *{self.shape}), n > 1, got {got}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,7 +115,7 @@ class Problem:
         """Whether its samples can be shown."""
         return len(self.shape) == 3 and self.shape[0] in (1, 3)
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """All that the figures depend on, as JSON."""
         found: dict[str, Any] = {key: getattr(self, key) for key in ("n", "seed", "validation", "teacher")}
@@ -128,6 +142,14 @@ class Problem:
         with blamed(f"model {self.name!r}"):
             parts = [part.x.cpu() for part in batches(self.denoiser, plan, seeds, label=labels, **how)]
         return torch.cat(parts)
+
+    def probe(self) -> None:
+        """Draw two samples in two steps, to see that the denoiser works at all.
+
+        Raises:
+            DenoiserError: it raises an error of its own. UsageError: it returns something else than x0.
+        """
+        self.run(make_plan("ddim", self.denoiser.process, 2), self.seeds()[:2])
 
     def initial(self, seeds: Sequence[int]) -> Tensor:
         """The noise that sampling starts from, the state at the process's last time, shape (len(seeds), *shape)."""
@@ -189,7 +211,7 @@ def blamed(name: str) -> Iterator[None]:
     """Call an error by its name that a denoiser, or a function of the caller's, raises inside of the block.
 
     Raises:
-        DenoiserError: one that came from a denoiser's own `__call__` or `network`; other errors pass as they are.
+        DenoiserError: for one that passed through code of others; pfode's own pass as they are.
     """
     try:
         yield
@@ -204,10 +226,9 @@ def blamed(name: str) -> Iterator[None]:
 
 
 def _inside_a_denoiser(error: Exception) -> bool:
-    """Whether an error came out of a denoiser's `__call__` or `network`."""
-    calls = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    methods = (frame for frame in calls if frame.f_code.co_name in ("__call__", "network"))
-    return any(isinstance(frame.f_locals.get("self"), Denoiser) for frame in methods)
+    """Whether an error passed through code that is not pfode's: what it calls here is a denoiser of the caller's."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(not name.startswith(("pfode.", "contextlib", "torch.utils._contextlib")) for name in modules)
 
 
 def _digest(x: Tensor) -> str:

@@ -65,7 +65,7 @@ class Cache:
         except (KeyError, ValueError, RecursionError):
             how = None
         sound = isinstance(how, dict) and all(type(value) in (int, float) for value in how.values())
-        if not sound or x.shape != (n, *problem.shape) or not x.is_floating_point():
+        if not isinstance(how, dict) or not sound or x.shape != (n, *problem.shape) or not x.is_floating_point():
             raise FileError(f"{file}: not the reference solution of {problem.name}", "delete it: it is made again")
         return x, how
 

@@ -30,6 +30,7 @@ from pfode.samplers.measure import peers
 __all__ = ["Spec", "load_plans"]
 
 MOST = 256  # alternatives of a sampler
+MOST_FILES = 10_000  # in a folder of plans
 BEST = {  # alternatives of grid=best, by family of process
     "alpha = 1": ("karras", "polyexponential(0.8)", "ays-svd", "cosine", "cosine(0.5)"),
     "VP": ("log-snr", "time", "time(1.5)", "time-quadratic", "ays-svd"),
@@ -133,12 +134,22 @@ def load_plans(name: str) -> list[tuple[Path, Plan]]:
     path = Path(name)
     if not path.is_dir():
         return [(path, Plan.load(path))]
-    files = sorted(path.rglob("*.safetensors"))
+    files = _below(path)
     kinds = [read_header(file).metadata.get("pfode.kind") for file in files]
     plans = [(file, Plan.load(file)) for file, kind in zip(files, kinds, strict=True) if kind == "plan"]
     if not plans:
         raise UsageError(f"{name}: no plan files in it", "pfode fit --out DIR writes some")
     return plans
+
+
+def _below(folder: Path) -> list[Path]:
+    """The safetensors files in a folder and those below it."""
+    found: list[Path] = []
+    for where, _, names in os.walk(folder):
+        found += [Path(where, name) for name in names if name.endswith(".safetensors") and Path(where, name).is_file()]
+        if len(found) > MOST_FILES:
+            raise UsageError(f"{folder}: more than {MOST_FILES} files in it and below", "the folder of the plans alone")
+    return sorted(found)
 
 
 def _value(text: str) -> Any:

@@ -2,8 +2,6 @@
 
 import io
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -12,6 +10,7 @@ from PIL import Image
 
 import pfode
 from pfode.cli import plot, report
+from tests.held import held
 
 SMALL = ("--n", 16, "--validation", 8, "--nfe", "3,5", "--out", "b")
 TEXTS = ("--sampler", "auto", "--sampler", "dpm++2m?grid=karras/cosine")
@@ -206,25 +205,13 @@ def test_a_damaged_picture_is_said_by_its_file(cli, tmp_path):
     assert (done.code, file.name in done.err) == (3, True), done.err
 
 
-HOLD = """
-import fcntl, os, sys
-handle = os.open(sys.argv[1], os.O_RDONLY)
-fcntl.flock(handle, fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
 def test_a_second_run_in_the_folder_is_told_so(cli, tmp_path):
     (tmp_path / "b").mkdir()
     words = ("bench", "--model", "gaussian-2", "--sampler", "ddim", "--n", 4, "--nfe", 3, "--out", "b")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "b"], **pipes) as other:
-        other.stdout.readline()  # type: ignore[union-attr]
+    with held(tmp_path / "b"):
         done = cli(*words)
-        assert (done.code, "another bench is working in it" in done.err) == (2, True), done.err
-        assert not list((tmp_path / "b").iterdir())
-        other.kill()
+    assert (done.code, "another bench is working in it" in done.err) == (2, True), done.err
+    assert not list((tmp_path / "b").iterdir())
     assert cli(*words).code == 0
 
 

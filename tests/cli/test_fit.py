@@ -1,6 +1,7 @@
 """pfode fit: plans that sample takes, kept when finished, continued when interrupted."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import pfode
 from pfode.plans.table import Plan
 from pfode.scores.io import shipped
+from tests.held import held
 
 FEW = ("--n", 16, "--active", 16, "--check", 16, "--teacher", 6, "--iterations", 2, "--out", "plans")
 
@@ -120,3 +122,21 @@ def test_auto_finds_plans_beside_the_model(fit, cli, tmp_path, monkeypatch):
     assert torch.equal(net.plans[2].t, Plan.load("plans/mine.plan-2.safetensors").t)
     shutil.copy("plans/mine.plan-2.safetensors", tmp_path / "mine.plan-4.safetensors")
     assert cli("sample", "--model", "mine.safetensors", "--nfe", 4, "--n", 1).code == 3
+
+
+def test_a_second_run_in_the_folder_is_told_so(fit, tmp_path):
+    (tmp_path / "plans").mkdir()
+    with held(tmp_path / "plans"):
+        done = fit("--nfe", "2")
+    assert (done.code, "another fit is working in it" in done.err) == (2, True), done.err
+    assert not list((tmp_path / "plans").iterdir())
+
+
+def test_a_plan_that_no_fit_wrote_is_not_kept(fit, tmp_path):
+    (tmp_path / "plans").mkdir()
+    plan = pfode.make_plan("ddim", pfode.EDM(), 2)
+    for fitted in (None, 3, {"model": 1}, {"settings": {}, "iterations": 1, "validation": {"rms": "x"}}):
+        meta = plan.meta if fitted is None else {**plan.meta, "fitted": fitted}
+        replace(plan, meta=meta).save("plans/digits.plan-2.safetensors")
+        done = fit("--nfe", "2")
+        assert (done.code, "digits.plan-2.safetensors" in done.err) == (2 if fitted is None else 3, True), done.err

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pfode.denoiser import Denoiser
-from pfode.errors import UsageError, unknown
+from pfode.errors import PfodeError, UsageError, unknown
 from pfode.samplers.measure.peers import kdiffusion, schedulers
 from pfode.samplers.measure.peers.kdiffusion import k_diffusion_sampling
 from pfode.samplers.measure.peers.moved import HIGHEST, Counted, Draw, Lay, Moved, keyed
@@ -30,6 +30,7 @@ __all__ = [
     "keyed",
 ]
 
+CANNOT = (TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
 DRIVERS = {"diffusers": schedulers, "k-diffusion": kdiffusion}
 
 
@@ -69,9 +70,9 @@ def draw(
             drawn = DRIVERS[package].run(name, denoiser, x, seeds, nfe, steps, lay, cond or {}, options)
             if drawn is not None:
                 return drawn
-    except (TypeError, ValueError, IndexError, AssertionError, ZeroDivisionError, NotImplementedError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except PfodeError:
+        raise
+    except (*CANNOT, MemoryError) as error:
         words = "; ".join(str(error).split("\n")[:1]) or type(error).__name__
         raise UsageError(f"{peer} with {nfe} calls and {options or 'no options'}: {words}", "other options") from error
     raise UsageError(f"{peer}: no number of steps makes at most {nfe} calls", "a larger --nfe")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pfode import noise
 from pfode.denoiser import Denoiser, at
-from pfode.errors import DenoiserError, PfodeError
+from pfode.errors import DenoiserError, MemoryLimitError, PfodeError
 from pfode.process import Process
 
 __all__ = ["HIGHEST", "Counted", "Draw", "Lay", "Moved", "keyed", "levels"]
@@ -58,11 +58,17 @@ class Moved:
         scale = torch.hypot(process.alpha(own), process.sigma(own)) / torch.hypot(alpha, sigma)
         given = (scale * x).to(self.dtype)
         try:
-            return at(self.inner, float(own))(given, own, **self.cond, **cond).to(x.dtype)
-        except (PfodeError, MemoryError, torch.OutOfMemoryError):
+            x0 = at(self.inner, float(own))(given, own, **self.cond, **cond)
+        except PfodeError:
             raise
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise MemoryLimitError("out of memory inside of the denoiser", "a smaller batch") from error
         except Exception as error:
             raise DenoiserError.of(error) from error
+        if not isinstance(x0, Tensor) or x0.shape != x.shape:
+            got = f"shape {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
+            raise DenoiserError(f"the denoiser returned {got} for x of shape {tuple(x.shape)}", "(x, t) -> x0")
+        return x0.to(x.dtype)
 
 
 def keyed(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Draw:
