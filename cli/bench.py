@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from pfode.cli.options import Command
+from pfode.cli.options import Command, FileName
 from pfode.cli.settings import listed
 from pfode.cli.streams import Output, bar, output
 from pfode.cli.trust import CodeOption, calling, import_name, names_code, trust_option
@@ -28,6 +28,7 @@ EVALS = "3,4,5,6,8,10,15,20"
     "--model",
     cls=CodeOption,
     runs=names_code,
+    type=FileName(),
     multiple=True,
     default=("emoji",),
     show_default=True,
@@ -38,6 +39,7 @@ EVALS = "3,4,5,6,8,10,15,20"
 @click.option(
     "--sampler",
     multiple=True,
+    type=FileName(),
     default=SAMPLERS,
     metavar="TEXT",
     help="A sampler with options, alternatives between strokes: 'ipndm3?chart=ddim/trig&grid=best'; "
@@ -62,10 +64,13 @@ EVALS = "3,4,5,6,8,10,15,20"
     metavar="N",
     help="Most evaluations of the converged solution; 0: compare no end points.",
 )
-@click.option("--truth", metavar="DATA", help="True pictures: digits, emoji, a folder, a zip or an npz.")
+@click.option(
+    "--truth", type=FileName(), metavar="DATA", help="True pictures: digits, emoji, a folder, a zip or an npz."
+)
 @click.option(
     "--features",
     cls=CodeOption,
+    type=FileName(),
     runs=bool,  # TorchScript is a program, too
     metavar="FILE|MODULE:NAME",
     help="Of the distribution distances: a TorchScript Inception, a function.",
@@ -73,7 +78,14 @@ EVALS = "3,4,5,6,8,10,15,20"
 @trust_option
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute.")
 @click.option("--batch", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Samples at a time.")
-@click.option("--out", default="bench", show_default=True, metavar="DIR", help="The folder; goes on with what it has.")
+@click.option(
+    "--out",
+    type=FileName(),
+    default="bench",
+    show_default=True,
+    metavar="DIR",
+    help="The folder; goes on with what it has.",
+)
 @click.option("--overwrite", is_flag=True, help="Start anew instead of going on.")
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:

@@ -7,17 +7,17 @@ from typing import Any
 import click
 
 import pfode
-from pfode.cli.options import Command
+from pfode.cli.options import Command, FileName
 from pfode.cli.settings import DTYPES
-from pfode.cli.streams import output
+from pfode.cli.streams import output, printable
 from pfode.errors import UsageError
 from pfode.files import read_header
 from pfode.scores.io.shipped import model_path
 
 
 @click.command(cls=Command, name="convert")
-@click.argument("source", metavar="FOLDER|ID|FILE")
-@click.argument("target", metavar="FILE.safetensors")
+@click.argument("source", type=FileName(), metavar="FOLDER|ID|FILE")
+@click.argument("target", type=FileName(), metavar="FILE.safetensors")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the weights in the file; by default the source's.")
 @click.option("--name", metavar="TEXT", help="What the model is called; by default the name of the file.")
 @click.option("--licence", metavar="TEXT", help="The licence of the weights; by default the source's.")
@@ -39,11 +39,11 @@ def command(ctx: click.Context, source: str, target: str, **options: str | None)
     dtype = options["dtype"]
     net: Any = pfode.load(path, dtype=getattr(torch, DTYPES[dtype]) if dtype else None)
     card = own_card(path) | {
-        "name": options["name"] or Path(target).stem,
-        "source": os.path.basename(os.path.normpath(source)),
+        "name": printable(options["name"] or Path(target).stem),
+        "source": printable(os.path.basename(os.path.normpath(source))),
     }
     if options["licence"]:
-        card["licence"] = options["licence"]
+        card["licence"] = printable(options["licence"])
     file = save(net, target, card=card, dtype=net.dtype)
     if getattr(net, "autoencoder", None) is not None:
         output(ctx).note("its samples are latents; the autoencoder that makes pictures of them is not in the file")

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from pfode.cli.machine import memory_limit
 from pfode.cli.options import source
 from pfode.cli.streams import Output, printable
-from pfode.errors import PfodeError
+from pfode.errors import PfodeError, nearly
 
 __all__ = ["KINDS", "end", "fail"]
 
@@ -131,6 +131,11 @@ def _describe_click(error: click.ClickException) -> _End:
     ctx, param = getattr(error, "ctx", None), getattr(error, "param", None)
     hint = f"`{ctx.command_path} --help` lists the options" if ctx else "`pfode --help`"
     message = error.format_message()
+    if isinstance(error, click.NoSuchOption) and ctx:
+        known = [
+            word for param in ctx.command.params for word in (*param.opts, *param.secondary_opts) if word[:2] == "--"
+        ]
+        return _End(USAGE, f"no such option {error.option_name}", nearly(error.option_name, known) or hint)
     if ctx and param and param.name:
         where = source(ctx, param.name)
         if ctx.get_parameter_source(param.name) is ParameterSource.DEFAULT_MAP:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pfode
-from pfode.cli.options import Command
+from pfode.cli.options import Command, FileName
 from pfode.cli.settings import DTYPES, listed
 from pfode.cli.streams import Output, bar, output, table
 from pfode.errors import FileError, UsageError
@@ -23,14 +23,25 @@ LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
 
 @click.command(cls=Command, name="fit")
 @click.option(
-    "--model", default="emoji", show_default=True, metavar="NAME|FILE", help="`pfode info models`, or a file."
+    "--model",
+    type=FileName(),
+    default="emoji",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="`pfode info models`, or a file.",
 )
 @click.option("--nfe", default="4,6,8", show_default=True, metavar="LIST", help="Denoiser calls; a plan for each.")
 @click.option(
-    "--out", default="plans", show_default=True, metavar="DIR", help="Where the plans go, and what is not done."
+    "--out",
+    type=FileName(),
+    default="plans",
+    show_default=True,
+    metavar="DIR",
+    help="Where the plans go, and what is not done.",
 )
 @click.option(
     "--start",
+    type=FileName(),
     multiple=True,
     default=("auto",),
     show_default=True,

@@ -11,11 +11,11 @@ import click
 
 import pfode
 from pfode.cli.machine import check_machine
-from pfode.cli.options import Command, find_command, source
+from pfode.cli.options import Command, FileName, find_command, source
 from pfode.cli.settings import typed
 from pfode.cli.streams import output, table
 from pfode.errors import FileError, MissingError, UsageError
-from pfode.files import Header, read_header
+from pfode.files import Header, open_regular, read_header
 from pfode.scores.io import kinds
 from pfode.scores.io.shipped import model_path, shipped
 
@@ -25,7 +25,7 @@ LONG = 160  # characters of a value that are shown
 
 
 @click.command(cls=Command, name="info")
-@click.argument("what", metavar="MODEL|FOLDER|PLAN|PNG|models|config|env")
+@click.argument("what", type=FileName(), metavar="MODEL|FOLDER|PLAN|PNG|models|config|env")
 @click.option("--verify", is_flag=True, help="Recompute the digest of a model or a plan.")
 @click.pass_context
 def command(ctx: click.Context, what: str, verify: bool) -> None:
@@ -58,11 +58,8 @@ def _file(path: Path, verify: bool) -> dict[str, Any]:
 
 
 def _is_png(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(8) == PNG
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with open_regular(path) as file:
+        return file.read(8) == PNG
 
 
 def _tensors(header: Header, verify: bool) -> dict[str, Any]:

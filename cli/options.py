@@ -11,7 +11,8 @@ from click.core import ParameterSource
 from pfode.cli import trust
 from pfode.cli.machine import check_machine
 from pfode.cli.streams import output
-from pfode.errors import FileError, did_you_mean
+from pfode.errors import FileError, did_you_mean, nearly
+from pfode.files import read_file
 
 COMMANDS = {
     "sample": "Draw pictures from a score network.",
@@ -37,6 +38,19 @@ Exit codes:
 """
 
 
+class FileName(click.types.StringParamType):
+    """The name of a file or a folder, or of something else; `~` at its beginning is the home folder.
+
+    The shell expands `~` in most words of a command line, but not after `=`, in a variable or in a file.
+    """
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        name = super().convert(value, param, ctx)
+        if not name:
+            self.fail("an empty name.", param, ctx)
+        return os.path.expanduser(name)
+
+
 class Command(click.Command):
     """A command with the shared options, PFODE_* variables and configuration files."""
 
@@ -47,6 +61,7 @@ class Command(click.Command):
         self.params += [
             click.Option(
                 ["--config"],
+                type=FileName(),
                 metavar="FILE.toml",
                 is_eager=True,
                 expose_value=False,
@@ -59,6 +74,8 @@ class Command(click.Command):
         ]
 
     def invoke(self, ctx: click.Context) -> Any:
+        for remark in misspelt_variables():
+            output(ctx).note(remark)
         trust.check_sources(ctx)
         if self.name != "info":  # which answers without torch
             check_machine()
@@ -91,7 +108,7 @@ class Finite(click.types.FloatParamType):
         return number
 
 
-# ---- configuration files
+# ---- configuration files and variables
 
 
 def _use_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -118,12 +135,9 @@ def read_config(file: Path, command: click.Command, name: str) -> dict[str, Any]
     """
     import tomllib
 
+    raw = read_file(file, CONFIG_LIMIT, "a configuration file")
     try:
-        if file.stat().st_size > CONFIG_LIMIT:
-            raise FileError(f"{file}: larger than {CONFIG_LIMIT} bytes: not a configuration file")
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"{file}: cannot be read: {error.strerror or error}") from error
+        content = tomllib.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FileError(f"{file}: broken TOML: {error}") from error
     tool = content.get("tool", {})
@@ -185,6 +199,17 @@ def check_value(where: str, option: click.Parameter, value: Any) -> Any:
     if not sound:
         raise FileError(f"{where}: expected {expected}, got {value!r:.60}")
     return value
+
+
+def misspelt_variables() -> list[str]:
+    """A remark for every PFODE_* variable that is the value of no option."""
+    given = [name for name in os.environ if name.startswith("PFODE_")]
+    if not given:
+        return []
+    known = {"config", *(name for command in map(find_command, COMMANDS) for name in _config_options(command))}
+    strange = (name for name in sorted(given) if name.removeprefix("PFODE_").lower() not in known)
+    lister = "`pfode info config` lists the options"
+    return [f"{n} belongs to no option: {nearly(n.removeprefix('PFODE_').lower(), known) or lister}" for n in strange]
 
 
 def _config_options(command: click.Command) -> dict[str, click.Parameter]:

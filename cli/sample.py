@@ -18,7 +18,7 @@ import click
 
 import pfode
 from pfode.cli.models import model_digest
-from pfode.cli.options import Command, Finite
+from pfode.cli.options import Command, FileName, Finite
 from pfode.cli.settings import (
     DTYPES,
     OF_THE_GUIDANCE,
@@ -54,6 +54,7 @@ OF_THE_MODEL = "model"
 @click.command(cls=Command, name="sample")
 @click.option(
     "--model",
+    type=FileName(),
     default="emoji",
     show_default=True,
     metavar="NAME|FILE|FOLDER|ID",
@@ -62,7 +63,12 @@ OF_THE_MODEL = "model"
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, metavar="N", help="Number of steps.")
 @click.option("--nfe", type=click.IntRange(1), metavar="N", help="As many steps as fit in N denoiser calls.")
 @click.option(
-    "--sampler", default="auto", show_default=True, metavar="NAME|PLAN", help="`pfode samplers`, or a plan file."
+    "--sampler",
+    type=FileName(),
+    default="auto",
+    show_default=True,
+    metavar="NAME|PLAN",
+    help="`pfode samplers`, or a plan file.",
 )
 @click.option(
     "--fitted/--no-fitted", default=True, help="Whether auto takes a plan fitted to the model, where there is one."
@@ -89,7 +95,7 @@ OF_THE_MODEL = "model"
 @click.option(
     "--brownian/--no-brownian", default=False, help="Noise from one path per seed, the same for any number of steps."
 )
-@click.option("--init", metavar="PICTURE", help="Begin with this picture, noised.")
+@click.option("--init", type=FileName(), metavar="PICTURE", help="Begin with this picture, noised.")
 @click.option(
     "--strength",
     type=Finite(0, 1),
@@ -117,10 +123,15 @@ OF_THE_MODEL = "model"
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the network; the state stays float32 or better.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute.")
 @click.option("--batch", type=click.IntRange(1), metavar="N", help="Pictures at a time; changes no picture.")
-@click.option("--out", default="sheet.png", show_default=True, metavar="FILE.png", help="The contact sheet.")
+@click.option(
+    "--out", type=FileName(), default="sheet.png", show_default=True, metavar="FILE.png", help="The contact sheet."
+)
 @click.option("--scale", type=click.IntRange(1, 64), metavar="N", help="Enlarge each picture on the sheet.")
 @click.option(
-    "--separate", metavar="DIR", help="Also every picture as a file, results.jsonl and run.json; continues there."
+    "--separate",
+    type=FileName(),
+    metavar="DIR",
+    help="Also every picture as a file, results.jsonl and run.json; continues there.",
 )
 @click.option("--overwrite", is_flag=True, help="Start --separate anew instead of continuing.")
 @click.option(
@@ -130,8 +141,8 @@ OF_THE_MODEL = "model"
     show_default=True,
     help="At a picture that is not finite: stop, or leave it out and exit with 5 at the end.",
 )
-@click.option("--trajectory", metavar="FILE", help="Also an animation: .gif, .png or .webp.")
-@click.option("--like", metavar="FILE.png", help="Repeat the settings of a picture; flags still win.")
+@click.option("--trajectory", type=FileName(), metavar="FILE", help="Also an animation: .gif, .png or .webp.")
+@click.option("--like", type=FileName(), metavar="FILE.png", help="Repeat the settings of a picture; flags still win.")
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:
     """Draw pictures from a score network.
@@ -340,6 +351,8 @@ def prepare(options: dict[str, Any]) -> Job:
         raise UsageError(
             f"model {options['model']!r}: samples of shape {shape} are no pictures", "use pfode.sample in Python"
         )
+    if options["label"] is None and net.labels:
+        options = {**options, "label": "all"}
     find_classes(options["label"], net, 1)  # raises where there is no such class
     net = guided(options, net)
     plan, digests["sampler"] = find_plan(options, net)
@@ -356,8 +369,6 @@ def prepare(options: dict[str, Any]) -> Job:
         init = images.from_picture(options["init"], raw, shape)
         digests["init"] = hashlib.sha256(raw).hexdigest()
         check_digest(options, "init", digests["init"])
-    if options["label"] is None and net.labels:
-        options = {**options, "label": "all"}
     n = options["n"] or (len(net.labels) if options["label"] == "all" and net.labels else 16)
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
     job = Job(options, net, model, plan, init, digests, device, seeds)

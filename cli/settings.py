@@ -21,6 +21,7 @@ RECORDED = (
     "model", "sampler", *OF_THE_PLAN, "brownian", "init", "label", "guidance", *OF_THE_GUIDANCE,
     "seed", "n", "seeds", "dtype", "scale",
 )  # fmt: skip
+KEPT = ("model", "sampler", "init")  # names of files that a picture keeps
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}  # and torch's names
 MAX_SAMPLES = 1_000_000
 
@@ -34,6 +35,10 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
     ranks = {name: _rank(ctx, name) for name in options}
     if options["like"] is not None:
         _merge(ctx, options, ranks)
+    for name in KEPT:
+        if options[name] is not None and not options[name].isprintable():
+            problem = f"{flag(name)} {options[name]!r:.60}: such a name cannot be kept in a picture"
+            raise UsageError(problem, "rename the file: no line breaks, control characters or broken UTF-8")
     named = options["sampler"]
     if named.endswith(".safetensors"):
         foreign, why = OF_THE_PLAN, f"with a plan file: the plan {named} has its own"
@@ -275,8 +280,8 @@ def seed_range(seed: int, n: int) -> list[int]:
     Raises:
         UsageError: too many, or seeds of more than 64 bits.
     """
-    if seed + n > 2**64:
-        raise UsageError(f"--seed {seed}: {n} seeds from there on pass 2^64 - 1", f"--seed {2**64 - n}")
     if n > MAX_SAMPLES:
         raise UsageError(f"--n {n}: more than {MAX_SAMPLES} pictures", "several runs with a --seed each")
+    if seed + n > 2**64:
+        raise UsageError(f"--seed {seed}: {n} seeds from there on pass 2^64 - 1", f"--seed {2**64 - n}")
     return list(range(seed, seed + n))

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pfode
-from pfode.cli.options import Command, Finite
+from pfode.cli.options import Command, FileName, Finite
 from pfode.cli.settings import listed
-from pfode.cli.streams import Output, output
+from pfode.cli.streams import Output, output, printable
 from pfode.files import write_atomic
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 
 
 @click.command(cls=Command, name="train")
-@click.option("--data", default="digits", show_default=True, metavar=FORMS, help="The pictures.")
+@click.option("--data", type=FileName(), default="digits", show_default=True, metavar=FORMS, help="The pictures.")
 @click.option(
     "--size", type=click.IntRange(4, 256), default=32, show_default=True, help="Side that files are brought to."
 )
-@click.option("--font", metavar="FILE", help="Font of the emoji, if not Debian's.")
-@click.option("--listing", metavar="FILE", help="emoji-test.txt, if not Debian's.")
+@click.option("--font", type=FileName(), metavar="FILE", help="Font of the emoji, if not Debian's.")
+@click.option("--listing", type=FileName(), metavar="FILE", help="emoji-test.txt, if not Debian's.")
 @click.option(
     "--process", type=click.Choice(list(PROCESSES)), default="edm", show_default=True, help="How noise comes in."
 )
@@ -71,7 +71,12 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 @click.option("--drop", type=Finite(0), default=0.1, show_default=True, help="Share of hidden classes, for guidance.")
 @click.option("--flip/--no-flip", default=None, help="Mirror images; default: where the data says they make sense.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--out", metavar="DIR|FILE", help="Folder of the run, or the model file. [default: runs/DATA-PROCESS]")
+@click.option(
+    "--out",
+    type=FileName(),
+    metavar="DIR|FILE",
+    help="Folder of the run, or the model file. [default: runs/DATA-PROCESS]",
+)
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
 @click.option("--save-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between checkpoints.")
 @click.option(
@@ -273,6 +278,6 @@ def card(data: "Data", loss: float | None) -> dict[str, Any]:
     return {
         "name": data.card.get("name", "model"),
         "licence": f"data: {data.card.get('licence', 'unknown')}",
-        "command": shlex.join(["pfode", *sys.argv[1:]]),
+        "command": printable(shlex.join(["pfode", *sys.argv[1:]])),
         "loss": None if loss is None else float(f"{loss:.4g}"),
     }

@@ -90,18 +90,29 @@ class UnseenLabelWarning(PfodeWarning):
     """A class, or the absence of one, that the network never saw in training."""
 
 
+NEAR = 0.65  # how alike two names are, of 1, that one is suggested for the other
+FEW = 10  # names that are listed where none is near
+
+
+def nearly(name: object, known: Iterable[str]) -> str:
+    """The question after the one to three known names that are nearly the given one; empty where none is."""
+    like = {one: difflib.SequenceMatcher(None, str(name)[:100].lower(), one.lower()).ratio() for one in known}
+    best = max(like.values(), default=0.0)
+    near = sorted((one for one in like if like[one] >= max(NEAR, best - 0.12)), key=lambda one: (-like[one], one))
+    return "did you mean " + " or ".join(repr(one) for one in near[:3]) + "?" if near else ""
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the closest known ones, or all of them."""
-    names = list(known)
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    if close:
-        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    return "known: " + ", ".join(sorted(names))
+    """A hint for an unknown name: those that are nearly the same, else the known ones, the first few of many."""
+    names = sorted(known)
+    rest = f" and {len(names) - FEW} more" if len(names) > FEW + 1 else ""
+    return nearly(name, names) or "known: " + ", ".join(names[: FEW if rest else None]) + rest
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """The error for a name that is not in a table."""
-    return UsageError(f"unknown {kind} {name!r}", did_you_mean(name, known))
+    said = repr(name[:60] if isinstance(name, str) else name)
+    return UsageError(f"unknown {kind} {said}", did_you_mean(name, known))
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:

@@ -63,7 +63,8 @@ def read_file(path: str | os.PathLike[str], most: int, what: str = "such a file"
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > most:
-            raise FileError(f"{shown(path)}: {size:,} bytes; {what} may have {most:,}", "give another file")
+            message = f"{shown(path)}: {size:,} bytes; {what} may have {most:,}"
+            raise FileError(message, "a file that is not larger than that")
         try:
             raw = stream.read(size + 1)
         except (OSError, MemoryError) as error:

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from pfode.errors import FileError, UsageError, did_you_mean
+from pfode.errors import FileError, UsageError, did_you_mean, nearly
 from pfode.files import open_regular, shown
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -62,4 +62,4 @@ def model_path(model: str | os.PathLike[str]) -> Path:
     if not Path(name).suffix:
         hint = f"a .safetensors file, a folder, owner/name on the hub, or a shipped model ({did_you_mean(name, known)})"
         raise UsageError(f"unknown model {name!r:.200}", hint)
-    raise FileError(f"{name!r:.200}: no such file", did_you_mean(name, known))
+    raise FileError(f"{name!r:.200}: no such file", nearly(name, known) or "is the path right?")

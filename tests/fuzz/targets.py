@@ -5,7 +5,7 @@ import importlib
 
 from tests.fuzz.engine import Target
 
-FORMATS = ("model", "plan", "folder", "pickle", "npz", "zip", "png", "picture", "checkpoint")
+FORMATS = ("model", "plan", "folder", "pickle", "npz", "zip", "png", "picture", "checkpoint", "toml")
 
 
 @functools.cache
