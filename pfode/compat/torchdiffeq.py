@@ -92,6 +92,10 @@ class _DtypeError(UsageError, TypeError):
     """A wrong dtype, where torchdiffeq raises TypeError."""
 
 
+class _ShapeError(UsageError, RuntimeError):
+    """A field whose result has another shape than the state, where torchdiffeq raises RuntimeError."""
+
+
 class _SolveError(NumericalError, AssertionError):
     """A solve that failed, where torchdiffeq asserts."""
 
@@ -127,6 +131,15 @@ class _Problem:
     @property
     def sign(self) -> float:
         return -1.0 if len(self.t) > 1 and bool(self.t[-1] < self.t[0]) else 1.0
+
+    def slope(self, t: Tensor, y: Tensor) -> Tensor:
+        """func(t, y).
+
+        Raises:
+            UsageError: it is no tensor, or of another shape than y0 (nothing is broadcast).
+        """
+        (slope,) = _like((self.func(t, y),), [self.y0.shape])
+        return slope
 
     def tree(self, flat: Tensor) -> Any:
         """The user's form of states with any dimensions before them."""
@@ -266,14 +279,16 @@ def odeint_event(
     y, time = flat[-1], event_t.detach()
     with torch.enable_grad():
         at, state = time.clone().requires_grad_(), y.detach().requires_grad_()
-        values = event_fn(at, problem.tree(state)).reshape(-1)
+        values = _event_values(event_fn, at, problem.tree(state))
+        if not values.requires_grad:  # true or false: no derivative says how the time moves
+            return event_t, ys
         met = int(values.detach().abs().argmin())
         g_t, g_y = torch.autograd.grad(values[met], (at, state), allow_unused=True)
     with torch.no_grad():
         slope = problem.func(time.to(state.abs().dtype), state.detach())
         rate = torch.zeros((), dtype=values.dtype, device=values.device) if g_t is None else g_t
         rate = rate + (0.0 if g_y is None else (g_y.conj() * slope).real.sum())
-    moved = event_fn(time, problem.tree(y)).reshape(-1)[met]
+    moved = _event_values(event_fn, time, problem.tree(y))[met]
     shift = -(moved - moved.detach()) / torch.where(rate == 0, math.inf, rate)
     event_t = time + shift.to(time.dtype)
     flat = torch.cat([flat[:-1], (y + slope * shift.to(y.abs().dtype))[None]])
@@ -333,7 +348,7 @@ def _problem(
         state = _flat(y0)
 
         def flat_func(t: Tensor, y: Tensor) -> Tensor:
-            return _flat(func(t, _split(y, shapes)))
+            return _flat(_like(func(t, _split(y, shapes)), shapes))
 
     method = "dopri5" if method is None else method
     if method not in METHODS:
@@ -398,8 +413,7 @@ def _integrate_to_event(problem: _Problem, event_fn: Callable[..., Tensor]) -> t
     t = torch.cat([start, start.detach() + sign * far])
 
     def condition(t: Tensor, y: Tensor) -> Tensor:
-        value = torch.as_tensor(event_fn(t, problem.tree(y))).reshape(-1)
-        return value if value.is_floating_point() else value.to(torch.float32)
+        return _event_values(event_fn, t, problem.tree(y))
 
     arguments = {**_arguments(problem, t), "events": Event(condition, gradient=False)}
     solution = solve(_field(problem), problem.y0, **arguments)
@@ -410,6 +424,14 @@ def _integrate_to_event(problem: _Problem, event_fn: Callable[..., Tensor]) -> t
         raise _EventError(f"Reached maximum number of iterations {_MAX_EVENT_STEPS}.")
     event_t = solution.events[0].t[-1].detach().to(problem.t.dtype)
     return event_t, torch.stack([problem.y0, solution.y.to(problem.y0.dtype)])
+
+
+def _event_values(event_fn: Callable[..., Tensor], t: Tensor, y: Any) -> Tensor:
+    """The components of an event function, shape (k,), real: of a condition that is true or false, 1 and -1."""
+    value = torch.as_tensor(event_fn(t, y)).reshape(-1)
+    if value.dtype == torch.bool:
+        return torch.where(value, 1.0, -1.0)
+    return value if value.is_floating_point() else value.to(torch.float32)
 
 
 class _EventError(PfodeError, RuntimeError):
@@ -512,14 +534,14 @@ def _marked(options: dict[str, Any], t: Tensor, sign: float) -> dict[str, list[f
 def _field(problem: _Problem) -> Callable[[Tensor, Tensor], Tensor]:
     """The field as `solve` takes it: with perturb, at the ends of a step the next value of t inside it."""
     if not problem.options.get("perturb"):
-        return lambda t, y: torch.as_tensor(problem.func(t, y)).expand(y.shape)
+        return problem.slope
 
     def perturbed(t: Tensor, y: Tensor) -> Tensor:
         start, end = problem.inside
         with torch.no_grad():
             into = torch.where(t == start, end, torch.where(t == end, start, t)).to(t.dtype)
             move = torch.nextafter(t, into) - t
-        return torch.as_tensor(problem.func(t + move, y)).expand(y.shape)
+        return problem.slope(t + move, y)
 
     return perturbed
 
@@ -687,6 +709,25 @@ def _split(flat: Tensor, shapes: list[torch.Size]) -> tuple[Tensor, ...]:
         parts.append(part.view(*flat.shape[:-1], *shape) if flat.ndim > 1 or shape else part.view(()))
         done += shape.numel()
     return tuple(parts)
+
+
+def _like(parts: Any, shapes: list[torch.Size]) -> Any:
+    """The parts of a field's result, if they are tensors of these shapes.
+
+    Raises:
+        UsageError: another number of parts, no tensors, or other shapes.
+    """
+    found = [getattr(part, "shape", None) for part in parts] if isinstance(parts, tuple | list) else []
+    if found == shapes and all(isinstance(part, Tensor) for part in parts):
+        return parts
+    got = ", ".join(
+        f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+        for part in (parts if isinstance(parts, tuple | list) else (parts,))
+    )
+    need = ", ".join(str(tuple(shape)) for shape in shapes)
+    raise _ShapeError(
+        f"func must return tensors of the shapes of y0, {need}; got {got}", "return dy/dt, a tensor or tuple like y0"
+    )
 
 
 def _parameters(module: Any) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pfode.compat.torchdiffeq import METHODS, odeint, odeint_adjoint, odeint_event
+from pfode.errors import UsageError
 from pfode.ode import Status, solve
 from tests.ode import problems
 from tests.ode.memory import peak
@@ -195,3 +196,66 @@ def test_parameters_of_event_functions_get_gradients(interface):
     )
     (grad,) = torch.autograd.grad(met, level)
     assert float(grad) == pytest.approx(-2.0, rel=1e-6)
+
+
+SHAPES = {
+    "a row": lambda t, y: -y[0],
+    "a number": lambda t, y: -y.sum(),
+    "one row of three": lambda t, y: -y[:1],
+    "one column of two": lambda t, y: -y[:, :1],
+    "one dimension more": lambda t, y: -y[None],
+    "transposed": lambda t, y: -y.T,
+    "a float": lambda t, y: 1.0,
+    "a list": lambda t, y: [-y],
+    "nothing": lambda t, y: None,
+    "an array": lambda t, y: -y.detach().numpy(),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams", "trapezoid", "scipy_solver"])
+def test_a_field_of_another_shape_is_an_error_and_nothing_is_broadcast(method, name):
+    y0, t = torch.ones(3, 2), torch.tensor([0.0, 1.0])
+    message = r"func must return tensors of the shapes of y0, \(3, 2\); got "
+    with pytest.raises(RuntimeError, match=message) as caught:
+        odeint(SHAPES[name], y0, t, method=method)
+    assert isinstance(caught.value, UsageError)
+    with pytest.raises(RuntimeError, match=message):
+        odeint_adjoint(SHAPES[name], y0, t, method=method, adjoint_params=())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda t, s: (-s[0].T, -s[1]),
+        lambda t, s: (-s[1], -s[0]),
+        lambda t, s: (-s[0],),
+        lambda t, s: (-s[0][:1], -s[1]),
+        lambda t, s: -s[0],
+    ],
+)
+def test_a_field_of_tuples_of_other_shapes_is_an_error(wrong):
+    """Also where the flat states happen to be of the same length."""
+    with pytest.raises(RuntimeError, match=r"shapes of y0, \(3, 2\), \(4,\); got "):
+        odeint(wrong, (torch.ones(3, 2), torch.ones(4)), torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda t, y: (y < 0.5)[0],
+        lambda t, y: (y > 0.5)[0],
+        lambda t, y: torch.stack([y[0] < 0.2, y[0] < 0.5]),
+        lambda t, y: bool(y.detach() < 0.5),
+    ],
+    ids=["becomes true", "becomes false", "two", "Python's"],
+)
+@pytest.mark.parametrize("options", [{}, {"method": "rk4", "options": {"step_size": 0.05, "interp": "cubic"}}])
+def test_events_that_are_true_or_false_are_met(condition, options):
+    """exp(-t) falls to 1/2 at log 2; such a time is a constant for gradients."""
+    y0 = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    t0 = torch.tensor(0.0, dtype=torch.float64)
+    met, ys = odeint_event(lambda t, y: -y, y0, t0, event_fn=condition, **options)
+    assert abs(float(met) - math.log(2)) < 1e-5
+    ys[-1].sum().backward()
+    assert abs(float(y0.grad) - 0.5) < 1e-5
