@@ -17,6 +17,7 @@ from pfode.ode import checks
 from pfode.ode.adjoints.adjoint import (
     PLAIN,
     Adjoint,
+    Attached,
     Direct,
     Problem,
     Sighting,
@@ -36,14 +37,14 @@ from pfode.ode.loop import Counts, Course, End, Joint, Lanes, Move, PerSample, S
 from pfode.ode.methods import tables
 from pfode.ode.methods.explicit import RungeKutta
 from pfode.ode.methods.fixed import Implicit
-from pfode.ode.methods.implicit import implicit_solvers
+from pfode.ode.methods.implicit import ImplicitRungeKutta, implicit_solvers
 from pfode.ode.methods.multistep import ADAMS
 from pfode.ode.methods.reversible import Coupled, ReversibleHeun
 from pfode.ode.methods.scipy import Scipy
 from pfode.ode.methods.symplectic import SYMPLECTIC
 from pfode.ode.outputs import JointOutputs, PerSampleOutputs, outputs
 from pfode.ode.solver import RMS, Solver, clock
-from pfode.ode.state import Field, Layout, Tree, leaves
+from pfode.ode.state import Field, Layout, Tree, leaves, rebuild
 
 SOLVERS: dict[str, Solver] = {
     **{tableau.name: RungeKutta(tableau) for tableau in tables.EXPLICIT},
@@ -179,10 +180,8 @@ def solve(
             raise UsageError("compile=True: not inside torch.func transforms", "compile=False")
         method = method if isinstance(method, Compiled) else Compiled(_solver(method))
     setup = _setup(f, y0, ts, method, rtol, atol, batch, args, controller, norm, max_steps, options, pure=True)
-    if inside == "vmap" and setup.course.norm is not None:
-        raise UsageError(
-            "torch.func.vmap: adaptive steps cannot be chosen inside it", 'batch="per-sample" outside it, or step_size='
-        )
+    if inside:
+        _refuse_inside(inside, setup)
     found = sources(f, args, params) if recording and not inside else Sources([], [], 0, False)
     if inside or events is not None or not recording or isinstance(how, Direct):
         depends = any(t.requires_grad for t in (setup.y, setup.ts, *found.tensors))
@@ -205,8 +204,23 @@ def solve(
             bare.field.f = sight
         out, end = _run(bare, None, tape)
         bare.field.f = f
-    ys, y, work = attach(bare, tape, found, tape.seen or sight.seen, setup.y, setup.ts, out.detach(), end.y.detach())
-    return _finish(setup, ts, ys, end._replace(y=y), throw, work)
+    made = attach(bare, tape, found, tape.seen or sight.seen, setup.y, setup.ts, out.detach(), end.y.detach())
+    return _finish(setup, ts, made.ys, end._replace(y=made.end), throw, made)
+
+
+def _refuse_inside(inside: str, setup: Problem) -> None:
+    """Raise UsageError for solves that torch.func's transforms (and forward-mode differentiation) cannot follow."""
+    if isinstance(setup.solver, Scipy):
+        raise UsageError(f"{setup.solver.name}: cannot be used inside torch.func transforms", 'method="dopri5"')
+    if inside == "vmap" and setup.course.norm is not None:
+        raise UsageError(
+            "torch.func.vmap: adaptive steps cannot be chosen inside it", 'batch="per-sample" outside it, or step_size='
+        )
+    if inside == "vmap" and isinstance(setup.solver, ImplicitRungeKutta):
+        raise UsageError(
+            f"torch.func.vmap: {setup.solver.name} cannot see inside it whether its equations are solved",
+            'batch="per-sample" outside it, or an explicit method',
+        )
 
 
 def _bare(setup: Problem, places: Sequence[int], pure: bool) -> Problem:
@@ -249,7 +263,8 @@ def steps(
         try:
             move = next(moves)
         except StopIteration as stop:
-            return stop.value
+            end: End = stop.value
+            return end if isinstance(end.status, Tensor) else end._replace(status=Status(end.status))
         if bool(move.accepted.any()) if isinstance(move.accepted, Tensor) else move.accepted:
             yield Point(move.t0, move.t1, tree(move.y.clone(), cast=False), move, setup)
 
@@ -514,17 +529,19 @@ def _norm(norm: Callable[[Tree], Tensor] | None, layout: Layout) -> Callable[[Te
     return RMS(sum(layout.sizes), 1 if layout.per_sample else None)
 
 
-def _finish(setup: Problem, ts: Any, flat: Tensor, end: End, throw: bool, work: Work | None = None) -> Solution:
+def _finish(setup: Problem, ts: Any, flat: Tensor, end: End, throw: bool, made: Attached | None = None) -> Solution:
     """The solution, or the error it amounts to."""
-    tree, counts = setup.field.layout.tree, end.counts
-    rejected = counts.steps - counts.accepted
-    stats = Stats(
-        counts.steps, counts.accepted, rejected, counts.nfe, counts.jacobians, counts.iterations, work or Work()
-    )
-    solution = Solution(ts, tree(flat, cast=False), end.status, end.t, tree(end.y, cast=False), stats)
     if throw:
         _check(setup, end)
-    return solution
+    counts = end.counts
+    rejected = counts.steps - counts.accepted
+    work = Work() if made is None else made.work
+    stats = Stats(counts.steps, counts.accepted, rejected, counts.nfe, counts.jacobians, counts.iterations, work)
+    ys, y = (setup.field.layout.tree(value, cast=False) for value in (flat, end.y))
+    if made is not None:
+        ys, y = (rebuild(tree, map(made.held, leaves(tree))) for tree in (ys, y))
+    status = end.status if isinstance(end.status, Tensor) else Status(end.status)
+    return Solution(ts, ys, status, end.t, y, stats)
 
 
 def _check(setup: Problem, end: End) -> None:

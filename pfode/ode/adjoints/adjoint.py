@@ -27,6 +27,7 @@ Inside torch.func transforms and forward-mode differentiation every operation is
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -225,11 +226,21 @@ def weight(found: Behind) -> int:
                 holding.append(name)
             for part in parts:
                 if isinstance(part, Tensor):
-                    storage = part.untyped_storage()
-                    kept[storage.data_ptr()] = storage.nbytes()
+                    at, size = _memory(part)
+                    kept[at] = size
         _saving.setdefault(type(node), holding)
-    own = {leaf.untyped_storage().data_ptr() for leaf in found.leaves}
+    own = {_memory(leaf)[0] for leaf in found.leaves}
     return sum(size for at, size in kept.items() if at not in own)
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's memory is and how many bytes it has; of tensors without storage (torch.func's, sparse ones) the
+    tensor's own identity and elements."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except RuntimeError:
+        return id(tensor), tensor.numel() * tensor.element_size()
 
 
 @torch.enable_grad()
@@ -283,16 +294,28 @@ def sources(f: Any, args: tuple[Any, ...], params: Iterable[Tensor] | None) -> S
         for p in params:
             if not isinstance(p, Tensor):
                 raise UsageError(f"params: need tensors, got {type(p).__name__}", "params=tuple(module.parameters())")
-        tensors += [p for p in params if p.requires_grad]
-        return Sources(tensors, places, len(tensors), False)
-    if isinstance(f, torch.nn.Module):
-        tensors += [p for p in f.parameters() if p.requires_grad]
-    declared = len(tensors)
-    known = {id(t) for t in tensors}
-    tensors += [
-        p for p in [*parameters(f), *parameters([p for p in parts if not isinstance(p, Tensor)])] if id(p) not in known
-    ]
-    return Sources(tensors, places, declared, True)
+        named = list({id(p): p for p in params if p.requires_grad}.values())
+        _refuse_dependent(named)
+        return Sources([*tensors, *named], places, len(tensors) + len(named), False)
+    # a tensor in args may be a parameter too: the field sees two of it, and the gradient is the sum of both
+    own = [p for p in f.parameters() if p.requires_grad] if isinstance(f, torch.nn.Module) else []
+    held = [*parameters(f), *parameters([p for p in parts if not isinstance(p, Tensor)])]
+    found = list({id(p): p for p in [*own, *held]}.values())
+    return Sources([*tensors, *found], places, len(tensors) + len(own), True)
+
+
+def _refuse_dependent(params: list[Tensor]) -> None:
+    """Raise UsageError where one of some parameters is computed from another: its gradient would count twice."""
+    made = [p for p in params if p.grad_fn is not None]
+    ids = {id(p) for p in params}
+    nodes = {p.grad_fn for p in made}
+    for p in made:
+        found = behind([p])
+        if any(id(leaf) in ids for leaf in found.leaves) or any(node in nodes for node in found.nodes[1:]):
+            raise UsageError(
+                f"params: a tensor of shape {tuple(p.shape)} is computed from another one of them",
+                "name one of the two, or only leaf tensors",
+            )
 
 
 def again(problem: Problem, args: tuple[Any, ...], pure: bool) -> Field:
@@ -316,9 +339,14 @@ def detached(args: tuple[Any, ...], places: Sequence[int], values: Sequence[Tens
 # ------------------------------------------------------------------------------------------------- one autograd node
 
 
-@dataclass
+@dataclass(eq=False)
 class _Solve:
-    """What the node needs: a solve that was made, its tape, and the surroundings it was made in."""
+    """What the node needs: a solve that was made, its tape, and the surroundings it was made in.
+
+    It holds the field, which may be a module that keeps the solution: a circle. Python's garbage collector sees one
+    that leads from a tensor to the node that made it, but not from one node to another. So the node itself refers to
+    the solve weakly; it is the last node of every output (`_Held`) that keeps it alive.
+    """
 
     problem: Problem
     tape: Tape
@@ -334,11 +362,15 @@ class _Solve:
             torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         )
 
+    def release(self) -> None:
+        """Let go of the field and of what the tape kept: the graph was freed."""
+        del self.problem, self.tape
+
 
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: _Solve, y: Tensor, ts: Tensor, *tensors: Tensor) -> Any:  # type: ignore[override]
-        ctx.solve = solve
+        ctx.solve = weakref.ref(solve)
         ctx.save_for_backward(y, ts, *tensors)  # refuses tensors that were changed in place meanwhile
         ctx.set_materialize_grads(False)
         ctx.shape, (ys, end) = solve.ys.shape, (solve.ys, solve.end)
@@ -347,8 +379,8 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, ys: Tensor | None, end: Tensor | None) -> Any:  # type: ignore[override]
-        solve: _Solve = ctx.solve
         y, ts, *tensors = ctx.saved_tensors
+        solve: _Solve = ctx.solve()
         twice = torch.is_grad_enabled()
         given = Cotangents(
             y.new_zeros(ctx.shape) if ys is None else ys.detach(),
@@ -368,12 +400,27 @@ class _Node(torch.autograd.Function):
         )
         with torch.no_grad(), solve.autocast():
             made = solve.tape.pull(solve.problem, inputs, given, solve.work)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
+            solve.release()
         made = [g if n else None for g, n in zip(made, need, strict=True)]
         for i in range(2, 2 + solve.sources.declared):
             made[i] = torch.zeros_like(tensors[i - 2]) if made[i] is None and need[i] else made[i]
         if twice:
             made = [None if g is None else _Once.apply(g, *given, y, ts, *tensors) for g in made]
         return None, *made
+
+
+class _Held(torch.autograd.Function):
+    """An output as it is, whose node keeps what the backward pass needs until that was there."""
+
+    @staticmethod
+    def forward(ctx: Any, solve: _Solve, value: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.solve = solve
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:  # type: ignore[override]
+        return None, slope
 
 
 class _Once(torch.autograd.Function):
@@ -388,9 +435,24 @@ class _Once(torch.autograd.Function):
         raise UsageError("this adjoint makes gradients that cannot be differentiated again", 'adjoint="direct"')
 
 
+class Attached(NamedTuple):
+    """States that depend on what they came from.
+
+    Fields:
+        ys, end: flat, at the output times and at the end.
+        work: what backward passes will have done.
+        held: what to do with every tensor made of these before it is handed out.
+    """
+
+    ys: Tensor
+    end: Tensor
+    work: Work
+    held: Callable[[Tensor], Tensor]
+
+
 def attach(
     problem: Problem, tape: Tape, found: Sources, seen: Behind, y: Tensor, ts: Tensor, ys: Tensor, end: Tensor
-) -> tuple[Tensor, Tensor, Work]:
+) -> Attached:
     """The states ys at the output times and at the end, depending on what they came from.
 
     Args:
@@ -399,14 +461,16 @@ def attach(
         y, ts: the initial state and the output times, with their graphs.
     """
     if found.searched:
-        known = {id(t) for t in (problem.y, *leaves(problem.field.args), *found.tensors)}
+        named = found.tensors[len(found.places) :]
+        known = {id(t) for t in (problem.y, *leaves(problem.field.args), *named)}
         found.tensors.extend(t for t in {id(t): t for t in seen.leaves}.values() if id(t) not in known)
         found = found._replace(shared=seen.older)
     work = Work()
     if not any(t.requires_grad for t in (y, ts, *found.tensors)):
-        return ys, end, work
-    ys, end = _Node.apply(_Solve(problem, tape, found, ys, end, work), y, ts, *found.tensors)  # type: ignore[misc]
-    return ys, end, work
+        return Attached(ys, end, work, lambda value: value)
+    solve = _Solve(problem, tape, found, ys, end, work)
+    ys, end = _Node.apply(solve, y, ts, *found.tensors)  # type: ignore[misc]
+    return Attached(ys, end, work, lambda value: _Held.apply(solve, value))  # type: ignore[return-value]
 
 
 def refuse_unknown(outputs: Iterable[Any], known: Iterable[Tensor], until: Iterable[Any] = ()) -> None:

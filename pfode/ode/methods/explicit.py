@@ -79,7 +79,7 @@ class RungeKutta:
     def step(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: Tensor | None) -> Step:
         tableau = self.tableau
         weights = _weights(tableau, y0.dtype, y0.device)
-        slope = field(field.time(t0), y0) if carry is None else carry
+        slope = field(field.time(t0), y0).clone() if carry is None else carry
         h = t1 - t0
         if field.pure:
             stages: _Kept | _Lent = _Kept(field, weights, y0, h, slope)
@@ -148,8 +148,7 @@ class _Kept:
         self._evaluate(t, self._moved(row, 1))
 
     def _evaluate(self, t: Tensor, y: Tensor) -> None:
-        slope = self.field(t, y)
-        self.slopes.append(slope if slope.requires_grad else slope.clone())  # fields may use one buffer
+        self.slopes.append(self.field(t, y).clone())  # fields may use one buffer for all their results
 
     def slope(self, i: int) -> Tensor:
         return self.slopes[i]

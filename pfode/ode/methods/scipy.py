@@ -62,8 +62,9 @@ class Scipy:
         """
         solve_ivp = optional_module("scipy.integrate", f"method {self.name!r}").solve_ivp
 
-        if any(isinstance(v, Tensor) and v.requires_grad for v in (t0, t1, y0)):
+        if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in (t0, t1, y0)):
             raise _no_gradients(self.name)
+        y0 = y0.detach()
         real = torch.view_as_real(y0) if y0.is_complex() else y0
 
         def to_state(values: Any) -> Tensor:
