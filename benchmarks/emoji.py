@@ -23,8 +23,9 @@ from pfode.cli.images import contact_sheet, to_pixels
 from pfode.process import from_config
 from pfode.scores.io.shipped import WEIGHTS
 from pfode.scores.networks.unet import UNet
+from pfode.scores.training.checkpoints import checkpoints, read_checkpoint
 from pfode.scores.training.data import Data, emoji
-from pfode.scores.training.trainer import TrainConfig, checkpoints, read_checkpoint
+from pfode.scores.training.recipe import TrainConfig
 
 TRAIN = "train --data emoji --process edm --batch 64 --attention 8 --blocks 1,2,2 --amp"
 RECIPES = {

@@ -32,8 +32,8 @@ import pfode.cli.many  # all that the children need
 import pfode.cli.train
 from pfode.cli.__main__ import main as command_line
 from pfode.errors import FileError
+from pfode.scores.training.checkpoints import checkpoints, read_checkpoint
 from pfode.scores.training.data import load_data
-from pfode.scores.training.trainer import checkpoints, read_checkpoint
 
 SAMPLE = [
     "sample",

@@ -40,9 +40,9 @@ def load_data(source: str | Path, *, size: int = 32, font: Path = EMOJI_FONT, li
     if str(source) == "emoji":
         return emoji(font, listing, size=size)
     path = Path(source)
-    if os.path.isdir(path):
+    if str(source) and os.path.isdir(path):
         return folder(path, size=size)
-    if not os.path.exists(path):
+    if not str(source) or not os.path.exists(path):
         raise UsageError(
             f"data {str(source)!r:.200}: no such file or data set", did_you_mean(source, ["digits", "emoji"])
         )

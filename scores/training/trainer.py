@@ -1,158 +1,43 @@
-"""Denoising score matching: train a network on pictures, survive any kill, resume bit for bit.
+"""A training run: optimiser, averages, metrics, checkpoints; survives any kill and resumes bit for bit.
 
-Every random number of a run is a function of (seed, position), where position counts the training pictures: the order
-of the data, noise levels, noise, dropped classes and mirror images. So neither the number of processes nor an
-interruption changes what is drawn, and a checkpoint needs no random state.
+What is drawn is a function of the seed and the position (see `objective`), so that neither the number of processes nor
+an interruption changes it, and a checkpoint needs no random state.
 """
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import LoggerType, broadcast_object_list
 from torch import Tensor
 
-from pfode._torch import lerp_all_
-from pfode.denoiser import Preconditioning
-from pfode.errors import FileError, NumericalError, PfodeError, UsageError, WriteError, unknown
+from pfode.errors import FileError, MissingError, NumericalError, PfodeError, UsageError, WriteError, unknown
 from pfode.files import FolderLock, lock_folder, make_folder, shown, write_atomic
-from pfode.prediction import PREDICTIONS
-from pfode.process import EDM, VE, Flow, Process, from_config
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.checkpoint import save
-from pfode.scores.networks.unet import UNet, UNetConfig
+from pfode.scores.networks.unet import UNet
+from pfode.scores.training.averages import average
 from pfode.scores.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
 from pfode.scores.training.dataset import Data
+from pfode.scores.training.objective import Batch, problem, unseen_classes
+from pfode.scores.training.recipe import TrainConfig
 
-SCHEDULES = ("cosine", "constant")
-LEVELS = ("lognormal", "uniform", "logit-normal")
+__all__ = ["METRICS", "Record", "TrainConfig", "Trainer"]
+
 METRICS = "metrics.jsonl"
 OPTIMISER = "optimiser.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-HINTS = {
-    "rate": "rate=1e-3 (--lr 1e-3)",
-    "ema": "ema=(0.05, 0.1): shares of the run over which the weights are averaged; no decay such as 0.999",
-    "drop": "drop=0.1: a tenth of the pictures are shown without their class",
-    "batch": "batch=64",
-    "accum": "accum=1: the whole batch at once",
-}
 MAY_CHANGE = {"steps", "cooldown"}  # when a run is resumed: it may be made longer or shorter
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides the result of a run, besides the data.
-
-    Args:
-        network: of the `UNet`.
-        process: its configuration, `Process.config()`.
-        prediction: "edm", "x0", "eps", "score", "v" or "flow"; "" chooses by the process: edm, eps or flow.
-        levels: how noise levels are drawn: "lognormal" in sigma/alpha with `level_mean`, `level_std` (Karras et al.
-            2022), "uniform" in t, or "logit-normal" in t (Esser et al. 2024); "" chooses by the process.
-        steps: optimiser steps; the cosine rate ends there.
-        batch: pictures per step, over all processes and `accum` parts.
-        rate: the highest learning rate, after `warmup` steps.
-        schedule: "cosine" falls to 0 over the run; "constant" stays, but for the last `cooldown` steps, a line to 0.
-        ema: widths of the averages of the weights, relative to the run (Karras et al. 2024, power-function averages).
-        drop: share of the pictures whose class is hidden, for guidance.
-        flip: names of the classes shown mirrored half of the time; "*" for all pictures.
-        clip: largest norm of the gradient.
-        amp: bfloat16 inside the network; weights, averages and optimiser stay float32.
-
-    Raises:
-        UsageError: a value out of range, named by its field.
-    """
-
-    network: UNetConfig
-    process: dict[str, Any]
-    prediction: str = ""
-    sigma_data: float = 0.5
-    levels: str = ""
-    level_mean: float = -1.2
-    level_std: float = 1.2
-    steps: int = 2000
-    batch: int = 64
-    accum: int = 1
-    rate: float = 1e-3
-    schedule: str = "cosine"
-    warmup: int = 100
-    cooldown: int = 0
-    beta2: float = 0.99
-    decay: float = 0.0
-    ema: tuple[float, ...] = (0.05, 0.10)
-    drop: float = 0.1
-    flip: tuple[str, ...] = ()
-    clip: float = 1.0
-    seed: int = 0
-    amp: bool = False
-
-    def __post_init__(self) -> None:
-        process = from_config(self.process)
-        for name, value in (("prediction", _prediction(process)), ("levels", _levels(process))):
-            if not getattr(self, name):
-                object.__setattr__(self, name, value)
-        if self.prediction != "edm" and self.prediction not in PREDICTIONS:
-            raise unknown("prediction", self.prediction, ["edm", *PREDICTIONS])
-        if self.levels not in LEVELS:
-            raise unknown("noise levels", self.levels, LEVELS)
-        if self.levels == "logit-normal" and not 0 <= process.t_min < process.t_max <= 1:
-            raise UsageError(
-                f"training: levels: 'logit-normal' needs times within [0, 1], not those of {self.process['name']}"
-            )
-        if self.schedule not in SCHEDULES:
-            raise unknown("schedule", self.schedule, SCHEDULES)
-        for name in ("steps", "batch", "accum"):
-            _require(name, getattr(self, name) >= 1, getattr(self, name), "at least 1")
-        _require("accum", self.batch % self.accum == 0, self.accum, f"a divisor of the batch {self.batch}")
-        for name in ("warmup", "cooldown"):
-            _require(name, getattr(self, name) >= 0, getattr(self, name), "at least 0")
-        for name in ("sigma_data", "level_std", "rate", "clip"):
-            _require(name, 0 < getattr(self, name) < math.inf, getattr(self, name), "a positive number")
-        _require("drop", 0 <= self.drop <= 1, self.drop, "a share within [0, 1]")
-        _require("seed", 0 <= self.seed < 2**63, self.seed, "an integer from 0 to 2^63")
-        _require(
-            "ema", bool(self.ema) and all(0 < width < 0.25 for width in self.ema), self.ema, "widths within (0, 0.25)"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return json.loads(json.dumps({**asdict(self), "network": self.network.to_json()}))
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "TrainConfig":
-        """Inverse of `to_json`.
-
-        Raises:
-            UsageError: an unknown key or a value out of range.
-        """
-        known = {field.name for field in fields(cls)}
-        for key in value:
-            if key not in known:
-                raise unknown("training field", key, known)
-        plain = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-        return cls(**{**plain, "network": UNetConfig.from_json(value["network"])})
-
-
-def _prediction(process: Process) -> str:
-    return "edm" if isinstance(process, EDM | VE) else "flow" if isinstance(process, Flow) else "eps"
-
-
-def _levels(process: Process) -> str:
-    return "lognormal" if isinstance(process, EDM | VE) else "logit-normal" if isinstance(process, Flow) else "uniform"
-
-
-def _require(name: str, condition: bool, value: object, wanted: str) -> None:
-    if not condition:
-        raise UsageError(f"training: {name}: expected {wanted}, got {value!r}", HINTS.get(name, ""))
 
 
 @dataclass(frozen=True)
@@ -163,73 +48,6 @@ class Record:
     loss: float
     rate: float
     images_per_second: float
-
-
-class Batch:
-    """The pictures and the noise of one step: a function of (config, data, step) and of nothing else."""
-
-    def __init__(self, config: TrainConfig, data: Data):
-        self.config = config
-        self.data = data
-        self.process = from_config(config.process)
-        mirrored = ["*" in config.flip or name in config.flip for name in data.names] or ["*" in config.flip]
-        self.mirrored = torch.tensor(mirrored)
-        self.order = (-1, np.empty(0, dtype=np.int64))
-
-    def draw(self, step: int, indices: range) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x0 in [-1, 1], noise, t (all float64) and labels of the pictures `indices` of the batch of a step from 0."""
-        config, data = self.config, self.data
-        chosen, clock, dropped, mirror, noise = [], [], [], [], []
-        for i in indices:
-            position = step * config.batch + i
-            generator = np.random.Generator(np.random.Philox(key=config.seed, counter=[0, 0, 0, position]))
-            u = generator.random(3)
-            chosen.append(self._chosen(position))
-            clock.append((i + u[0]) / config.batch)  # stratified over the batch
-            dropped.append(u[1] < config.drop)
-            mirror.append(u[2] < 0.5)
-            noise.append(generator.standard_normal(data.shape))
-        index = torch.tensor(chosen)
-        x0 = data.images[index].to(torch.float64) / 127.5 - 1
-        labels = None if data.labels is None else data.labels[index]
-        mirrored = self.mirrored[0 if labels is None else labels] & torch.tensor(mirror)
-        x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-        if labels is not None:
-            labels = torch.where(torch.tensor(dropped), len(data.names), labels)
-        return x0, torch.from_numpy(np.stack(noise)), self.times(torch.tensor(clock, dtype=torch.float64)), labels
-
-    def times(self, clock: Tensor) -> Tensor:
-        """Quantiles in [0, 1) of the distribution of noise levels, as times of the process."""
-        config, process = self.config, self.process
-        low, high = process.t_min, process.t_max
-        if config.levels == "uniform":
-            return low + (high - low) * clock
-        normal = torch.special.ndtri(clock.clamp(1e-12, 1 - 1e-12))
-        if config.levels == "logit-normal":
-            return torch.sigmoid(normal).clamp(low, high)
-        ratio = torch.exp(config.level_mean + config.level_std * normal)  # sigma / alpha
-        return process.time(-2 * torch.log(ratio)).clamp(low, high)
-
-    def _chosen(self, position: int) -> int:
-        """The picture at a position: every epoch is a new permutation of the data."""
-        epoch, within = divmod(position, len(self.data))
-        if self.order[0] != epoch:
-            key = np.random.Philox(key=self.config.seed, counter=[0, 0, 1, epoch])
-            self.order = (epoch, np.random.Generator(key).permutation(len(self.data)))
-        return int(self.order[1][within])
-
-
-def ema_power(width: float) -> float:
-    """The exponent g of the average with weights ~ step^g whose standard deviation is `width` of the run.
-
-    With a = g + 1: width^2 = a / ((a + 1)^2 (a + 2)) (Karras et al. 2024, appendix C): the largest root of
-    a cubic in a, found by bisection of the falling right-hand side.
-    """
-    low, high = 1.0, 1e9
-    for _ in range(200):
-        a = math.sqrt(low * high)
-        low, high = (a, high) if a / ((a + 1) ** 2 * (a + 2)) > width**2 else (low, a)
-    return low - 1
 
 
 class Trainer:
@@ -269,20 +87,13 @@ class Trainer:
                 f"training: a network for {shape} with {config.network.classes} classes does not fit "
                 f"data of {data.shape} with {len(data.names)}"
             )
-        self.accelerator = Accelerator(cpu=device == "cpu", log_with=list(trackers) or None)
-        if trackers:
-            self.accelerator.init_trackers("pfode")
+        self.accelerator = _accelerator(device, trackers)
         self.trackers = bool(trackers)
-        share, self.first = (
-            divmod(config.batch // config.accum, self.accelerator.num_processes),
-            self.accelerator.process_index,
-        )
-        if share[1]:
-            raise UsageError(
-                f"training: batch: {config.batch} in {config.accum} parts cannot be split "
-                f"over {self.accelerator.num_processes} processes"
-            )
-        self.share = share[0]
+        processes, part = self.accelerator.num_processes, config.batch // config.accum
+        if part % processes:
+            parts = f"training: batch: {config.batch} in {config.accum} parts"
+            raise UsageError(f"{parts} cannot be split over {processes} processes", f"a multiple of {processes}")
+        self.share, self.first = part // processes, self.accelerator.process_index  # pictures of this process, its rank
         self.config = config
         self.data = data
         self.folder = None if folder is None else Path(folder)
@@ -357,7 +168,10 @@ class Trainer:
     def export(self, path: str | os.PathLike[str], card: dict[str, Any], width: float | None = None) -> Path:
         """Write the model of `denoiser(width)` as one safetensors file; see `pfode.scores.io.checkpoint.save`."""
         training = {**self.config.to_json(), "step": self.step, "seconds": round(self.seconds, 1)}
-        return save(self.denoiser(width).to("cpu"), path, card={"data": self.data.card, "training": training, **card})
+        den = self.denoiser(width).to("cpu")
+        if not all(value.isfinite().all() for value in den.net.state_dict().values()):
+            raise NumericalError("training: the averaged weights are not finite", "a smaller --lr")
+        return save(den, path, card={"data": self.data.card, "training": training, **card})
 
     def _denoiser(self, network: Any) -> Denoiser:
         return Denoiser(
@@ -372,48 +186,36 @@ class Trainer:
 
     def _advance(self) -> float:
         """One optimiser step; returns the loss over the whole batch."""
-        config, device = self.config, self.accelerator.device
-        part = config.batch // config.accum
-        torch.manual_seed(hash((config.seed, self.step, self.first)))  # only dropout inside the network uses it
+        torch.manual_seed(hash((self.config.seed, self.step, self.first)))  # only dropout inside the network uses it
         self.model.train()
-        total = torch.zeros((), device=device)
-        for k in range(config.accum):
-            start = k * part + self.first * self.share
-            x0, noise, t, label = self.batch.draw(self.step, range(start, start + self.share))
-            x, c, target = self._problem(x0, noise, t)
-            extra = {} if label is None else {"label": label.to(device)}
-            last = k == config.accum - 1
-            with (
-                _synchronised(self.accelerator, self.model, last),
-                torch.autocast(device.type, torch.bfloat16, enabled=config.amp),
-            ):
-                out = self.model(
-                    (c.c_in.reshape(-1, 1, 1, 1) * x).float().to(device), c.c_noise.float().to(device), **extra
-                )
-                loss = (out.float() - target.float().to(device)).square().mean() / config.accum
-                self.accelerator.backward(loss)
-            total += loss.detach()
-        loss = float(self.accelerator.reduce(total, reduction="mean"))
+        parts = [self._learn(part) for part in range(self.config.accum)]
+        loss = float(self.accelerator.reduce(torch.stack(parts).sum(), reduction="mean"))
         if not math.isfinite(loss):
-            raise NumericalError(
-                f"training: the loss is {loss} at step {self.step + 1}", "a smaller --lr, or a longer --warmup"
-            )
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.clip)
+            problem = f"training: the loss is {loss} at step {self.step + 1}"
+            raise NumericalError(problem, "a smaller --lr, or a longer --warmup")
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate(self.step)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        weights = [p.detach() for p in self.net.parameters()]
-        for width, average in self.ema.items():
-            keep = (1 - 1 / (self.step + 1)) ** (ema_power(width) + 1)
-            lerp_all_(list(average.values()), weights, 1 - keep)
+        average(self.ema, self.net, self.step)
         return loss
 
-    def _problem(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Preconditioning, Tensor]:
-        """x_t, its preconditioning, and what the network should return: all in float64."""
-        alpha = self.batch.process.alpha(t).reshape(-1, 1, 1, 1)
-        sigma = self.batch.process.sigma(t).reshape(-1, 1, 1, 1)
-        return alpha * x0 + sigma * noise, self.den.precondition(t), self.den.target(x0, noise, alpha, sigma)
+    def _learn(self, part: int) -> Tensor:
+        """Add the gradient of this process's share of one part of the batch; returns its loss, over `accum`."""
+        config, device = self.config, self.accelerator.device
+        start = part * (config.batch // config.accum) + self.first * self.share
+        x0, noise, t, label = self.batch.draw(self.step, range(start, start + self.share))
+        x, c, target = problem(self.den, x0, noise, t)
+        scaled, c_noise = c.c_in.reshape(-1, 1, 1, 1) * x, c.c_noise
+        extra = {} if label is None else {"label": label.to(device)}
+        last = part == config.accum - 1  # the processes exchange their gradients with the last part only
+        together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        with together, torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            out = self.model(scaled.float().to(device), c_noise.float().to(device), **extra)
+            loss = (out.float() - target.float().to(device)).square().mean() / config.accum
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     def _log(self, record: Record) -> None:
         if self.trackers:
@@ -543,14 +345,25 @@ class Trainer:
             write_atomic(path, "".join(line + "\n" for line in lines).encode())
 
 
-def unseen_classes(config: TrainConfig, data: Data) -> list[int]:
-    """The classes that a network trained so never sees, by number; len(data.names) for no class."""
-    if data.labels is None:
-        return []
-    shown = set() if config.drop == 1 else set(data.labels.unique().tolist())
-    if config.drop > 0:
-        shown.add(len(data.names))
-    return [index for index in range(len(data.names) + 1) if index not in shown]
+def _accelerator(device: str | None, trackers: tuple[str, ...]) -> Accelerator:
+    """accelerate's helper for devices and processes, with its trackers.
+
+    Raises:
+        UsageError: an unknown tracker. MissingError: its package is not installed.
+    """
+    known = sorted(str(kind) for kind in LoggerType if str(kind) != "all")
+    for name in trackers:
+        if name not in known:
+            raise unknown("tracker", name, known)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*log_with")
+        try:
+            accelerator = Accelerator(cpu=device == "cpu", log_with=list(trackers) or None)
+        except UserWarning as error:  # accelerate goes on without a tracker whose package is not there
+            raise MissingError(f"trackers {', '.join(trackers)}: {error}", "pip install their packages") from error
+    if trackers:
+        accelerator.init_trackers("pfode")
+    return accelerator
 
 
 def _ema_file(width: float) -> str:
@@ -563,8 +376,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _synchronised(accelerator: Accelerator, model: Any, last: bool) -> Any:
-    """Gradients are exchanged with the last part of a batch only."""
-    return torch.enable_grad() if last else accelerator.no_sync(model)

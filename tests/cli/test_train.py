@@ -69,6 +69,12 @@ def test_own_pictures(cli, tmp_path):
         (("--lr", "nan"), 2, "--lr"),
         (("--drop", "2"), 2, "drop"),
         (("--steps", "0"), 2, "--steps"),
+        (("--steps", 10**40), 2, "steps"),
+        (("--batch", 10**20), 2, "batch"),
+        (("--sigma-data", "1e300"), 2, "sigma_data"),
+        (("--tracker", "tensorbord"), 2, "did you mean 'tensorboard'"),
+        (("--tracker", "aim"), 4, "aim"),
+        (("--data", ""), 2, "data"),
         (("--device", "tpu"), 2, "device"),
     ],
 )

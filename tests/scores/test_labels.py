@@ -14,7 +14,8 @@ from pfode.scores import guide
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.checkpoint import load, save
 from pfode.scores.training.data import Data
-from pfode.scores.training.trainer import Trainer, unseen_classes
+from pfode.scores.training.objective import unseen_classes
+from pfode.scores.training.trainer import Trainer
 from pfode.scores.wrapping import clip
 from tests.scores.small import CONFIG, NAMES, denoiser, network
 from tests.scores.training.test_training import CONFIG as RECIPE

@@ -21,9 +21,12 @@ from pfode.errors import FileError, NumericalError, UsageError
 from pfode.scores.io.checkpoint import load
 from pfode.scores.networks.unet import UNetConfig
 from pfode.scores.training import checkpoints as writing
+from pfode.scores.training.averages import ema_power
 from pfode.scores.training.checkpoints import checkpoints, read_checkpoint
 from pfode.scores.training.data import Data, load_data
-from pfode.scores.training.trainer import METRICS, Batch, TrainConfig, Trainer, ema_power
+from pfode.scores.training.objective import Batch, problem
+from pfode.scores.training.recipe import TrainConfig
+from pfode.scores.training.trainer import METRICS, Trainer
 from tests import problems
 
 NETWORK = UNetConfig(size=8, channels=1, classes=10, widths=(8, 16), blocks=(1, 1), attention=(4,), head=8)
@@ -79,7 +82,7 @@ def test_a_perfect_network_has_no_loss(data, process):
     trainer = Trainer(TrainConfig(network=NETWORK, process=process.config(), batch=8), data, device="cpu")
     x0, noise, t, _ = trainer.batch.draw(3, range(8))
     assert ((t >= process.t_min) & (t <= process.t_max)).all()
-    x, c, target = trainer._problem(x0, noise, t)
+    x, c, target = problem(trainer.den, x0, noise, t)
     wide = [value.reshape(-1, 1, 1, 1) for value in c]
     torch.testing.assert_close(wide[2] * x + wide[3] * target, x0)
 
@@ -350,6 +353,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
         ({"ema": ()}, "ema"),
         ({"ema": (0.5,)}, "ema"),
         ({"seed": -1}, "seed"),
+        ({"steps": 10**40}, "steps"),
+        ({"steps": 2.0}, "steps"),
+        ({"batch": 10**20}, "batch"),
+        ({"batch": True}, "batch"),
+        ({"warmup": None}, "warmup"),
+        ({"sigma_data": 1e300}, "sigma_data"),
+        ({"rate": "fast"}, "rate"),
+        ({"ema": (0.1, 0.1)}, "ema"),
+        ({"ema": 0.1}, "ema"),
+        ({"ema": (0.999,)}, "no decay"),
+        ({"flip": "*"}, "flip"),
+        ({"amp": 1}, "amp"),
     ],
 )
 def test_bad_recipes(change, message):

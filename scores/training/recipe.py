@@ -1,0 +1,144 @@
+"""What a training run is: a `TrainConfig`, checked when it is made, kept with checkpoints and models."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from pfode.errors import UsageError, unknown
+from pfode.prediction import PREDICTIONS
+from pfode.process import EDM, VE, Flow, Process, from_config
+from pfode.scores.networks.unet import UNetConfig
+
+__all__ = ["TrainConfig"]
+
+SCHEDULES = ("cosine", "constant")
+LEVELS = ("lognormal", "uniform", "logit-normal")
+WHOLE = {
+    "steps": (1, 10**9), "batch": (1, 2**16), "accum": (1, 2**16), "warmup": (0, 10**9), "cooldown": (0, 10**9),
+    "seed": (0, 2**63 - 1),
+}  # fmt: skip
+REAL = {
+    "sigma_data": (1e-6, 1e6), "level_mean": (-50.0, 50.0), "level_std": (1e-6, 50.0), "rate": (1e-12, 1e3),
+    "clip": (1e-12, 1e12), "drop": (0.0, 1.0), "beta2": (0.0, 0.999999), "decay": (0.0, 1e3),
+}  # fmt: skip
+MAX_EMA = 16  # averages of the weights
+HINTS = {
+    "rate": "rate=1e-3 (--lr 1e-3)",
+    "ema": "ema=(0.05, 0.1): shares of the run over which the weights are averaged; no decay such as 0.999",
+    "drop": "drop=0.1: a tenth of the pictures are shown without their class",
+    "batch": "batch=64",
+    "accum": "accum=1: the whole batch at once",
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the result of a run, besides the data.
+
+    Args:
+        network: of the `UNet`.
+        process: its configuration, `Process.config()`.
+        prediction: "edm", "x0", "eps", "score", "v" or "flow"; "" chooses by the process: edm, eps or flow.
+        levels: how noise levels are drawn: "lognormal" in sigma/alpha with `level_mean`, `level_std` (Karras et al.
+            2022), "uniform" in t, or "logit-normal" in t (Esser et al. 2024); "" chooses by the process.
+        steps: optimiser steps; the cosine rate ends there.
+        batch: pictures per step, over all processes and `accum` parts.
+        rate: the highest learning rate, after `warmup` steps.
+        schedule: "cosine" falls to 0 over the run; "constant" stays, but for the last `cooldown` steps, a line to 0.
+        ema: widths of the averages of the weights, relative to the run (Karras et al. 2024, power-function averages).
+        drop: share of the pictures whose class is hidden, for guidance.
+        flip: names of the classes shown mirrored half of the time; "*" for all pictures.
+        clip: largest norm of the gradient.
+        amp: bfloat16 inside the network; weights, averages and optimiser stay float32.
+
+    Raises:
+        UsageError: a value out of range, named by its field.
+    """
+
+    network: UNetConfig
+    process: dict[str, Any]
+    prediction: str = ""
+    sigma_data: float = 0.5
+    levels: str = ""
+    level_mean: float = -1.2
+    level_std: float = 1.2
+    steps: int = 2000
+    batch: int = 64
+    accum: int = 1
+    rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup: int = 100
+    cooldown: int = 0
+    beta2: float = 0.99
+    decay: float = 0.0
+    ema: tuple[float, ...] = (0.05, 0.10)
+    drop: float = 0.1
+    flip: tuple[str, ...] = ()
+    clip: float = 1.0
+    seed: int = 0
+    amp: bool = False
+
+    def __post_init__(self) -> None:
+        process = from_config(self.process)
+        for name, value in (("prediction", _prediction(process)), ("levels", _levels(process))):
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
+        if self.prediction != "edm" and self.prediction not in PREDICTIONS:
+            raise unknown("prediction", self.prediction, ["edm", *PREDICTIONS])
+        if self.levels not in LEVELS:
+            raise unknown("noise levels", self.levels, LEVELS)
+        if self.levels == "logit-normal" and not 0 <= process.t_min < process.t_max <= 1:
+            raise UsageError(
+                f"training: levels: 'logit-normal' needs times within [0, 1], not those of {self.process['name']}"
+            )
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        for name, (low, high) in WHOLE.items():
+            value = getattr(self, name)
+            _require(name, type(value) is int and low <= value <= high, value, f"an integer from {low} to {high}")
+        _require("accum", self.batch % self.accum == 0, self.accum, f"a divisor of the batch {self.batch}")
+        for name, (least, most) in REAL.items():
+            value = getattr(self, name)
+            _require(name, _within(value, least, most), value, f"a number from {least:g} to {most:g}")
+        ema = self.ema if isinstance(self.ema, tuple) else ()
+        sound = 0 < len(ema) <= MAX_EMA and all(_within(width, 1e-3, 0.249) for width in ema)
+        _require("ema", sound and len(set(ema)) == len(ema), self.ema, f"1 to {MAX_EMA} widths from 0.001 to 0.249")
+        _require(
+            "flip", isinstance(self.flip, tuple) and all(isinstance(n, str) for n in self.flip), self.flip, "names"
+        )
+        _require("amp", isinstance(self.amp, bool), self.amp, "True or False")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return json.loads(json.dumps({**asdict(self), "network": self.network.to_json()}))
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "TrainConfig":
+        """Inverse of `to_json`.
+
+        Raises:
+            UsageError: an unknown key or a value out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        for key in value:
+            if key not in known:
+                raise unknown("training field", key, known)
+        plain = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        return cls(**{**plain, "network": UNetConfig.from_json(value["network"])})
+
+
+def _prediction(process: Process) -> str:
+    return "edm" if isinstance(process, EDM | VE) else "flow" if isinstance(process, Flow) else "eps"
+
+
+def _levels(process: Process) -> str:
+    return "lognormal" if isinstance(process, EDM | VE) else "logit-normal" if isinstance(process, Flow) else "uniform"
+
+
+def _within(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _require(name: str, condition: bool, value: object, wanted: str) -> None:
+    if not condition:
+        raise UsageError(f"training: {name}: expected {wanted}, got {value!r:.60}", HINTS.get(name, ""))
