@@ -76,7 +76,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     counts = listed("--nfe", options["nfe"], int, "whole numbers", "--nfe 4,6,8")
     import torch
 
-    from pfode.samplers.fit.fitting import stated
+    from pfode.samplers.fit.starts import stated
     from pfode.samplers.sampling import find_device
     from pfode.scores.io.shipped import model_path
 

@@ -55,11 +55,11 @@ def test_a_table(fit):
 
 
 def test_continues_after_an_interruption(fit, monkeypatch, tmp_path):
-    from pfode.samplers.fit import fitting
+    from pfode.samplers.fit.levenberg import Objective
 
     whole = fit("--nfe", "2").code, Plan.load("plans/digits.plan-2.safetensors")
     shutil.rmtree("plans")
-    iterate, calls = fitting._Problem.iterate, []
+    iterate, calls = Objective.iterate, []
 
     def interrupted(*arguments):
         calls.append(len(calls))
@@ -67,7 +67,7 @@ def test_continues_after_an_interruption(fit, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         iterate(*arguments)
 
-    monkeypatch.setattr(fitting._Problem, "iterate", interrupted)
+    monkeypatch.setattr(Objective, "iterate", interrupted)
     assert fit("--nfe", "2").code == 130
     assert not list((tmp_path / "plans").glob("*.safetensors"))
     assert fit("--nfe", "2").code == 0

@@ -15,7 +15,9 @@ from pfode.errors import OtherModelWarning, UsageError
 from pfode.plans.executor import run
 from pfode.plans.table import Plan
 from pfode.samplers import fit_plan, make_plan
-from pfode.samplers.fit.fitting import LOSSES, STARTS, DyWeight, General, clock, clocked
+from pfode.samplers.fit.losses import LOSSES
+from pfode.samplers.fit.parameters import DyWeight, General, clock, clocked
+from pfode.samplers.fit.starts import STARTS
 from pfode.samplers.fit.tangents import Numbers, differences, end, tangents
 from pfode.scores.exact import GaussianMixture
 from tests import problems

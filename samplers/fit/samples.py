@@ -1,0 +1,147 @@
+"""What a plan is fitted on: noise, and the end points of a fine solution from it, the teacher's."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfode import noise
+from pfode.denoiser import Denoiser, at
+from pfode.errors import NumericalError, UsageError, number
+from pfode.labels import class_indices
+from pfode.plans.executor import run
+from pfode.samplers.catalogue import make_plan
+from pfode.samplers.fit.cache import Cache
+from pfode.samplers.sampling import find_device, prepared, sample_shape, state_dtype
+
+__all__ = ["CHECK", "FIT", "GROUP", "Group", "Source"]
+
+GROUP = 8  # samples that share a guidance scale
+FIT, CHECK = 2**60, 2**61  # first seeds of the noise fitted on and of the noise that chooses; users' seeds are small
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Samples under one guidance scale: x_T, the converged end points, both (batch, ...), and a class each, or none."""
+
+    denoiser: Denoiser
+    x: Tensor
+    target: Tensor
+    label: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def part(self, size: int) -> Iterator["Group"]:
+        """The same in parts of at most `size` samples."""
+        for i in range(0, len(self), size):
+            few = slice(i, i + size)
+            label = None if self.label is None else self.label[few]
+            yield Group(self.denoiser, self.x[few], self.target[few], label)
+
+    def call(self, x: Tensor, t: float) -> Tensor:
+        """D, for the group's samples or several times as many: all of them, then all of them again."""
+        cond = {} if self.label is None else {"label": self.label.repeat(len(x) // len(self))}
+        return at(self.denoiser, t)(x, torch.tensor(t, dtype=torch.float64), **cond).to(x.dtype)
+
+
+class Source:
+    """Draws samples and integrates them finely.
+
+    Args:
+        denoiser: what a plan is fitted to.
+        settings: label, guidance, seed, teacher (steps), n and check (samples) of `fit_plan`.
+        shape, dtype, device: as for `sample`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        settings: dict[str, Any],
+        shape: Sequence[int] | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ):
+        self.denoiser, self.settings = prepared(denoiser, None, device), settings
+        self.shape, self.dtype = sample_shape(denoiser, None, shape), state_dtype(dtype, None)
+        self.device = find_device(device or getattr(self.denoiser, "device", None) or "cpu")
+        self.scales = _ends(settings["guidance"])
+        label, names = settings["label"], getattr(denoiser, "labels", None)
+        self.labels = (list(range(len(names))) if names else None) if label == "all" else label
+
+    @property
+    def guided(self) -> bool:
+        """Whether the denoiser is guided, by itself or by the settings."""
+        return self.scales is not None or getattr(self.denoiser, "evals", 1) > 1
+
+    def groups(self, first: int, n: int, cache: Cache, progress: Callable[[int, int], None]) -> list[Group]:
+        """n samples with their end points: noise from `first` on, the classes in turn, scales spread over the range.
+
+        Args:
+            cache: keeps the end points.
+            progress: called with the samples integrated, and all.
+
+        Raises:
+            NumericalError: end points that are not finite. FileError: a damaged cache.
+        """
+        count = math.ceil(n / GROUP)
+        seeds = [first + (self.settings["seed"] << 32) + i for i in range(n)]
+        labels = self._labels(n)
+        made = []
+        for i in range(count):
+            few = slice(i * GROUP, (i + 1) * GROUP)
+            denoiser = self.denoiser
+            if self.scales is not None:
+                low, high = self.scales
+                denoiser = prepared(denoiser, low + (high - low) * (i + 0.5) / count)
+            x = noise.normal(seeds[few], noise.INITIAL, self.shape, self.dtype, self.device)
+            x = float(denoiser.process.sigma(denoiser.process.t_max)) * x
+            made.append(Group(denoiser, x, x, None if labels is None else labels[few]))
+        ends = self._teach(made, first, cache, progress)
+        return [replace(group, target=end) for group, end in zip(made, ends, strict=True)]
+
+    def _labels(self, n: int) -> Tensor | None:
+        if self.labels is None:
+            return None
+        some = self.labels if isinstance(self.labels, list | tuple) else [self.labels]
+        each = [one for _, one in zip(range(n), itertools.cycle(some), strict=False)]
+        indices = class_indices(self.denoiser, each, n)
+        assert indices is not None
+        return indices.to(self.device)
+
+    def _teach(
+        self, groups: list[Group], first: int, cache: Cache, progress: Callable[[int, int], None]
+    ) -> list[Tensor]:
+        """The end points of a fine solution, from the cache if they are there."""
+        keys = ("n" if first == FIT else "check", "teacher", "label", "guidance", "seed")
+        path = cache.path("teacher", {key: self.settings[key] for key in keys} | {"first": first})
+        total = sum(map(len, groups))
+        kept = cache.read(path, {"x0": (total, *self.shape)})
+        if kept is not None:
+            ends = kept["x0"].to(self.device, self.dtype)
+        else:
+            plan, parts = make_plan("exp-ab3", self.denoiser.process, self.settings["teacher"], grid="karras"), []
+            for group in groups:
+                cond: dict[str, Any] = {} if group.label is None else {"label": group.label}
+                parts.append(run(plan, group.denoiser, group.x, **cond))
+                progress(sum(map(len, parts)), total)
+            ends = torch.cat(parts)
+            cache.write(path, {"x0": ends.cpu()})
+        if not ends.isfinite().all():
+            raise NumericalError("the fine solution is not finite", "check the network and its precision")
+        return list(ends.split([len(group) for group in groups]))
+
+
+def _ends(guidance: float | tuple[float, float] | None) -> tuple[float, float] | None:
+    """The ends of the range of scales."""
+    if guidance is None:
+        return None
+    low, high = guidance if isinstance(guidance, tuple | list) and len(guidance) == 2 else (guidance, guidance)
+    low, high = number("guidance", low), number("guidance", high)
+    if low > high:
+        raise UsageError(f"guidance: the range {low:g} to {high:g} is empty", f"guidance=({high:g}, {low:g})")
+    return low, high
