@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
-from pfode.ode.loop import End, Move, Status
+from pfode.ode.loop import End, Move, Reply, Status
 from pfode.ode.solver import clock
 from pfode.ode.state import Field, Tree, changed, unchanged, versions
 
@@ -115,7 +115,7 @@ class Watch:
         if value.ndim - self.batched not in (0, 1) or (self.batched and len(value) != field.layout.batch):
             raise UsageError(f"events: a condition must have shape {need}, got {tuple(value.shape)}")
         value = value.to(clock(y.device))
-        return value.reshape(field.layout.batch, -1).T if self.batched else value.reshape(-1)
+        return (value[:, None] if value.ndim == 1 else value).T if self.batched else value.reshape(-1)
 
     def _first_sides(self, t: Any, y: Tensor) -> Tensor:
         """Signs at the start; of a zero the sign that it is about to have."""
@@ -150,10 +150,10 @@ class Watch:
         self.crossed = crossed if accepted is None else crossed & accepted
         return (self.crossed.sum(1) if self.batched else self.crossed).double()
 
-    def add(self, move: Move, counts: list[float]) -> Any:
-        """Locate what an attempted step crossed; returns what ends the solve there, as `advance` takes it, or None."""
+    def add(self, move: Move, counts: list[float]) -> Reply:
+        """Locate what an attempted step crossed."""
         if not isinstance(move.accepted, Tensor) and not move.accepted:
-            return None
+            return Reply()
         crossed = self.crossed
         rows = [row for row, count in enumerate(counts) if count]
         if rows:
@@ -178,11 +178,13 @@ class Watch:
             torch.where(moved & (self.after == self.after), self.after.sign(), self.side),
         )
         if not rows or not bool(crossed.any()):
-            return None
+            return Reply(looked=False)
         self.ended = self.ended | ends
+        looked = crossed.any(0) if self.batched else True
         if isinstance(move.accepted, Tensor):
-            return ends
-        return bool(self.ended.all()) or None  # on a fixed grid samples end together
+            return Reply(ends, looked)
+        # on a fixed grid samples end together
+        return Reply(bool(self.ended.all()) or None, looked, ~self.ended if self.batched else None)
 
     @torch.no_grad()
     def _locate(self, row: int, move: Move) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,9 @@ _TRIES = 12  # attempts in a row that are not finite or not solved before a samp
 FLOOR = {real: 16 * torch.finfo(real).eps for real in (torch.float32, torch.float64)}  # least step by the time's size
 
 
+_LEAST = 1e-300  # of a first step's size
+
+
 class Status(enum.IntEnum):
     """How a solve ended, for the state or for a sample."""
 
@@ -138,6 +141,20 @@ class Move(NamedTuple):
     carry: Any = None
 
 
+class Reply(NamedTuple):
+    """What may be sent back for a Move.
+
+    Fields:
+        halt: whether the solve ends there, a boolean or shape (batch,): an event.
+        looked: whose dense output was used: evaluations made for it are counted there. A boolean or shape (batch,).
+        live: which samples of a fixed grid still count, shape (batch,); None: all that did.
+    """
+
+    halt: Any = None
+    looked: Any = True
+    live: Any = None
+
+
 class Ahead(NamedTuple):
     """Where the loop is between two attempts, in joint lanes: time, next step size, the controller's memory, state,
     carry.
@@ -195,8 +212,8 @@ class Course:
 
 def advance(
     field: Field, solver: Solver, control: PID, course: Course, y: Tensor, lanes: Lanes, probe: Probe | None = None
-) -> Generator[Move, Any, End]:
-    """Yield every attempted step. A boolean, or shape (batch,), sent back ends the solve there: an event.
+) -> Generator[Move, Reply | None, End]:
+    """Yield every attempted step; a Reply may be sent back.
 
     Args:
         field, solver, control, course: what, how, at which steps, from where to where.
@@ -218,7 +235,7 @@ def advance(
     h, slope, status = _first_step(field, solver, control, course, lanes, y, units)
     u0 = course.lift(t, here) if course.lift else t
     carry = solver.init(field, u0, y, slope)
-    counts = Counts(zero, zero, zero + field.calls, zero, zero)
+    counts = Counts(zero, zero, (zero + field.calls) * (status != Status.SUCCESS), zero, zero)
     memory = (lanes.fill(1.0, t), lanes.fill(1.0, t), never)
     read = torch.no_grad()(_read) if field.pure else _read
     size_of_y = y.detach().abs() if adaptive else y
@@ -228,7 +245,7 @@ def advance(
     alive = bool((status == Status.RUNNING).any()) if lanes.per_sample else status == Status.RUNNING
     watched = lanes.per_sample or field.pure or not adaptive or course.lift or probe
     go_ahead = None if watched else getattr(solver, "ahead", None)
-    tries = 0
+    tries, counting = 0, True  # `counting`: of samples on a fixed grid, those that met no event yet
     while alive and tries < course.max_steps:
         if go_ahead and field.until is not None and not behind:  # attempts that nobody looks at
             calls, stop = field.calls, stops[at]
@@ -248,6 +265,7 @@ def advance(
                     continue
         tries += 1
         live = status == Status.RUNNING
+        counted = live if lanes.per_sample else counting
         stop = lanes.pick(stops, at)
         left = (stop - t) * sign
         last = where(left <= control.max_step, h * STRETCH, h) >= left
@@ -275,13 +293,13 @@ def advance(
         carry0, carry = carry, lanes.merge(accepted, step.carry, carry if step.again is None else step.again)
         hit = accepted & last
         t0, t = t, where(accepted, t1, t)
-        spent = field.calls - calls
+        spent = field.calls - calls if step.nfe is None else step.nfe
         counts = Counts(
-            counts.steps + live,
-            counts.accepted + accepted,
-            counts.nfe + live * spent,
-            counts.jacobians + live * step.jacobians,
-            counts.iterations + live * step.iterations,
+            counts.steps + counted,
+            counts.accepted + (accepted & counted),
+            counts.nfe + counted * spent,
+            counts.jacobians + counted * step.jacobians,
+            counts.iterations + counted * step.iterations,
         )
         if adaptive:
             factor, memory = control.factor(
@@ -312,11 +330,13 @@ def advance(
         else:
             alive, restart = status == Status.RUNNING, behind and hit
         calls = field.calls
-        halt = yield Move(t0, t1, u0, u1, y0, y, accepted, step, tried, counts, carry)
+        reply = yield Move(t0, t1, u0, u1, y0, y, accepted, step, tried, counts, carry)
+        reply = Reply() if reply is None else reply
         if field.calls > calls:  # for dense output
-            counts = counts._replace(nfe=counts.nfe + accepted * (field.calls - calls))
-        if halt is not None:
-            status = where(halt, zero + Status.EVENT, status)
+            counts = counts._replace(nfe=counts.nfe + (accepted & counted & reply.looked) * (field.calls - calls))
+        counting = counting if reply.live is None else reply.live
+        if reply.halt is not None:
+            status = where(reply.halt, zero + Status.EVENT, status)
             alive = bool((status == Status.RUNNING).any()) if lanes.per_sample else status == Status.RUNNING
         if restart and alive:
             u0 = course.lift(t, here) if course.lift else t
@@ -412,34 +432,53 @@ def _read(
 def _first_step(
     field: Field, solver: Solver, control: PID, course: Course, lanes: Lanes, y: Tensor, units: "_Units | None"
 ) -> tuple[Any, Tensor | None, Any]:
-    """The size of the first step, f(t0, y0) if it was needed, and the status: NON_FINITE where f is (H, N & W II.4)."""
-    running = lanes.fill(0, course.start) + Status.RUNNING
-    if units is None or control.first_step is not None:
-        return lanes.fill(control.first_step or math.inf, course.start), None, running
-    t = course.lift(course.start, running) if course.lift else course.start
+    """The size of the first step, f(t0, y0) if it was needed, and the status: NON_FINITE where f is, SUCCESS where
+    there is no way to go.
+
+    Hairer, Norsett & Wanner 1993, II.4, in units of time in which something happens: 1, or, where it is above 10^4, the
+    time that f takes to change the state by its size. Slopes are measured in units of the largest one, so that no
+    number overflows that f can return.
+    """
+    zero = lanes.fill(0, course.start)
+    status = lanes.where(course.stops[-1] == course.start, zero + Status.SUCCESS, zero + Status.RUNNING)
+    arrived = not lanes.per_sample and status == Status.SUCCESS
+    if units is None or control.first_step is not None or arrived:
+        return lanes.fill(control.first_step or math.inf, course.start), None, status
+    t = course.lift(course.start, zero - 1) if course.lift else course.start
     slope = field(field.time(t), y).clone()  # fields may use one buffer for all their results
     with torch.no_grad():
         here, f = y.detach(), slope.detach()
         scale, norm = units.scale(here.abs()), units.norm
-        d0, d1 = _host(lanes, norm(here / scale), norm(f / scale))
-        known = lanes.where((d0 < math.inf) & (d1 < math.inf), running, running - Status.RUNNING + Status.NON_FINITE)
-        small = (d0 < 1e-5) | (d1 < 1e-5)
-        h = lanes.where(small, lanes.fill(1e-6, d0), 0.01 * d0 / lanes.high(d1, 1e-300))
-        h = lanes.low(lanes.low(h, control.max_step), math.inf)
-        room = abs(lanes.pick(course.stops, running - Status.RUNNING) - course.start)
+        largest = (f.abs().amax(-1) if lanes.per_sample else f.abs().amax()).to(scale.dtype)
+        largest = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
+        unit = largest[:, None] if lanes.per_sample else largest
+        d0, d1, most = _host(lanes, norm(here / scale), norm(f / unit / scale), largest)
+        finite = (d0 < math.inf) & (d1 < math.inf)
+        status = lanes.where(finite | (status == Status.SUCCESS), status, zero + Status.NON_FINITE)
+        span = abs(course.stops[-1] - course.start)
+        slow = lanes.high(d0, 1.0) / lanes.high(d1, 1e-300) / most
+        slow = lanes.where(slow < span, slow, span)
+        unit_of_time = lanes.where(slow > 1e4, slow, lanes.fill(1.0, d0))
+        most = most * unit_of_time
+        small = (d0 < 1e-5) | (d1 * most < 1e-5)
+        h = lanes.where(small, lanes.fill(1e-6, d0), 0.01 * d0 / lanes.high(d1, 1e-300) / most) * unit_of_time
+        h = lanes.low(lanes.high(lanes.low(h, control.max_step), _LEAST), math.inf)
+        room = abs(lanes.pick(course.stops, zero) - course.start)
         h = lanes.where(h < room, h, room)
         moved = course.start + h * course.sign
         far = column(h * course.sign, y)
         ahead = here + f * far if isinstance(far, Tensor) else torch.add(here, f, alpha=far)
-        (d2,) = _host(lanes, norm((field(field.time(moved), ahead) - f) / scale))
-        steepest = lanes.where(d1 > d2 / h, d1, d2 / h)
-        flat = steepest <= 1e-15
+        (d2,) = _host(lanes, norm((field(field.time(moved), ahead) / unit - f / unit) / scale))
+        h, d2 = h / unit_of_time, d2 * unit_of_time / lanes.high(h, _LEAST)
+        steepest = lanes.where(d1 > d2, d1, d2)
+        flat = steepest * most <= 1e-15
         h1 = lanes.where(
-            flat, lanes.high(h * 1e-3, 1e-6), (0.01 / lanes.high(steepest, 1e-300)) ** (1 / solver.error_order)
+            flat, lanes.high(h * 1e-3, 1e-6), (0.01 / lanes.high(steepest, 1e-300) / most) ** (1 / solver.error_order)
         )
         h1 = lanes.where(h1 < 100 * h, h1, 100 * h)
-        h1 = lanes.where(h1 == h1, h1, h)
-        return lanes.low(lanes.high(h1, control.min_step), control.max_step), slope, known
+        h1 = lanes.where(h1 == h1, h1, h) * unit_of_time
+        h1 = lanes.high(h1, lanes.high(abs(course.start) * FLOOR[clock(y.device)], control.min_step))
+        return lanes.low(h1, control.max_step), slope, status
 
 
 def _host(lanes: Lanes, *values: Tensor) -> list[Any]:

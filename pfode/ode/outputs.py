@@ -23,26 +23,28 @@ class JointOutputs:
         self.done = 0
 
     def start(self, y: Tensor) -> None:
-        self.blocks.append(y[None])
-        self.done = 1
+        """The states at the start, also where its time is repeated."""
+        self.done = self.floats.count(self.floats[0])
+        self.blocks.append(y.expand(self.done, *y.shape))
 
     @property
     def next(self) -> float:
         """The next output time."""
         return self.floats[min(self.done, len(self.floats) - 1)]
 
-    def add(self, move: Move) -> None:
-        """Evaluate the dense output of an accepted step wherever it passes output times."""
+    def add(self, move: Move) -> bool:
+        """Evaluate the dense output of an accepted step wherever it passes output times; whether it did."""
         first, times, sign = self.done, self.floats, self.sign
         while self.done < len(times) and (times[self.done] - move.t1) * sign <= 0:
             self.done += 1
         inner = self.done
-        if inner > first and times[inner - 1] == move.t1:
+        while inner > first and times[inner - 1] == move.t1:
             inner -= 1
         if inner > first:
             self.blocks.append(move.step.dense((self.ts[first:inner] - move.u0) / (move.u1 - move.u0)))
         if self.done > inner:
-            self.blocks.append(move.y[None])
+            self.blocks.append(move.y.expand(self.done - inner, *move.y.shape))
+        return inner > first
 
     def result(self) -> Tensor:
         """Shape (times, *y.shape); NaN at times that were not reached."""
@@ -70,18 +72,30 @@ class PerSampleOutputs:
         self.blocks: list[Tensor] = []
 
     def start(self, y: Tensor) -> None:
+        """The states at the start, also where its time is repeated."""
         self.blocks.append(y[None])
-        self.source[0] = 0
+        same = self.ts == self.ts[0]
+        self.source = torch.where(same, 0, self.source)
+        self.next = same.sum(0)
 
     def passed(self, t1: Tensor) -> Tensor:
         """How many further output times every sample has passed at t1, shape (batch,)."""
         beyond = ((self.ts - t1) * self.sign <= 0).sum(0)
         return (beyond - self.next).clamp(min=0)
 
-    def add(self, move: Move, most: int) -> None:
-        """Evaluate where samples passed output times; `most` is how many one of them did at most."""
+    def between(self, t1: Tensor) -> Tensor:
+        """How many of these lie before t1."""
+        beyond = ((self.ts - t1) * self.sign < 0).sum(0)
+        return (beyond - self.next).clamp(min=0)
+
+    def add(self, move: Move, most: int, between: int = 1) -> Tensor | None:
+        """Evaluate where samples passed output times; which of them used dense output, shape (batch,), or None.
+
+        Args:
+            most: how many one of them passed at most; between: ... before the end of its step.
+        """
         if not most:
-            return
+            return None
         steps = torch.arange(most, device=self.ts.device)[:, None]
         index = (self.next + steps).clamp(max=len(self.ts) - 1)
         valid = (steps < self.passed(move.t1)) & move.accepted
@@ -89,12 +103,14 @@ class PerSampleOutputs:
         span = move.u1 - move.u0
         theta = torch.where(valid, (times - move.u0) / torch.where(span == 0, 1.0, span), 0.0)
         at_end = (times == move.t1) | ~valid
-        only_end = len(self.ts) == 2  # a step's end, for which dense output would be evaluated in vain
-        values = move.y[None] if only_end else torch.where(at_end[..., None], move.y, move.step.dense(theta))
+        values = move.y.expand(most, *move.y.shape)
+        if between:  # else dense output would be evaluated in vain
+            values = torch.where(at_end[..., None], values, move.step.dense(theta))
         rows = sum(len(block) for block in self.blocks) + steps.expand_as(index)
         self.source.scatter_(0, torch.where(valid, index, 0), torch.where(valid, rows, 0))
         self.blocks.append(values)
         self.next = self.next + valid.sum(0)
+        return ~at_end.all(0) if between else None
 
     def result(self) -> Tensor:
         """Shape (times, batch, d); NaN at times that were not reached."""

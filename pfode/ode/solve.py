@@ -33,7 +33,7 @@ from pfode.ode.adjoints.replay import Checkpoint, CheckpointTape, Reversible, li
 from pfode.ode.compiled import Compiled
 from pfode.ode.control import PID
 from pfode.ode.events import Events, Hits, Watch
-from pfode.ode.loop import Counts, Course, End, Joint, Lanes, Move, PerSample, Status, advance
+from pfode.ode.loop import Counts, Course, End, Joint, Lanes, Move, PerSample, Reply, Status, advance
 from pfode.ode.methods import tables
 from pfode.ode.methods.explicit import RungeKutta
 from pfode.ode.methods.fixed import Implicit
@@ -62,10 +62,12 @@ ADJOINTS: dict[str, Adjoint | Direct] = {
     "interpolated": Interpolated(),
     "implicit": Implicit(),
 }
+MAX_STEPS = 10_000  # seconds for small states; steps that cannot be this many are too small or the method is wrong
+_FIXED_STEPS = 100_000
 _MESSAGES = {
     Status.MAX_STEPS: (
         "max_steps = {max_steps} attempts were not enough",
-        "max_steps=, looser tolerances, or a stiff solver",
+        'looser tolerances, method="kvaerno5" where the equation is stiff, or a larger max_steps=',
     ),
     Status.MIN_STEP: ("the step size fell to its limit", "looser tolerances, or jump_t= where the field jumps"),
     Status.NON_FINITE: ("the field or the state is not finite", "check the field at that time"),
@@ -131,7 +133,7 @@ def solve(
     step_t: Tensor | Sequence[float] | None = None,
     jump_t: Tensor | Sequence[float] | None = None,
     norm: Callable[[Tree], Tensor] | None = None,
-    max_steps: int = 100_000,
+    max_steps: int = MAX_STEPS,
     throw: bool = True,
     compile: bool = False,
     **unknown_options: Any,
@@ -158,7 +160,8 @@ def solve(
             output time to the next if neither is given.
         step_t, jump_t: times that steps must end at; at jump_t the field jumps and is evaluated on either side.
         norm: of an error in units of the tolerance, given as a tree like y0; default the root mean square.
-        max_steps: attempts allowed; beyond them the solution is partial.
+        max_steps: attempts allowed; beyond them the solution is partial. Where the steps are given by step_size they
+            are counted beforehand, and 100,000 are allowed by default.
         throw: raise where a solve does not succeed; else `status` says so.
         compile: explicit Runge-Kutta steps through torch.compile, with the field in them (see pfode.ode.compiled).
         unknown_options: refused by name, with what to write instead.
@@ -252,7 +255,7 @@ def steps(
     batch: str = "joint",
     args: tuple[Any, ...] = (),
     controller: PID | str | None = None,
-    max_steps: int = 100_000,
+    max_steps: int = MAX_STEPS,
     **options: Any,
 ) -> Generator["Point", None, End]:
     """Yield the accepted steps of `solve` as they are made, for ts = (t0, ..., t1); per sample, those of any sample."""
@@ -265,20 +268,23 @@ def steps(
         except StopIteration as stop:
             end: End = stop.value
             return end if isinstance(end.status, Tensor) else end._replace(status=Status(end.status))
-        if bool(move.accepted.any()) if isinstance(move.accepted, Tensor) else move.accepted:
-            yield Point(move.t0, move.t1, tree(move.y.clone(), cast=False), move, setup)
+        accepted = move.accepted
+        if bool(accepted.any()) if isinstance(accepted, Tensor) else accepted:
+            t1 = torch.where(accepted, move.t1, move.t0) if isinstance(accepted, Tensor) else move.t1
+            yield Point(move.t0, t1, tree(move.y.clone(), cast=False), accepted, move, setup)
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
     """An accepted step from t0 to t1, where the state is y; `at(t)` is the state in between.
 
-    Per sample, t0 and t1 have shape (batch,); they are equal where a sample is done or its step was rejected.
+    Per sample, t0, t1 and `accepted` have shape (batch,); t1 = t0 where a sample is done or its step was rejected.
     """
 
     t0: Any
     t1: Any
     y: Tree
+    accepted: Any
     _move: Move
     _setup: Problem
 
@@ -300,44 +306,51 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
     field, solver, control, course, lanes, y, ts = setup
     out = outputs(ts, course.sign, lanes, field.layout.batch)
     out.start(y)
-    if len(ts) == 1:
-        zero = torch.zeros(field.layout.batch, dtype=torch.int64, device=y.device) if lanes.per_sample else 0
+    stands = isinstance(course.stops, list) and (not course.stops or course.stops[-1] == course.start)
+    if stands or len(ts) == 1 or not y.numel():  # no way to go
+        each = field.layout.per_sample
+        zero = torch.zeros(field.layout.batch, dtype=torch.int64, device=y.device) if each else 0
         end = End(zero + Status.SUCCESS, course.start, y, Counts(zero, zero, zero, zero, zero))
+        ys = y.expand(len(ts), *y.shape).clone()
         if tape:
-            tape.finish(y[None], end)
-        return y[None].clone(), end
+            tape.finish(ys, end)
+        return ys, end
     passing = isinstance(out, PerSampleOutputs) and len(ts) > 2
 
     def probe(t0: Any, y0: Tensor, t1: Any, y1: Tensor, accepted: Any) -> Tensor:
         facts = []
         if isinstance(out, PerSampleOutputs) and passing:
-            facts.append(torch.where(accepted, out.passed(t1), 0).max()[None].double())
+            counts = torch.stack([out.passed(t1), out.between(t1)])
+            facts.append(torch.where(accepted, counts, 0).amax(1).double())
         if watch:
             facts.append(watch.probe(t0, y0, t1, y1, accepted))
         return torch.cat(facts)
 
     moves = advance(field, solver, control, course, y, lanes, probe if passing or watch else None)
-    halt, seen = None, tape is not None or watch is not None
+    reply, seen = None, tape is not None or watch is not None
     while True:
         if isinstance(out, JointOutputs) and not seen:
             field.until = out.next
         with tape.making() if tape else PLAIN:
             try:
-                move = moves.send(halt)
+                move = moves.send(reply)
             except StopIteration as stop:
                 end = stop.value
                 break
             if isinstance(out, JointOutputs):
                 passed = out.done
-                if move.accepted:
-                    out.add(move)
+                looked: Any = out.add(move) if move.accepted else False
                 passed = out.done - passed
             else:
-                passed = int(move.tried[0]) if passing else 1
-                out.add(move, passed)
+                passed, between = (int(n) for n in move.tried[:2]) if passing else (1, 0)
+                looked = out.add(move, passed, between)
+                looked = False if looked is None else looked
         if tape:
             tape.add(move, passed)
-        halt = watch.add(move, move.tried[passing:]) if watch else None
+        reply = Reply(looked=looked)
+        if watch:
+            reply = watch.add(move, move.tried[2 * passing :])
+            reply = reply._replace(looked=reply.looked | looked)
     with torch.enable_grad() if tape else PLAIN:  # of steps made with their graphs
         ys = out.result()
     if tape:
@@ -383,13 +396,14 @@ def _setup(
                 f"{name}: got {options[name]!r:.60} with ts of shape (batch, times)", "ts of shape (times,)"
             )
     if floats is None:
-        sign: Any = torch.sign(times[-1] - times[0]).detach()
+        sign: Any = torch.where(times[-1] < times[0], -1.0, 1.0).to(times.dtype)
         start: Any = times[0].detach()
     else:
         sign = 1.0 if floats[-1] >= floats[0] else -1.0
         start = floats[0]
     whole = isinstance(solver, Scipy)  # one step to the end
-    stops, jumps = _stops(floats, sign, fixed, whole, options, max_steps) if floats is not None else ([], ())
+    most = _FIXED_STEPS if max_steps == MAX_STEPS else max_steps
+    stops, jumps = _stops(floats, sign, fixed, whole, options, most) if floats is not None else ([], ())
     stop_source: Any = stops
     if lanes.per_sample:
         start = (
@@ -413,7 +427,7 @@ def _setup(
         relative,
         absolute,
         None if fixed else _norm(norm, layout),
-        max_steps,
+        most if fixed else max_steps,
         (lambda t, _: lift(times, t)) if times.requires_grad or transformed() else None,
     )
     return Problem(Field(f, layout, args, pure), solver, checks.controller(controller), course, lanes, y, times)
@@ -446,11 +460,12 @@ def _times(ts: Any, layout: Layout) -> tuple[Tensor, list[float] | None]:
     times = times.mT if times.ndim == 2 else times
     floats = None if times.ndim == 2 else times.detach().tolist()
     for each in times.detach().mT.tolist() if floats is None else [floats]:
-        rising = all(map(operator.lt, each, each[1:])) or all(map(operator.gt, each, each[1:]))
-        if not rising or not math.isfinite(each[0]) or not math.isfinite(each[-1]):
-            raise UsageError(
-                f"ts: need finite times that rise or fall strictly, got {times.tolist()!r:.80}", "sort them"
-            )
+        ordered = all(map(operator.le, each, each[1:])) or all(map(operator.ge, each, each[1:]))
+        if not ordered or not math.isfinite(each[0]) or not math.isfinite(each[-1]):
+            raise UsageError(f"ts: need finite times that rise or fall, got {times.tolist()!r:.80}", "sort them")
+        if times.requires_grad and len(set(each)) < len(each):
+            problem = f"ts: times that are repeated have no gradients of their own, got {times.tolist()!r:.80}"
+            raise UsageError(problem, "each time once, and its state indexed twice")
     return times, floats
 
 
@@ -480,7 +495,7 @@ def _stops(
             raise UsageError(problem, "in that order, each once")
         stops = nodes[1:]
     elif fixed and not whole:
-        stops = floats[1:]
+        stops = [t for t in floats if t != first]
     wanted: dict[float, bool] = {}
     for name in ("step_t", "jump_t"):
         if options.get(name) is not None:
@@ -513,7 +528,9 @@ def _tolerance(name: str, value: Any, layout: Layout) -> Any:
     shaped = [v.expand(shape) for v, shape in zip(parts, layout.shapes, strict=True)]
     if any(bool((v < 0).any() | ~torch.isfinite(v).all()) for v in shaped):
         raise UsageError(f"{name}: need finite numbers of at least 0, got {value!r:.60}", f"{name}=1e-6")
-    flat = [v.reshape(layout.batch, -1) if layout.lead else v.reshape(-1) for v in shaped]
+    flat = [
+        v.reshape(layout.batch, n) if layout.lead else v.reshape(n) for v, n in zip(shaped, layout.sizes, strict=True)
+    ]
     return torch.cat(flat, layout.lead)
 
 
@@ -533,11 +550,14 @@ def _finish(setup: Problem, ts: Any, flat: Tensor, end: End, throw: bool, made: 
     """The solution, or the error it amounts to."""
     if throw:
         _check(setup, end)
-    counts = end.counts
+    layout, counts = setup.field.layout, end.counts
+    if layout.per_sample:
+        kind: dict[str, Any] = {"dtype": torch.int64, "device": layout.device}
+        counts = Counts(*(torch.as_tensor(count, **kind).expand(layout.batch) for count in counts))
     rejected = counts.steps - counts.accepted
     work = Work() if made is None else made.work
     stats = Stats(counts.steps, counts.accepted, rejected, counts.nfe, counts.jacobians, counts.iterations, work)
-    ys, y = (setup.field.layout.tree(value, cast=False) for value in (flat, end.y))
+    ys, y = (layout.tree(value, cast=False) for value in (flat, end.y))
     if made is not None:
         ys, y = (rebuild(tree, map(made.held, leaves(tree))) for tree in (ys, y))
     status = end.status if isinstance(end.status, Tensor) else Status(end.status)

@@ -52,6 +52,7 @@ class Step(NamedTuple):
         again: what it may use if this one is rejected; None: the carry this one began with.
         ok: whether the step solved its equations, a boolean tensor of shape () or (batch,); None: nothing to solve.
         jacobians, iterations: counted work, an int or shape (batch,).
+        nfe: evaluations of the field that each sample needed, shape (batch,); None: all that were made.
         measured: the error in units of the field's tolerance, in its norm, if the solver knows it already.
     """
 
@@ -63,6 +64,7 @@ class Step(NamedTuple):
     ok: Tensor | None = None
     jacobians: int | Tensor = 0
     iterations: int | Tensor = 0
+    nfe: Tensor | None = None
     measured: Tensor | None = None
 
 

@@ -92,7 +92,8 @@ class Layout:
                 got = part.dtype if isinstance(part, Tensor) else type(part).__name__
                 hint = "y0=y0.float()" if isinstance(part, Tensor) else "y0=torch.tensor([1.0])"
                 raise UsageError(f"y0: need floating-point or complex tensors, got {got}", hint)
-        if not parts or not sum(part.numel() for part in parts):
+        no_samples = all(part.ndim > 1 - per_sample and not part.shape[0] for part in parts)
+        if not parts or not (no_samples or sum(part.numel() for part in parts)):
             raise UsageError(f"y0: an empty state cannot be integrated, got {y0!r:.40}", "y0=torch.tensor([1.0])")
         if len({part.device for part in parts}) > 1:
             raise UsageError(f"y0: its tensors lie on several devices: {sorted({str(p.device) for p in parts})}")
@@ -125,7 +126,7 @@ class Layout:
             UsageError: another structure or other shapes; `name` says whose.
         """
         parts = self.leaves(tree, name)
-        flat = [part.reshape(self.batch, -1) if self.lead else part.reshape(-1) for part in parts]
+        flat = [part.reshape(*part.shape[: self.lead], n) for part, n in zip(parts, self.sizes, strict=True)]
         if len(flat) == 1:
             return flat[0] if flat[0].dtype == self.dtype else flat[0].to(self.dtype)
         return torch.cat([part.to(self.dtype) for part in flat], self.lead)

@@ -42,8 +42,8 @@ def cases(name: str, values: list[Any], message: str, **others: Any) -> list[Cas
 
 
 ROWS = torch.tensor([[0.0, 1.0, 2.0]] * 3)
-TWICE, BENT = ROWS.clone(), ROWS.clone()
-TWICE[1, 2], BENT[2, 0] = 1.0, 1.5
+BENT = ROWS.clone()
+BENT[2, 0] = 1.5
 
 ARGUMENTS: list[Case] = [
     *cases("f", [None, 3.0, "decay", Y, [decay]], r"f: need a function \(t, y, \*args\), got \w+\nhint: f=lambda"),
@@ -63,9 +63,9 @@ ARGUMENTS: list[Case] = [
            r"ts: need times of shape \(times,\), got shape \([\d, ]*\)\nhint: ts="),
     *cases("ts", [[[0.0, 1.0], [0.0, 1.0]], ROWS],
            r'ts: need times of shape \(times,\), got shape \(\d, \d\)\nhint: batch="per-sample"'),
-    *cases("ts", [[0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.5], [0.0, 2.0, 1.0], [0.0, NAN], [0.0, INF], [NAN, 1.0]],
-           "ts: need finite times that rise or fall strictly, got {}\nhint: sort"),
-    *cases("ts", [TWICE, BENT], r"ts: need finite times that rise or fall strictly, got \[\[", batch="per-sample"),
+    *cases("ts", [[1.0, 0.0, 0.5], [0.0, 2.0, 1.0], [0.0, NAN], [0.0, INF], [NAN, 1.0]],
+           "ts: need finite times that rise or fall, got {}\nhint: sort"),
+    *cases("ts", [BENT], r"ts: need finite times that rise or fall, got \[\[", batch="per-sample"),
     ({"ts": ROWS[:2], "batch": "per-sample"}, "ts: 2 rows of times for a batch of 3\nhint: one row per sample"),
     ({"ts": ROWS, "batch": "per-sample", "method": "rk4"}, r"ts of shape \(batch, times\) needs adaptive steps\nhint"),
     ({"ts": ROWS, "batch": "per-sample", "jump_t": [0.5]}, r"jump_t: got \[0.5\] with ts of shape \(batch, times\)\n"),

@@ -151,7 +151,8 @@ class _Tape(Tape):
         jumps = [stop for stop, jump in zip(course.stops, course.jumps, strict=False) if jump]
         self.jumps: Any = torch.stack(jumps) if jumps and self.lanes.per_sample else jumps
         self.fresh: Any = True
-        self.done = 1
+        self.first = problem.ts == problem.ts[0]  # outputs at the start: (times,) or (times, batch)
+        self.done = int(self.first.sum()) if self.first.ndim == 1 else 1
 
     def add(self, move: Move, passed: int) -> None:
         if not self.lanes.per_sample and not move.accepted:
@@ -256,7 +257,7 @@ class _Back(_Again):
         keep = keeps_graph()
         first = [y] if y.requires_grad else []
         with torch.enable_grad():
-            shown = [(ys[1:], self.given.ys[1:])]
+            shown = [(ys[self.tape.first.sum() :], self.given.ys[self.tape.first.sum() :])]
         slopes = self._through(kept.state, shown, first, into, last, keep)
         self.slope_y = _or_zeros(slopes[0] if slopes else None, y)
         self.work.steps += kept.steps
@@ -315,7 +316,7 @@ class _Back(_Again):
             return list(zip(out.blocks, given[leg.node : out.done].split([len(b) for b in out.blocks]), strict=True))
         values = torch.cat(out.blocks)
         there = (out.source >= 0)[..., None]
-        there[0] = False  # the start
+        there = there & ~(out.ts == out.ts[0])[..., None]  # the start
         index = out.source.clamp(min=0)[..., None].expand_as(given)
         return [(values, torch.zeros_like(values).scatter_add_(0, index, torch.where(there, given, 0.0)))]
 
@@ -324,7 +325,9 @@ class _Back(_Again):
         self.work.nfe += self.quick.calls + self.exact.calls
         made = iter(self.made)
         found = [next(made) if t.requires_grad else None for t in (self.inputs.ts, *self.inputs.tensors)]
-        return [self.slope_y + self.given.ys[0], *found]
+        first = self.tape.first[:, None] if self.tape.first.ndim == 1 else self.tape.first[..., None]
+        first = first.view(*first.shape, *[1] * (self.given.ys.ndim - first.ndim))
+        return [self.slope_y + torch.where(first, self.given.ys, 0.0).sum(0), *found]
 
 
 def _leaf(part: Any) -> Any:

@@ -110,9 +110,10 @@ def _guess(tableau: Tableau, stage: int) -> tuple[tuple[int, float], ...]:
 
 
 def _mix(weights: Tensor, stages: Tensor) -> Tensor:
-    """sum_j w_ij k_j for weights (i, j) and stages (j, ...), in the dtype of the stages or the weights."""
-    kind = torch.promote_types(weights.dtype, stages.dtype)
-    return (weights.to(kind) @ stages.to(kind).flatten(1)).view(-1, *stages.shape[1:])
+    """sum_j w_ij k_j for weights (i, j) and stages (j, ...): element by element, as a product of matrices would round
+    otherwise in a batch than alone.
+    """
+    return (weights.view(*weights.shape, *[1] * (stages.ndim - 1)) * stages).sum(1)
 
 
 class Carry(NamedTuple):
@@ -209,7 +210,7 @@ class ImplicitRungeKutta:
             return self._step(field, t0, t1, y0, carry)
         far = self._step(field, t0, torch.where(over, t0, t1), y0, carry)  # a sample takes one of the two steps
         near = self._inner(field, t0, torch.where(over, t1, t0), y0, carry)
-        return _either(over, near, far)
+        return _either(over, near, far, carry)
 
     def _inner(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: Carry) -> Step:
         """A step of the inner method, that takes no guess from this method's carry and leaves it none."""
@@ -218,30 +219,32 @@ class ImplicitRungeKutta:
         return step._replace(carry=step.carry._replace(past=(), factors=()))
 
     def _step(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: Carry) -> Step:
-        tableau, made = self.tableau, field.jacobians
-        weights = _weights(tableau, field.layout.real, y0.device)
+        calls, made = field.calls, field.jacobians
+        weights = _weights(self.tableau, field.layout.real, y0.device)
         times = field.times(t0, t1, weights.nodes)
         slope = field(field.time(t0), y0).clone() if isinstance(carry.slope, tuple) else carry.slope
         h: Any = column(t1 - t0, y0)
+        common = field.calls - calls
         with torch.no_grad():
             solve = _Solve(self, field, t0, t1, y0, slope, times, carry)
             found, k = solve.run()
             error = None if weights.error is None else solve.error(weights.error, k)
         if torch.is_grad_enabled():
+            calls, further = field.calls, field.jacobians
             k = solve.attached(y0, h, slope, times, k)
+            common, solve.jacobians = common + field.calls - calls, solve.jacobians + field.jacobians - further
         y1 = y0 + _mix(weights.b[None], k)[0]
-        return Step(
-            y1,
-            error,
-            self._dense(field, t0, t1, y0, h, k, solve),
-            solve.following(found, slope, h, k),
-            carry._replace(blocks=solve.jacobian.blocks, stale=torch.zeros_like(carry.stale), factors=())
-            if solve.fresh
-            else None,
-            found.ok if solve.lanes else found.ok.all(),
-            field.jacobians - made,
-            found.iterations if solve.lanes else int(found.iterations.max()),
+        again = None
+        if bool(solve.fresh.any()):
+            again = carry._replace(blocks=solve.jacobian.blocks, stale=torch.zeros_like(carry.stale), factors=())
+        step = Step(
+            y1, error, self._dense(field, t0, t1, y0, h, k, solve), solve.following(found, slope, h, k), again, found.ok
         )
+        if field.layout.per_sample:
+            return step._replace(
+                jacobians=solve.jacobians, iterations=found.iterations, nfe=found.nfe + solve.nfe + common
+            )
+        return step._replace(jacobians=field.jacobians - made, iterations=int(found.iterations))
 
     def _dense(self, field: Field, t0: Time, t1: Time, y0: Tensor, h: Any, k: Tensor, solve: "_Solve") -> Dense:
         """The tableau's extension. What the derivative at the start adds to the other stages is a multiple of the error
@@ -292,23 +295,28 @@ def _over(edges: Any, t0: Time, t1: Time, most: float) -> Any:
     return any(0.5 < (float(edge) - start) / (end - start) < most for edge in edges)
 
 
-def _either(mask: Tensor, a: Step, b: Step) -> Step:
-    """Samples of one step or of another."""
+def _either(mask: Tensor, a: Step, b: Step, carry: Carry) -> Step:
+    """Samples of one step or of another, both begun with the same carry."""
 
     def pick(x: Any, y: Any) -> Any:
-        return torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, y)
+        return torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, y) if isinstance(x, Tensor) else x
 
     def both(x: Any, y: Any) -> Any:
         return rebuild(x, map(pick, leaves(x), leaves(y)))
 
+    again = (step.again or carry._replace(factors=()) for step in (a, b))
+    facts = ((s.y1, s.error, s.carry, s.ok, s.jacobians, s.iterations, s.nfe) for s in (a, b))
+    y1, error, following, ok, jacobians, iterations, nfe = both(*facts)
     return Step(
-        *both((a.y1, a.error), (b.y1, b.error)),
-        dense=lambda theta: torch.where(mask[:, None], a.dense(theta), b.dense(theta)),
-        carry=both(a.carry, b.carry),
-        again=None,
-        ok=both(a.ok, b.ok),
-        jacobians=a.jacobians + b.jacobians,
-        iterations=both(a.iterations, b.iterations),
+        y1,
+        error,
+        lambda theta: torch.where(mask[:, None], a.dense(theta), b.dense(theta)),
+        following,
+        both(*again),
+        ok,
+        jacobians,
+        iterations,
+        nfe,
     )
 
 
@@ -338,7 +346,9 @@ class _Solve:
         self.lanes = isinstance(size, Tensor) and size.ndim > 0
         self.size: Any = size if self.lanes else float(size)
         self.h: Any = column(self.size, self.y0)
-        self.fresh = False
+        self.jacobian: Any = None
+        self.fresh = torch.zeros_like(carry.stale)  # whether the Jacobian was made in this step
+        self.nfe = self.jacobians = torch.zeros_like(carry.stale, dtype=torch.int64)  # beyond those of `Found`
         self.tol = tolerance(field, self.y0, _STRICT if solver.sequential else 1.0)
         if solver.sequential:
             self.shifts: tuple[complex, ...] = (float(1 / self.tableau.matrix[-1, -1]),)
@@ -354,7 +364,7 @@ class _Solve:
         """The increments h k_i of all stages, shape (stages, *y.shape), and how they were found."""
         carry = self.carry
         if isinstance(carry.blocks, tuple) or bool(carry.stale.any()):
-            self.renew()
+            self.renew(carry.stale)
         else:
             self.jacobian = Jacobian(self.rows(carry.blocks), carry.blocks)
             if carry.factors and abs(self.size / float(carry.size.max()) - 1) < 1e-6:
@@ -362,58 +372,77 @@ class _Solve:
             else:
                 self.factorise()
         found, k = self.attempt(_SIMPLIFIED)
-        if not self.fresh and not bool(found.ok.all()):
-            self.renew()
-            found, k = self.better(found, k, *self.attempt(_SIMPLIFIED))
+        old = ~found.ok & ~self.fresh.to(found.ok.device)
+        if bool(old.any()):
+            self.renew(old)
+            found, k = self.better(old, found, k, *self.attempt(_SIMPLIFIED))
         if self.field.tolerance is None and not bool(found.ok.all()):
-            found, k = self.better(found, k, *self.attempt(_EXACT, exact=True))
+            found, k = self.better(~found.ok, found, k, *self.attempt(_EXACT, exact=True))
+        self.jacobians = self.jacobians + found.jacobians
         return found, k
 
     def rows(self, blocks: Tensor) -> Rows:
         return Rows(self.field.layout, len(blocks))
 
-    def renew(self) -> None:
-        """Make the Jacobian at the start of the step."""
-        known = self.carry.blocks
+    def renew(self, wanted: Tensor) -> None:
+        """Make the Jacobian at the start of the step, for the state or for the samples that want it."""
+        known, calls = self.jacobian.blocks if self.jacobian else self.carry.blocks, self.field.calls
         most = None if isinstance(known, tuple) else len(known)
-        self.jacobian = jacobian(self.field, self.field.time(self.t0).detach(), self.y0, most)
-        self.fresh = True
+        made = jacobian(self.field, self.field.time(self.t0).detach(), self.y0, most)
+        if wanted.ndim:
+            made = made._replace(blocks=torch.where(wanted[:, None, None], made.blocks, known))
+            self.nfe = self.nfe + wanted * (self.field.calls - calls)
+        self.jacobian, self.fresh = made, self.fresh | wanted.to(self.fresh.device)
+        self.jacobians = self.jacobians + wanted.to(self.fresh.device)
         self.factorise()
 
     def factorise(self) -> None:
         self.factors = tuple(self.jacobian.factors(shift, self.h) for shift in self.shifts)
 
-    def better(self, first: Found, k: Tensor, second: Found, other: Tensor) -> tuple[Found, Tensor]:
-        """The second attempt where the first one failed."""
-        keep = first.ok[:, None] if first.ok.ndim else first.ok
-        rate = torch.where(first.ok, first.rate, second.rate)
-        iterations = first.iterations + torch.where(first.ok, 0, second.iterations)
-        return Found(second.z, first.ok | second.ok, iterations, rate), torch.where(keep, k, other)
+    def better(self, which: Tensor, first: Found, k: Tensor, second: Found, other: Tensor) -> tuple[Found, Tensor]:
+        """A second attempt where the first one failed (`which`)."""
+        return Found(
+            second.z,
+            torch.where(which, second.ok, first.ok),
+            first.iterations + which * second.iterations,
+            torch.where(which, second.rate, first.rate),
+            first.nfe + which * second.nfe,
+            first.jacobians + which * second.jacobians,
+        ), torch.where(which[:, None] if which.ndim else which, other, k)
 
     def attempt(self, most: int, exact: bool = False) -> tuple[Found, Tensor]:
         """Solve all stages from their guesses."""
+        field = self.field
 
         def solved(system: _Stage | _Stages, z: Tensor) -> Found:
             if exact:
-                return damped(system.residual, system.exact, z, self.jacobian.rows, self.tol, most)
+                return damped(system.residual, system.exact, z, self.jacobian.rows, self.tol, most, field)
             inverse = system.simplified(self)
-            return newton(lambda z: -inverse(system.residual(z)), z, self.tol, most)
+            return newton(lambda z: -inverse(system.residual(z)), z, self.tol, most, lambda: field.calls)
 
         if not self.solver.sequential:
-            stages = _Stages(self.field, self.times, self.y0, self.h, self.spectrum)
+            stages = _Stages(field, self.times, self.y0, self.h, self.spectrum)
             found = solved(stages, self.guess())
             return found, torch.cat([(self.slope * self.h)[None], _mix(self.spectrum.back, found.z)])
         found, k = None, [self.slope * self.h]
         for i in range(1, self.tableau.stages):
             guess = torch.stack([w * k[j] for j, w in _guess(self.tableau, i)]).sum(0)
             this = solved(self.stage(i, self.y0, self.h, self.times, k), guess)
-            k.append(this.z)
-            if found is not None:
-                rate = torch.maximum(found.rate, this.rate)
-                this = Found(this.z, found.ok & this.ok, found.iterations + this.iterations, rate)
+            if found is not None:  # a stage after one that failed is neither used nor counted
+                alive = found.ok
+                z = torch.where(alive[:, None] if alive.ndim else alive, this.z, k[-1])
+                this = Found(
+                    z,
+                    alive & this.ok,
+                    found.iterations + alive * this.iterations,
+                    torch.where(alive, torch.maximum(found.rate, this.rate), found.rate),
+                    found.nfe + alive * this.nfe,
+                    found.jacobians + alive * this.jacobians,
+                )
             found = this
+            k.append(found.z)
             if not bool(found.ok.any()):
-                k += [this.z] * (self.tableau.stages - len(k))
+                k += [found.z] * (self.tableau.stages - len(k))
                 break
         assert found is not None
         return found, torch.stack(k)
@@ -446,6 +475,7 @@ class _Solve:
         large = self.tol.size(error, error) > 1
         if self.field.tolerance is not None and bool(large.any()):
             slope = self.field(self.field.time(self.t0).detach(), self.y0 - error)
+            self.nfe = self.nfe + large.to(self.nfe.device)
             again = self.filtered(raw + weights[0] * (slope * self.h - k[0]))
             error = torch.where(large[:, None] if large.ndim else large, again, error)
         return error

@@ -115,8 +115,10 @@ class Adams:
                 y1 = y0 + self._increment(x, slopes, h)
 
         def dense(theta: Tensor) -> Tensor:
-            weights = self._used(terms(x, theta), slopes)
-            return y0 + h * _combined(weights, slopes)
+            weights = self._used(terms(x, theta.reshape(-1)), slopes).to(slopes.dtype)
+            if theta.ndim == 1:
+                return y0 + h * _combined(weights, slopes)
+            return y0 + h * torch.einsum("mbk,kbd->mbd", weights.view(*theta.shape, -1), slopes)
 
         return y1, dense
 

@@ -179,19 +179,22 @@ _WAYS = (_forward, _reverse, _differences)
 
 
 class Found(NamedTuple):
-    """What Newton's iteration came to; `ok`, `iterations` and `rate` have the shape of its lanes, () or (batch,).
+    """What Newton's iteration came to, for the state or each sample: all but z have shape () or (batch,).
 
     Fields:
         z: the unknown.
         ok: whether it solves the equations to the tolerance.
         iterations: how many it took.
         rate: the last ratio of two corrections.
+        nfe, jacobians: what it needed.
     """
 
     z: Tensor
     ok: Tensor
     iterations: Tensor
     rate: Tensor
+    nfe: Tensor
+    jacobians: Tensor | int = 0
 
 
 class Tolerance(NamedTuple):
@@ -199,12 +202,12 @@ class Tolerance(NamedTuple):
 
     Fields:
         size: (correction, unknown) -> its size, shape () or (batch,).
-        goal: of the sizes of all corrections to come.
+        goal: of the sizes of all corrections to come, a float or shape (batch,).
         floor: corrections of this size that fall no more are rounding errors.
     """
 
     size: Callable[[Tensor, Tensor], Tensor]
-    goal: float
+    goal: Any
     floor: float
 
 
@@ -231,26 +234,35 @@ def tolerance(field: Field, y0: Tensor, part: float = 1.0) -> Tolerance:
         return Tolerance(units, 4.0, 30.0)
     rtol, atol = field.tolerance
     scale = y0.abs() * rtol + atol
-    least = max(float(torch.as_tensor(rtol).min()), 100 * real.eps)
+    least = torch.as_tensor(rtol, dtype=torch.float64)
+    least = (least.amin(-1) if field.layout.per_sample and least.ndim else least.min()).clamp(min=100 * real.eps)
+    goal = (part * (least**0.5).clamp(max=0.03)).clamp(min=2 * real.eps / least)
 
     def size(d: Tensor, z: Tensor) -> Tensor:
-        return (d.abs() / scale).square().mean(lanes(d)).sqrt()
+        squares = (d.abs() / scale).square()
+        if not field.layout.per_sample:
+            return squares.mean().sqrt()
+        squares = squares.mean(-1)  # first this, so that a sample's sum is rounded as it is alone
+        return (squares.mean(0) if squares.ndim > 1 else squares).sqrt()
 
-    return Tolerance(size, max(2 * real.eps / least, part * min(0.03, least**0.5)), 0.0)
+    return Tolerance(size, goal if goal.ndim else float(goal), 0.0)
 
 
-def newton(change: Callable[[Tensor], Tensor], z: Tensor, tol: Tolerance, most: int) -> Found:
-    """Add `change(z)` to z until what is still to come is small; lanes stop one by one, converged or hopeless.
+def newton(change: Callable[[Tensor], Tensor], z: Tensor, tol: Tolerance, most: int, calls: Callable[[], int]) -> Found:
+    """Add `change(z)` to z until what is still to come is small; samples stop one by one, converged or hopeless.
 
-    With rate the ratio of two corrections, rate / (1 - rate) of the last one is still to come.
+    With rate the ratio of two corrections, rate / (1 - rate) of the last one is still to come. `calls` says how often
+    the field was evaluated so far.
     """
-    previous = active = ok = iterations = rate = torch.empty(0)
+    previous = active = ok = iterations = rate = nfe = torch.empty(0)
     for k in range(most):
+        before = calls()
         d = change(z)
         size = tol.size(d, z)
         if k == 0:
             active = torch.ones_like(size, dtype=torch.bool)
             ok, iterations, rate = ~active, torch.zeros_like(size, dtype=torch.int64), torch.zeros_like(size)
+            nfe = iterations
             done, lost = size <= 1e-2 * tol.goal, ~(size < math.inf)
         else:
             rate = torch.where(active, size / previous, rate)
@@ -258,11 +270,11 @@ def newton(change: Callable[[Tensor], Tensor], z: Tensor, tol: Tolerance, most: 
             done = (rate < 1) & (left <= tol.goal) | (rate > 0.5) & (size <= tol.floor)
             lost = ~done & (~(rate < 1) | (left * rate ** (most - 1 - k) > tol.goal))
         z = torch.where(active[:, None], z + d, z) if active.ndim else z + d
-        iterations = iterations + active
+        iterations, nfe = iterations + active, nfe + active * (calls() - before)
         ok, active, previous = ok | active & done, active & ~(done | lost), size
         if not bool(active.any()):
             break
-    return Found(z, ok, iterations, rate)
+    return Found(z, ok, iterations, rate, nfe)
 
 
 def damped(
@@ -272,37 +284,44 @@ def damped(
     rows: Rows,
     tol: Tolerance,
     most: int,
+    field: Field,
 ) -> Found:
-    """Newton's method with a Jacobian of its own for every iteration, from any guess.
+    """Newton's method with a Jacobian of its own for every iteration, from any guess; samples stop one by one.
 
     Corrections are halved, row by row, until the next one with the same Jacobian is smaller (the natural monotonicity
     test of Deuflhard 2004, 3.3).
     """
 
     def length(d: Tensor) -> Tensor:
-        x = rows.pack(d)
-        return torch.linalg.vector_norm(x, dim=tuple(i for i in range(x.ndim) if i != x.ndim - 2))
+        each = torch.linalg.vector_norm(rows.pack(d), dim=-1)  # first this, as in `tolerance`
+        return each if each.ndim == 1 else torch.linalg.vector_norm(each, dim=0)
 
-    previous = ok = iterations = torch.empty(0)
+    previous = ok = iterations = nfe = jacobians = torch.empty(0)
     for k in range(most):
+        calls, made = field.calls, field.jacobians
         inverse = exact(z)
         d = -inverse(residual(z))
         size = tol.size(d, z)
         if k == 0:
             ok, previous = torch.zeros_like(size, dtype=torch.bool), torch.full_like(size, math.inf)
-            iterations = torch.zeros_like(size, dtype=torch.int64)
-        iterations = iterations + ~ok
+            iterations = nfe = jacobians = torch.zeros_like(size, dtype=torch.int64)
+        active = ~ok
+        iterations = iterations + active
+        nfe, jacobians = nfe + active * (field.calls - calls), jacobians + active * (field.jacobians - made)
         ok = ok | (size <= tol.goal) | (size <= 10 * tol.floor) & (size > 0.5 * previous)
         previous, before = size, length(d)
-        part, trial = torch.ones_like(before), z
+        part, trial, trying = torch.ones_like(before), z, active
         for _ in range(_HALVINGS):
+            calls = field.calls
             share = rows.unpack(part[:, None].expand_as(rows.pack(d)[..., :, :]))
             trial = z + (share.real if share.is_complex() else share) * d
-            good = (length(inverse(residual(trial))) <= (1 - part / 4) * before) | (before == 0)
-            if bool((good | ok if ok.ndim else good.all() | ok).all()):
+            good = (length(inverse(residual(trial))) <= (1 - part / 4) * before) | (before == 0) | ok
+            nfe = nfe + trying * (field.calls - calls)
+            trying = trying & ~(good if ok.ndim else good.all())
+            if not bool(trying.any()):
                 break
             part = torch.where(good, part, part / 2)
-        z = trial
+        z = torch.where(active[:, None] if active.ndim else active, trial, z)
         if bool(ok.all()):
             break
-    return Found(z, ok, iterations, torch.zeros_like(previous))
+    return Found(z, ok, iterations, torch.zeros_like(previous), nfe, jacobians)

@@ -55,26 +55,48 @@ class Scipy:
         return None
 
     def step(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: None) -> Step:
-        """See Solver.
+        """See Solver. In per-sample mode each sample is solved by itself, while the others wait at the start.
 
         Raises:
             UsageError: gradients are wanted through it.
         """
-        solve_ivp = optional_module("scipy.integrate", f"method {self.name!r}").solve_ivp
-
         if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in (t0, t1, y0)):
             raise _no_gradients(self.name)
-        y0 = y0.detach()
-        real = torch.view_as_real(y0) if y0.is_complex() else y0
+        start, end, y0 = float(t0), float(t1), y0.detach()
+        made = [self._solve(field, start, end, y0, i) for i in range(len(y0))] if field.layout.per_sample else None
+        if made is None:
+            return self._solve(field, start, end, y0, None)
+        y1 = torch.stack([step.y1 for step in made])
+        jacobians = torch.tensor([s.jacobians for s in made], device=y0.device)
+        nfe = torch.tensor([s.nfe for s in made], device=y0.device)
+        return Step(
+            y1,
+            None,
+            lambda theta: torch.stack([s.dense(_of(theta, i)) for i, s in enumerate(made)], 1),
+            jacobians=jacobians,
+            nfe=nfe,
+        )
+
+    def _solve(self, field: Field, start: float, end: float, y0: Tensor, sample: int | None) -> Step:
+        """The solution of the state, or of one of its samples."""
+        solve_ivp = optional_module("scipy.integrate", f"method {self.name!r}").solve_ivp
+        state = y0 if sample is None else y0[sample]
+        real = torch.view_as_real(state) if state.is_complex() else state
+        calls = field.calls
 
         def to_state(values: Any) -> Tensor:
-            """(..., n) in float64 -> (..., *y0.shape)."""
+            """(..., n) in float64 -> (..., *state.shape)."""
             ahead = np.shape(values)[:-1]
             made = torch.as_tensor(np.array(values)).to(y0.device, real.dtype).reshape(*ahead, *real.shape)
             return torch.view_as_complex(made) if y0.is_complex() else made
 
         def slope(t: float, values: Any) -> Any:
-            found = field(field.time(t), to_state(values))
+            if sample is None:
+                found = field(field.time(t), to_state(values))
+            else:
+                times, states = field.time(start).clone(), y0.clone()
+                times[sample], states[sample] = t, to_state(values)
+                found = field(times, states)[sample]
             if found.requires_grad:
                 raise _no_gradients(self.name)
             found = torch.view_as_real(found) if found.is_complex() else found
@@ -86,22 +108,31 @@ class Scipy:
         options: dict[str, Any] = {"max_step": self.max_step, "first_step": self.first_step}
         if self.solver == "LSODA":
             options["min_step"] = self.min_step
-        rtol, atol = (_array(v, real) for v in field.limits)
-        start = real.reshape(-1).to("cpu", torch.float64).numpy()
+        limits = (v[sample] if sample is not None and isinstance(v, Tensor) else v for v in field.limits)
+        rtol, atol = (_array(v, real) for v in limits)
+        if self.solver in ("Radau", "BDF"):  # they take one number
+            rtol = np.min(rtol)
+        values = real.reshape(-1).to("cpu", torch.float64).numpy()
         try:
             out = solve_ivp(
-                slope, (float(t0), float(t1)), start, self.solver, dense_output=True, rtol=rtol, atol=atol, **options
+                slope, (start, end), values, self.solver, dense_output=True, rtol=rtol, atol=atol, **options
             )
         except FloatingPointError:  # the field is not finite
             out = None
+        nfe: Any = field.calls - calls
         if out is None or not out.success:
-            return Step(torch.full_like(y0, math.nan), None, lambda theta: y0 * math.nan + 0 * theta[:, None])
+            nothing = torch.full_like(state, math.nan)
+            return Step(nothing, None, lambda theta: nothing.expand(len(theta), *nothing.shape), nfe=nfe)
 
         def dense(theta: Tensor) -> Tensor:
-            times = float(t0) + theta.to("cpu", clock(torch.device("cpu"))) * (float(t1) - float(t0))
+            times = start + theta.to("cpu", clock(torch.device("cpu"))) * (end - start)
             return to_state(out.sol(times.numpy()).T)
 
-        return Step(to_state(out.y[:, -1]), None, dense, iterations=0, jacobians=int(out.njev))
+        return Step(to_state(out.y[:, -1]), None, dense, jacobians=int(out.njev), nfe=nfe)
+
+
+def _of(theta: Tensor, sample: int) -> Tensor:
+    return theta if theta.ndim == 1 else theta[:, sample]
 
 
 def _no_gradients(name: str) -> UsageError:
