@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfode.bounds import flat, per_sample
 from pfode.errors import UsageError, number
 from pfode.process import Process
 
@@ -127,14 +128,6 @@ def column(value: Any, x: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     return per_sample(value.to(x), x) if value.ndim else value.to(x)
-
-
-def flat(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1)
-
-
-def per_sample(value: Tensor, x: Tensor) -> Tensor:
-    return value.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _finite(scale: Any) -> float:

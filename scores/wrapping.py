@@ -1,17 +1,16 @@
 """Denoisers around another denoiser, which they show as their own; thresholding and clipping of D."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from pfode.bounds import clipped, thresholded
 from pfode.denoiser import Denoiser, at, fingerprint
 from pfode.errors import UsageError, number
 from pfode.labels import class_count
-from pfode.scores.mixing import flat, per_sample
 
 
 class Wrapper:
@@ -102,29 +101,6 @@ def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
     if not low < high:
         raise UsageError(f"clip: need low < high, got {low:g} and {high:g}", "clip(denoiser, -1.0, 1.0)")
     return Bounded(denoiser, functools.partial(clipped, low=low, high=high))
-
-
-def thresholded(x0: Tensor, quantile: float, limit: float) -> Tensor:
-    """Dynamic thresholding: with s the quantile of |x0|, but at least `limit`, clamp(x0, -s, s) limit/s.
-
-    Saharia et al. 2022 (Imagen), section 2.3. The quantile is linearly interpolated; what is not finite becomes NaN.
-    """
-    size = flat(x0.abs())
-    position = quantile * (size.shape[1] - 1)
-    below = math.floor(position)
-    top = size.topk(size.shape[1] - below, dim=1).values  # torch.quantile takes 2^24 values at most
-    s = torch.lerp(top[:, -1], top[:, max(-2, -top.shape[1])], position - below).clamp_min(limit)
-    s = per_sample(s, x0)
-    return _loud(torch.clamp(x0, -s, s) * (limit / s), x0)
-
-
-def clipped(x0: Tensor, low: float, high: float) -> Tensor:
-    """x0 within [low, high]; what is not finite becomes NaN."""
-    return _loud(x0.clamp(low, high), x0)
-
-
-def _loud(bounded: Tensor, x0: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(x0), bounded, math.nan)
 
 
 def known(t: Tensor | float) -> float | Tensor:

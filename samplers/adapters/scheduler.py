@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pfode import noise
 from pfode._torch import version
+from pfode.bounds import clipped, thresholded
 from pfode.errors import UsageError, number, unknown
 from pfode.plans.table import Plan
 from pfode.process import Process
@@ -384,13 +385,11 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         return (self._bounded(line.skip * x + line.out * out) - line.skip * x) / line.out
 
     def _bounded(self, x0: Tensor) -> Tensor:
-        """Dynamic thresholding (Saharia et al. 2022, section 2.3), or clipping."""
+        """Dynamic thresholding to [-1, 1], or clipping."""
         config = self.config
         if not config["thresholding"]:
-            return x0.clamp(-config["clip_sample_range"], config["clip_sample_range"])
-        largest = torch.quantile(x0.abs().flatten(1).float(), config["dynamic_thresholding_ratio"], dim=1)
-        limit = largest.clamp(1, config["sample_max_value"]).to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))
-        return torch.clamp(x0, -limit, limit) / limit
+            return clipped(x0, -config["clip_sample_range"], config["clip_sample_range"])
+        return thresholded(x0, config["dynamic_thresholding_ratio"], most=config["sample_max_value"])
 
     @torch.compiler.disable
     def _noise(self, run: Run, x: Tensor, generator: Generators) -> Tensor:
