@@ -27,6 +27,7 @@ from pfode.errors import PfodeError
 
 Files = dict[str, bytes]  # contents by their names, which may have folders in them
 SECONDS = 5.0  # that a mutant may take
+SHARED = "/dev/shm"  # files in memory, where a system has that
 ROOM = 200_000_000  # bytes that a mutant may take beyond twice its size
 
 
@@ -228,9 +229,10 @@ def run(target: Target, mutants: int, first: int = 0, seconds: float = SECONDS) 
     there is a digest).
     """
     report = Report(target.name)
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=SHARED if os.access(SHARED, os.W_OK) else None))
+    here: Files = {}
     try:
-        honest = [_read(target, folder / f"honest{i}", files) for i, files in enumerate(target.samples)]
+        honest = [_read(target, folder / f"honest{i}", files, {}) for i, files in enumerate(target.samples)]
         size = max(sum(map(len, files.values())) for files in target.samples)
         for seed in range(first, first + mutants):
             files, sealed = mutant(target, seed)
@@ -240,7 +242,7 @@ def run(target: Target, mutants: int, first: int = 0, seconds: float = SECONDS) 
             before, began = memory(reset=True), time.perf_counter()
             try:
                 with deadline(seconds):
-                    found = _read(target, folder / "mutant", files)
+                    found = _read(target, folder / "mutant", files, here)
             except Hang:
                 report.add("hung", seed, f"more than {seconds} s")
             except PfodeError as error:
@@ -267,14 +269,17 @@ def run(target: Target, mutants: int, first: int = 0, seconds: float = SECONDS) 
     return report
 
 
-def _read(target: Target, folder: Path, files: Files) -> Any:
-    """Write the files of a mutant into a folder where no other file is, and read them."""
+def _read(target: Target, folder: Path, files: Files, here: Files) -> Any:
+    """Read the files of a mutant in a folder where no other file is; `here` is what lies there, and is brought up to
+    date."""
     folder.mkdir(exist_ok=True)
-    for old in folder.rglob("*"):
-        if not old.is_dir() and str(old.relative_to(folder)) not in files:
-            old.unlink()
+    for name in set(here) - set(files):
+        (folder / name).unlink(missing_ok=True)
     for name, raw in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(raw)
+        if here.get(name) is not raw:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(raw)
+    here.clear()
+    here.update(files)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(sys.stderr):
         return target.read(folder)

@@ -3,7 +3,7 @@
 import functools
 import importlib
 
-from tests.fuzz.engine import Target
+from tests.fuzz.engine import Report, Target, run
 
 FORMATS = ("model", "plan", "folder", "pickle", "npz", "zip", "png", "picture", "checkpoint", "toml")
 
@@ -12,3 +12,8 @@ FORMATS = ("model", "plan", "folder", "pickle", "npz", "zip", "png", "picture", 
 def target(name: str) -> Target:
     """The target of a format."""
     return importlib.import_module(f"tests.fuzz.formats.{name}").target()
+
+
+def report(name: str, mutants: int, first: int = 0) -> Report:
+    """What comes of the mutants of a format."""
+    return run(target(name), mutants, first)
