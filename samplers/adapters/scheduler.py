@@ -6,15 +6,13 @@ import threading
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from pfode import noise
 from pfode._torch import version
 from pfode.bounds import clipped, thresholded
 from pfode.errors import UsageError, number, unknown
+from pfode.optional import optional_module
 from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers import auto
@@ -23,6 +21,14 @@ from pfode.samplers.adapters.classes import LEARNED, translated
 from pfode.samplers.adapters.rows import Line, asked_levels
 from pfode.samplers.adapters.run import Run
 from pfode.samplers.catalogue import Recipe, make_plan, recipe
+
+try:
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ModuleNotFoundError:
+    optional_module("diffusers", "PFODEScheduler")  # says what installs it
+    raise
 
 __all__ = ["PFODEScheduler"]
 

@@ -7,22 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from pfode.errors import FileError, MissingError, PfodeError, UsageError, WriteError
 from pfode.files import read_header, write_atomic
+from pfode.optional import optional_module
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.checkpoint import architecture_of, save
 from pfode.scores.io.shipped import SELF_CONTAINED
+
+try:
+    from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+except ModuleNotFoundError:
+    optional_module("huggingface_hub", "a model of a hub")  # says what installs it
+    raise
 
 SMALL = [
     "model_index.json", "config.json", "scheduler_config.json", "*/config.json", "*/scheduler_config.json",
