@@ -111,8 +111,16 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """The error for a name that is not in a table."""
-    said = repr(name[:60] if isinstance(name, str) else name)
-    return UsageError(f"unknown {kind} {said}", did_you_mean(name, known))
+    return UsageError(f"unknown {kind} {shortened(name)}", did_you_mean(name, known))
+
+
+def shortened(value: object) -> str:
+    """The value as a message may show it: at most about 60 characters of its `repr`."""
+    if isinstance(value, str | bytes):
+        value = value[:60]
+    elif isinstance(value, int) and value.bit_length() > 400:  # Python refuses to write very long ones
+        return f"a number of about {int(value.bit_length() * 0.30103):,} digits"
+    return f"{value!r:.60}"
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -127,7 +135,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
         number = None
     if number is None or isinstance(value, bool) or number < low or (high is not None and number > high):
         limit = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise UsageError(f"{name}: need an integer {limit}, got {value!r}", f"{name}={max(low, 1)}")
+        raise UsageError(f"{name}: need an integer {limit}, got {shortened(value)}", f"{name}={max(low, 1)}")
     return number
 
 
@@ -143,5 +151,7 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         real = math.nan
     if not math.isfinite(real) or not low <= real <= high:
         limits = [f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
-        raise UsageError(f"{name}: need a number{' of ' if limits else ''}{' and '.join(limits)}, got {value!r}")
+        raise UsageError(
+            f"{name}: need a number{' of ' if limits else ''}{' and '.join(limits)}, got {shortened(value)}"
+        )
     return real

@@ -4,7 +4,6 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -258,8 +257,11 @@ def make_plan(
     """
     if not isinstance(process, Process):
         raise UsageError(f"process: need a noise process, got {process!r:.60}", "process=net.process, or pfode.EDM()")
+    for name, given in (("steps", steps), ("nfe", nfe)):
+        if given is not None:
+            integer(name, given, 1, grids.MAX_STEPS)
     count = nfe if steps is None else steps
-    chosen = auto.choose(process, int(count) if isinstance(count, Integral) else DEFAULT_STEPS, guided)
+    chosen = auto.choose(process, DEFAULT_STEPS if count is None else int(count), guided)
     if sampler == "auto":
         sampler, chart = chosen.sampler, chosen.chart if chart is None else chart
     found = sampler if isinstance(sampler, Recipe) else recipe(sampler)
@@ -280,7 +282,12 @@ def make_plan(
         nodes = space.chart.nodes(process, grids.times(process, rule, n, final, start, stop))
         if nodes[-1].v > nodes[0].v and method.stochastic:
             raise UsageError(f"{found.name} adds noise: times must fall", "a deterministic recipe, or eta=0")
-        return _march(space, method, nodes, lower_order_final, afs, name=found.name, meta=meta)
+        try:
+            return _march(space, method, nodes, lower_order_final, afs, name=found.name, meta=meta)
+        except OverflowError as error:
+            values = {**options, **({} if afs is None else {"afs": afs})}
+            problem = f"{found.name}: its coefficients pass the largest number there is, with {values}"
+            raise UsageError(problem, "smaller values") from error
 
     meta: dict[str, Any] = {"sampler": found.name, "chart": named}
     if isinstance(rule, str | grids.Grid):
