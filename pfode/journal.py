@@ -7,11 +7,12 @@ line is read again.
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pfode.errors import FileError, WriteError
-from pfode.files import read_file
+from pfode.files import read_file, write_atomic
 
 __all__ = ["Journal", "opened", "sealed"]
 
@@ -73,19 +74,30 @@ class Journal:
             self._cut(sum(map(len, lines)))
         return [opened(raw, f"{self.path}: line {i}", self.what, self.hint) for i, raw in enumerate(lines, 1)]
 
-    def add(self, line: Line) -> None:
+    def add(self, line: Line, sync: bool = True) -> None:
         """Write a line; it is on the disk when this returns.
+
+        Args:
+            sync: False leaves it to the system when the disk gets it: for lines that come many times a second.
 
         Raises:
             WriteError: it cannot be written.
         """
-        data = json.dumps(sealed(line), allow_nan=False).encode() + b"\n"
         try:
             with open(self.path, "ab", buffering=0) as file:
-                file.write(data)
-                os.fsync(file.fileno())
+                file.write(_text(line))
+                if sync:
+                    os.fsync(file.fileno())
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def rewrite(self, lines: Iterable[Line]) -> None:
+        """Have these lines and no others, all at once.
+
+        Raises:
+            WriteError: the file cannot be written; what it had is kept.
+        """
+        write_atomic(self.path, b"".join(map(_text, lines)))
 
     def remove(self) -> None:
         """Delete the file, where there is one."""
@@ -99,6 +111,10 @@ class Journal:
 
     def _unwritable(self, error: OSError) -> WriteError:
         return WriteError(f"{self.path}: cannot be written: {error.strerror or error}", self.hint)
+
+
+def _text(line: Line) -> bytes:
+    return json.dumps(sealed(line), allow_nan=False).encode() + b"\n"
 
 
 def _finished(raw: bytes) -> bool:

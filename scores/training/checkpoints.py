@@ -19,11 +19,12 @@ from torch import Tensor
 
 from pfode.errors import FileError, WriteError
 from pfode.files import read_file, shown, sync_folder, write_atomic
+from pfode.journal import opened, sealed
 
 __all__ = ["checkpoints", "read_checkpoint", "write_checkpoint"]
 
 KEPT = 2  # checkpoints
-MANIFEST, DIGEST = "manifest.json", "sha256"
+MANIFEST = "manifest.json"
 MAX_MANIFEST, MAX_PART = 16 << 20, 16 << 30  # bytes
 
 
@@ -57,8 +58,7 @@ def write_checkpoint(
             raw = serialise({key: value.cpu().contiguous() for key, value in tensors.items()})
             digests[name] = hashlib.sha256(raw).hexdigest()
             write_atomic(temporary / name, raw)
-        whole = {**manifest, "files": digests}
-        whole[DIGEST] = _digest(whole)
+        whole = sealed({**manifest, "files": digests})
         write_atomic(temporary / MANIFEST, json.dumps(whole, indent=1).encode())
         if final.exists():
             shutil.rmtree(final)
@@ -84,9 +84,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Ten
     """
     hint = "an older checkpoint is used, if there is one"
     try:
-        manifest = json.loads(read_file(path / MANIFEST, MAX_MANIFEST, "a manifest"))
-        if manifest.pop(DIGEST) != _digest(manifest):
-            raise FileError(f"{shown(path / MANIFEST)}: does not match its own digest", hint)
+        raw = read_file(path / MANIFEST, MAX_MANIFEST, "a manifest")
+        manifest = opened(raw, shown(path / MANIFEST), "a checkpoint's", hint)
         parts = {}
         for name, digest in manifest["files"].items():
             raw = read_file(path / Path(name).name, MAX_PART, "a part of a checkpoint")
@@ -98,8 +97,3 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Ten
             raise
         raise FileError(f"{shown(path)}: not a whole checkpoint ({error!r:.200})", hint) from error
     return manifest, parts
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """sha256 of a manifest without its own digest."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

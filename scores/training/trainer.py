@@ -5,7 +5,6 @@ an interruption changes it, and a checkpoint needs no random state.
 """
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -21,8 +20,9 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType, broadcast_object_list
 from torch import Tensor
 
-from pfode.errors import FileError, MissingError, NumericalError, PfodeError, UsageError, WriteError, unknown
-from pfode.files import FolderLock, lock_folder, make_folder, shown, write_atomic
+from pfode.errors import FileError, MissingError, NumericalError, PfodeError, UsageError, unknown
+from pfode.files import FolderLock, lock_folder, make_folder, shown
+from pfode.journal import Journal
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.checkpoint import save
 from pfode.scores.networks.unet import UNet
@@ -97,6 +97,7 @@ class Trainer:
         self.config = config
         self.data = data
         self.folder = None if folder is None else Path(folder)
+        self.metrics = None if folder is None else Journal(Path(folder) / METRICS, "a training run's", "remove it")
         self.save_every = save_every
         self.batch = Batch(config, data)
         self.step = 0
@@ -220,19 +221,14 @@ class Trainer:
     def _log(self, record: Record) -> None:
         if self.trackers:
             self.accelerator.log({"loss": record.loss, "rate": record.rate}, step=record.step)
-        if self.main and self.folder is not None:
+        if self.main and self.metrics is not None:
             line = {
                 "step": record.step,
                 "loss": float(f"{record.loss:.6g}"),
                 "rate": float(f"{record.rate:.4g}"),
                 "images_per_second": round(record.images_per_second, 1),
             }
-            try:
-                with (self.folder / METRICS).open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                problem = f"{shown(self.folder / METRICS)}: cannot be written: {error.strerror or error}"
-                raise WriteError(problem, "another --out, or make room") from error
+            self.metrics.add(line, sync=False)
 
     def save(self) -> Path | None:
         """Write a checkpoint, whole or not at all, and drop all but the newest two.
@@ -338,11 +334,11 @@ class Trainer:
 
     def _cut_metrics(self) -> None:
         """Drop the lines after the step that the run continues from."""
-        assert self.folder is not None
-        path = self.folder / METRICS
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
-            write_atomic(path, "".join(line + "\n" for line in lines).encode())
+        assert self.metrics is not None
+        if self.step:
+            self.metrics.rewrite(line for line in self.metrics.read() if line["step"] <= self.step)
+        else:
+            self.metrics.remove()
 
 
 def _accelerator(device: str | None, trackers: tuple[str, ...]) -> Accelerator:
@@ -369,10 +365,3 @@ def _accelerator(device: str | None, trackers: tuple[str, ...]) -> Accelerator:
 def _ema_file(width: float) -> str:
     """The file of a checkpoint that has the average of this width."""
     return f"ema-{width:g}.safetensors"
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -161,6 +161,20 @@ def test_where_every_checkpoint_is_damaged_nothing_starts_anew(data, tmp_path):
     assert (tmp_path / METRICS).read_bytes() == lines
 
 
+def test_metrics_that_were_changed_are_named(data, tmp_path):
+    for record in Trainer(replace(CONFIG, steps=4), data, tmp_path, save_every=2, device="cpu").run():
+        if record.step == 3:
+            break
+    file = tmp_path / METRICS
+    raw = file.read_bytes()
+    file.write_bytes(raw + b'{"step": 4, "lo')  # torn by a kill
+    assert Trainer(replace(CONFIG, steps=4), data, tmp_path, resume=True, device="cpu").step == 2
+    assert file.read_bytes() == b"".join(raw.splitlines(keepends=True)[:2])
+    file.write_bytes(raw.replace(b'"loss": ', b'"loss": 1', 1))
+    with pytest.raises(FileError, match=r"metrics\.jsonl: line 1: damaged"):
+        Trainer(replace(CONFIG, steps=4), data, tmp_path, resume=True, device="cpu")
+
+
 def test_a_checkpoint_of_another_kind_with_good_digests(data, tmp_path):
     trainer = Trainer(replace(CONFIG, steps=1), data, tmp_path, device="cpu")
     finish(trainer)
