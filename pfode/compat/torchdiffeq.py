@@ -26,6 +26,7 @@ from pfode.ode import PID, SOLVERS, Solver, Status, Step, solve, steps
 from pfode.ode.events import Event
 from pfode.ode.methods.multistep import MOST, Adams
 from pfode.ode.methods.scipy import Scipy
+from pfode.ode.solve import MAX_STEPS
 from pfode.ode.solver import hermite
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
@@ -416,6 +417,8 @@ def _integrate_to_event(problem: _Problem, event_fn: Callable[..., Tensor]) -> t
         return _event_values(event_fn, t, problem.tree(y))
 
     arguments = {**_arguments(problem, t), "events": Event(condition, gradient=False)}
+    if group == "adaptive" and "max_num_steps" not in problem.options:  # for an event that never comes
+        arguments["max_steps"] = MAX_STEPS
     solution = solve(_field(problem), problem.y0, **arguments)
     _check(problem, solution)
     if solution.status != Status.EVENT:
@@ -450,7 +453,7 @@ def _check(problem: _Problem, solution: Any) -> None:
     if status == Status.NON_FINITE:
         raise _SolveError(f"non-finite values in state `y`: {solution.y}", f"it stopped at t = {solution.t}")
     if status == Status.MAX_STEPS:
-        most = problem.options.get("max_num_steps", _MAX_STEPS)
+        most = solution.stats.steps
         raise _SolveError(f"max_num_steps exceeded ({most}>={most})", f"it stopped at t = {solution.t}")
     if status == Status.NEWTON_FAILED:
         warnings.warn("Functional iteration did not converge. Solution may be incorrect.", stacklevel=4)

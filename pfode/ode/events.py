@@ -5,7 +5,13 @@ another. The signs are compared on the device and read with the loop's own facts
 located by Chandrupatla's method (1997) on theta in [0, 1], in all samples at once.
 
 A condition that is zero at the start, to rounding, has the side that the flow takes it to: the sign of
-g_t + g_y f. So a solve that goes on from an event does not meet it again.
+g_t + g_y f. So a solve that goes on from an event does not meet it again. Where that is zero as well the state rests on
+its event, and the event is met where the condition leaves zero: a ball at rest does not fall through the ground.
+
+A condition that is NaN at the end of a step, or on the way to its zero, ends the solve as NON_FINITE where it turns so,
+unless a terminal event comes before. NaN within a step that both ends do not show is not seen: limit max_step.
+
+Work is bounded: the attempts by max_steps, each crossing by 200 evaluations of its condition.
 
 With G(theta, p) = g(t(theta), y(theta; p)), the implicit function theorem gives d theta / dp = -G_p / G_theta. Two
 Newton steps from the root, recorded, have this derivative and the right second one, for whatever p the condition, the
@@ -95,9 +101,11 @@ class Watch:
         self.before = torch.cat(parts)
         directions = torch.tensor([self.events[i].direction for i, _ in self.parts], device=y.device)
         self.direction = directions[:, None] if self.batched else directions
+        self.resting = torch.zeros_like(self.before, dtype=torch.bool)
         self.side = self._first_sides(t, y)
         lane = self.before.shape[1:]
         self.ended = torch.zeros(lane, dtype=torch.bool, device=y.device)
+        self.failed = self.ended  # at a condition that is NaN
         self.which = torch.full(lane, -1, dtype=torch.int64, device=y.device)
         self.t, self.y = torch.full(lane, math.nan, **kind), y
         self.hits: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.events]
@@ -137,18 +145,23 @@ class Watch:
                 if slope is None:
                     slope = field(field.time(t), y.detach())
                 ahead = ((g_y.conj() * slope).real.sum(-1) + g_t) * self.sign
-                sides[row] = torch.where(near & (ahead != 0), ahead.sign().to(sides.dtype), sides[row])
+                sides[row] = torch.where(near, ahead.sign().to(sides.dtype), sides[row])
+                self.resting[row] = near & (ahead == 0)
         return sides
 
     @torch.no_grad()
     def probe(self, t0: Any, y0: Tensor, t1: Any, y1: Tensor, accepted: Any) -> Tensor:
-        """In how many samples a step crosses each component, shape (components,)."""
+        """In how many samples a step crosses each component, or makes it NaN, shape (components,)."""
         self.after = torch.cat([self._condition(i, t1, y1) for i in range(len(self.events))])
-        sign = self.after.sign()
-        crossed = (self.side * sign <= 0) & (self.side != 0) & (self.after == self.after) & ~self.ended
-        crossed &= (self.direction == 0) | (self.direction == -self.side)
+        crossed = (self._crosses(self.after) | self.after.isnan() | self.before.isnan()) & ~self.ended
         self.crossed = crossed if accepted is None else crossed & accepted
         return (self.crossed.sum(1) if self.batched else self.crossed).double()
+
+    def _crosses(self, value: Tensor, row: Any = slice(None)) -> Tensor:
+        """Whether components that have a value now were on another side before, in the direction that is met."""
+        side, direction, sign = self.side[row], self.direction[row], value.sign()
+        left = self.resting[row] & (sign != 0) & ((direction == 0) | (direction == sign))
+        return left | (side != 0) & (side * sign <= 0) & ((direction == 0) | (direction == -side))
 
     def add(self, move: Move, counts: list[float]) -> Reply:
         """Locate what an attempted step crossed."""
@@ -161,22 +174,32 @@ class Watch:
         found = {row: self._locate(row, move) for row in rows}
         with torch.no_grad():
             stop = torch.full_like(self.t, math.inf)
-            for row, (theta, crosses) in found.items():
+            which, failed = torch.full_like(self.which, -1), torch.zeros_like(self.failed)
+            for row, (theta, crosses, edge, lost) in found.items():
                 if self.events[self.parts[row][0]].terminal:
                     earlier = crosses & (theta < stop)
-                    stop, self.which = torch.where(earlier, theta, stop), torch.where(earlier, row, self.which)
+                    stop, which = torch.where(earlier, theta, stop), torch.where(earlier, row, which)
+                    failed = failed & ~earlier
+                earlier = lost & (edge < stop)
+                stop, which = torch.where(earlier, edge, stop), torch.where(earlier, row, which)
+                failed = failed | earlier
             ends = stop < math.inf
-        for row, (theta, crosses) in found.items():
+            self.which, self.failed = torch.where(ends, which, self.which), self.failed | failed
+        for row, (theta, crosses, _, _) in found.items():
             valid = crosses & (theta <= stop)
             t, y = self._point(row, move, torch.where(valid, theta, 0.5), valid)
             self.hits[self.parts[row][0]].append((t, y, valid))
-            now = valid & ends & (self.which == row)
+            now = valid & ends & (which == row)
             self.t, self.y = torch.where(now, t, self.t), torch.where(now[..., None], y, self.y)
+        if rows and bool(failed.any()):
+            t, y = _at(move, torch.where(failed, stop, 0.5))
+            self.t, self.y = torch.where(failed, t, self.t), torch.where(failed[..., None], y, self.y)
         moved = move.accepted if isinstance(move.accepted, Tensor) else torch.ones_like(self.ended)
         self.before, self.side = (
             torch.where(moved, self.after, self.before),
             torch.where(moved & (self.after == self.after), self.after.sign(), self.side),
         )
+        self.resting = self.resting & (self.side == 0)
         if not rows or not bool(crossed.any()):
             return Reply(looked=False)
         self.ended = self.ended | ends
@@ -187,25 +210,55 @@ class Watch:
         return Reply(bool(self.ended.all()) or None, looked, ~self.ended if self.batched else None)
 
     @torch.no_grad()
-    def _locate(self, row: int, move: Move) -> tuple[Tensor, Tensor]:
-        """theta of the crossing, and in which samples there is one."""
+    def _locate(self, row: int, move: Move) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """theta of the crossing and in which samples there is one; theta from which on the condition is NaN, and in
+        which it is."""
         i, j = self.parts[row]
-        crossed, side = self.crossed[row], self.side[row]
+        seen, side = self.crossed[row], self.side[row]
 
         def g(theta: Tensor) -> Tensor:
             t, y = _at(move, theta)
             return self._condition(i, t, y)[j]
 
         low, at_low = torch.zeros_like(self.t), self.before[row]
+        high, at_high = torch.ones_like(low), self.after[row]
+        lost = seen & (at_low.isnan() | at_high.isnan())
+        if lost.any():  # the last time at which it is a number
+            known, high = self._boundary(lambda theta: ~g(theta).isnan(), lost), torch.where(lost, 0.0, high)
+            high = torch.where(lost & ~at_low.isnan(), known, high)
+            at_high = torch.where(lost, g(high), at_high)
+        crossed = seen & self._crosses(at_high, row)
+        resting = crossed & self.resting[row]
+        left = self._boundary(lambda theta: g(theta).abs() <= self.before[row].abs(), resting) if resting.any() else low
+        searched = crossed & ~resting
         for halvings in range(1, 50):  # a side that the flow was to take begins after the start
-            late = crossed & (at_low.sign() != side)
+            late = searched & (at_low.sign() != side)
             if not late.any():
                 break
             low = torch.where(late, 0.5**halvings, low)
             at_low = torch.where(late, g(low), at_low)
-        crossed = crossed & (at_low.sign() == side)
-        high, at_high = torch.ones_like(low), self.after[row]
-        return chandrupatla(g, low, high, at_low, at_high, crossed), crossed
+        late = searched & (at_low.sign() != side)  # it was there for less than that: the event is at the start
+        hole = torch.full_like(low, math.inf)  # where the condition turned out to be NaN
+
+        def seen_g(theta: Tensor) -> Tensor:
+            value = g(theta)
+            hole.copy_(torch.where(value.isnan() & (theta < hole), theta, hole))
+            return value
+
+        theta = chandrupatla(seen_g, low, high, at_low, at_high, searched & ~late)
+        wrong = searched & ~late & (hole < math.inf)
+        theta = torch.where(resting, left, torch.where(late, low, torch.where(wrong, hole, theta)))
+        return theta, crossed & ~wrong, torch.where(wrong, theta, high), lost | wrong
+
+    def _boundary(self, holds: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:
+        """The last theta of a step up to which something holds that holds at its start; by bisection, 0 elsewhere."""
+        low = torch.zeros_like(self.t)
+        high = torch.ones_like(low)
+        for _ in range(60):
+            middle = (low + high) / 2
+            inside = where & holds(middle)
+            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+        return low
 
     def _point(self, row: int, move: Move, theta: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """The time and the state at theta; with gradients if anything has them."""
@@ -239,10 +292,16 @@ class Watch:
         if not bool(self.ended.any()):
             return end
         y = torch.where(self.ended[..., None], self.y, end.y)
+        note = ""
+        if bool(self.failed.any()):
+            rows = self.which[self.failed].reshape(-1).tolist()
+            note = f"a condition is NaN, component {self.parts[rows[0]][1]} of events[{self.parts[rows[0]][0]}]"
         if not self.batched:
-            return end._replace(status=Status.EVENT, t=float(self.t.detach()), y=y)
-        status = torch.where(self.ended, int(Status.EVENT), end.status)
-        return end._replace(status=status, t=torch.where(self.ended, self.t.detach(), end.t), y=y)
+            status = Status.NON_FINITE if note else Status.EVENT
+            return end._replace(status=status, t=float(self.t.detach()), y=y, note=note)
+        met = torch.where(self.failed, int(Status.NON_FINITE), int(Status.EVENT))
+        status, t = torch.where(self.ended, met, end.status), torch.where(self.ended, self.t.detach(), end.t)
+        return end._replace(status=status, t=t, y=y, note=note)
 
     def result(self) -> tuple[Hits, ...]:
         """The hits of every event."""

@@ -168,12 +168,13 @@ class Ahead(NamedTuple):
 
 
 class End(NamedTuple):
-    """How the loop ended; `status` is a Status, or their numbers in shape (batch,)."""
+    """How the loop ended; `status` is a Status, or their numbers in shape (batch,); `note`: what made it NON_FINITE."""
 
     status: Any
     t: Any
     y: Tensor
     counts: Counts
+    note: str = ""
 
 
 @dataclass(frozen=True)

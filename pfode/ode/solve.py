@@ -576,6 +576,8 @@ def _check(setup: Problem, end: End) -> None:
         status, t = int(status[bad[0]]), float(t[bad[0]])
     if status in _MESSAGES:
         problem, hint = _MESSAGES[Status(status)]
+        if status == Status.NON_FINITE and end.note:
+            problem, hint = end.note, "a condition that is a number wherever the solution goes"
         name = setup.solver.name
         text = problem.format(max_steps=setup.course.max_steps)
         if status == Status.NON_FINITE and setup.course.norm and _vanishes(setup.course.atol, setup.field.layout.real):

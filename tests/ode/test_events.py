@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pfode.errors import UsageError
+from pfode.errors import NumericalError, UsageError
 from pfode.ode import SOLVERS, Status, solve
 from pfode.ode.events import Event, chandrupatla
 
@@ -215,3 +215,89 @@ def test_wrong_events_get_one_clear_error(events, message):
         solve(turn, torch.ones(2), [0.0, 1.0], events=events)
     with pytest.raises(UsageError, match="direction: need -1, 0 or 1"):
         Event(height, direction=2)
+
+
+def falling(t, y):
+    return torch.full_like(y, -1.0)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_condition_that_turns_nan_is_reported(options):
+    lead = (2,) if "batch" in options else ()
+    y0 = torch.full((*lead, 1), 0.73, dtype=f64)
+
+    def run(condition, **more):
+        return solve(falling, y0, [0.0, 0.2, 2.0], events=condition, throw=False, **options, **more)
+
+    def only(values):
+        return float(torch.as_tensor(values, dtype=f64).reshape(-1)[0])
+
+    root = lambda t, y: torch.sqrt(y[..., 0]) + 1  # noqa: E731  NaN from 0.73 on
+    out = run(root)
+    assert int(only(out.status)) == Status.NON_FINITE
+    assert only(out.t) == pytest.approx(0.73, abs=1e-9)
+    assert out.ys[1].isfinite().all()
+    assert out.ys[2].isnan().all()
+    with pytest.raises(NumericalError, match=r"t = 0.73.*: a condition is NaN, component 0 of events\[0\]"):
+        solve(falling, y0, [0.0, 2.0], events=[root], **options)
+    out = run(lambda t, y: torch.sqrt(y[..., 0]) - 0.3)  # an event before that
+    assert int(only(out.status)) == Status.EVENT
+    assert only(out.t) == pytest.approx(0.64, abs=1e-6)
+    out = run(Event(lambda t, y: torch.sqrt(y[..., 0]) - 0.3, terminal=False))
+    assert int(only(out.status)) == Status.NON_FINITE
+    assert only(out.events[0].t) == pytest.approx(0.64, abs=1e-6)
+    out = run(lambda t, y: y[..., 0] * math.nan)
+    assert int(only(out.status)) == Status.NON_FINITE
+    assert only(out.t) == 0
+    out = run(lambda t, y: torch.where((y[..., 0] - 0.5).abs() < 0.01, math.nan, y[..., 0] - 0.5))  # around its zero
+    assert int(only(out.status)) == Status.NON_FINITE
+
+
+def test_a_nan_condition_of_one_sample_is_only_its_own():
+    y0 = torch.tensor([[0.5], [9.0], [0.25]], dtype=f64)
+    for options in ({}, {"method": "rk4", "step_size": 0.07}):
+        event = lambda t, y: torch.sqrt(y[:, 0]) + (y[:, 0] < 9) - 1.5  # noqa: E731  crosses in the first only
+        out = solve(falling, y0, [0.0, 1.0], events=event, batch="per-sample", throw=False, **options)
+        assert out.status.tolist() == [Status.EVENT, Status.EVENT, Status.NON_FINITE] or out.status[2] == 3
+        assert float(out.t[2]) == pytest.approx(0.25, abs=1e-8)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_state_that_rests_on_its_event_does_not_fall_through(options):
+    lead = (1,) if "batch" in options else ()
+
+    def run(y, condition=height, f=fall, **more):
+        return solve(f, torch.tensor(y, dtype=f64).expand(*lead, 2), [0.0, 3.0], events=condition, **options, **more)
+
+    out = run([0.0, 0.0])  # a ball at rest on the ground
+    assert int(torch.as_tensor(out.status)) == Status.EVENT
+    assert float(out.t) == pytest.approx(0, abs=1e-9)
+    assert out.y.abs().max() < 1e-7
+    assert int(torch.as_tensor(run([0.0, 0.0], Event(height, direction=-1)).status)) == Status.EVENT
+    assert int(torch.as_tensor(run([0.0, 0.0], Event(height, direction=1)).status)) == Status.SUCCESS
+    out = run([0.0, 1e-17])  # and one that leaves it for less than can be resolved
+    assert float(out.t) == pytest.approx(0, abs=1e-9)
+    assert out.y.abs().max() < 1e-7
+
+    def support(t, y):  # held until t = 1
+        return fall(t, y) * torch.where(t >= 1, 1.0, 0.0).reshape(*t.shape, 1)
+
+    out = run([0.0, 0.0], f=support, jump_t=[1.0])
+    assert float(out.t) == pytest.approx(1, abs=1e-6)
+    assert int(torch.as_tensor(run([0.0, 0.0], f=lambda t, y: y * 0).status)) == Status.SUCCESS  # it rests for good
+
+
+def test_a_bouncing_ball_comes_to_rest():
+    """Zeno's: infinitely many bounces by t = sqrt(4 / g) (1 + e) / (1 - e); below rounding it does not fall through."""
+    t, y = 0.0, torch.tensor([2.0, 0.0], dtype=f64)
+    for _ in range(80):
+        out = solve(fall, y, [t, t + 10.0], events=height, rtol=1e-9, atol=1e-12)
+        assert out.status == Status.EVENT
+        t, y = float(out.t), out.y * torch.tensor([0.0, -0.5], dtype=f64)
+        assert y[1] >= 0
+    assert t == pytest.approx(3 * math.sqrt(4 / G), rel=1e-6)
+
+
+def test_an_event_that_never_comes_ends():
+    with pytest.raises(NumericalError, match="max_steps = 500 attempts were not enough"):
+        solve(turn, torch.tensor([0.0, 1.0]), [0.0, 1e9], events=lambda t, y: y[0] - 2, max_steps=500)
