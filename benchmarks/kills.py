@@ -9,7 +9,6 @@ those that leave it behind are counted. Ctrl-C goes to a process of its own, sta
 anything was lost, doubled or different.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -25,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import harness
 import torch
 
 import pfode
@@ -268,7 +268,7 @@ WRONG = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--samples", type=int, default=50, metavar="N", help="kills of pfode sample (50)")
     parser.add_argument("--pictures", type=int, default=1000, metavar="N", help="of a run that is killed (1000)")
     parser.add_argument("--interrupts", type=int, default=20, metavar="N", help="Ctrl-C for pfode sample (20)")
@@ -277,7 +277,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, metavar="N", help="of a training that is killed (150)")
     parser.add_argument("--interval", type=int, default=5, metavar="N", help="steps between its checkpoints (5)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the totals here")
     options = parser.parse_args()
     torch.set_num_threads(1)  # and nothing is computed before the forks
     if options.trains:
@@ -305,10 +304,9 @@ def main() -> None:
                 totals[title] = part()
                 counted = [key for key in COUNTED if key in totals[title]]
                 totals[title] = Counter({key: totals[title][key] for key in (*counted, *WRONG[title])})
-                told = ", ".join(f"{key} {value}" for key, value in totals[title].items())
-                print(f"{title}: {told} ({time.perf_counter() - began:.0f} s)", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(totals, indent=1) + "\n")
+                said = ", ".join(f"{key} {value}" for key, value in totals[title].items())
+                print(f"{title}: {said} ({time.perf_counter() - began:.0f} s)", flush=True)
+    harness.record(options, {"totals": totals})
     wrong = sum(counts[key] for title, counts in totals.items() for key in WRONG[title])
     raise SystemExit(1 if wrong else 0)
 

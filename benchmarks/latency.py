@@ -7,16 +7,13 @@ of this process for the rest, each called once before. dm-nonuniform optimises a
 that of the first time.
 """
 
-import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import harness
 import torch
 
 import pfode
@@ -27,25 +24,21 @@ Work = Callable[[], object]
 COMMANDS = {"pfode --help": ["--help"], "pfode --version": ["--version"], "pfode info digits": ["info", "digits"]}
 
 
+def of_children() -> float:
+    """Processor seconds of the processes that this one has waited for."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 def of_interpreter(code: str, repeats: int) -> float:
     """Processor seconds of a fresh interpreter that runs this code."""
-    used = []
-    for _ in range(repeats):
-        began = os.times()
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-        ended = os.times()
-        used.append(sum(ended[2:4]) - sum(began[2:4]))
-    return min(used)
+    run = lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)  # noqa: E731
+    return min(harness.turns({"run": harness.seconds(run, of_children)}, repeats, warm=0)["run"])
 
 
 def of_process(work: Work, repeats: int) -> float:
     """Processor seconds of a call in this process."""
-    used = []
-    for _ in range(repeats):
-        began = time.process_time()
-        work()
-        used.append(time.process_time() - began)
-    return min(used)
+    return min(harness.turns({"work": harness.seconds(work, time.process_time)}, repeats, warm=0)["work"])
 
 
 def wide(batch: str) -> Work:
@@ -76,9 +69,7 @@ def works() -> dict[str, tuple[Work, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = harness.parser(__doc__, repeats=5)
     options = parser.parse_args()
     rows: dict[str, dict[str, float]] = {}
     click = of_interpreter("import click", options.repeats)
@@ -91,9 +82,7 @@ def main() -> None:
     for name, row in rows.items():
         late = "" if row["seconds"] <= row["target"] else "  missed"
         print(f"{name:60s}{1e3 * row['seconds']:10.2f} ms, target {1e3 * row['target']:8.1f} ms{late}")
-    report = {"torch": torch.__version__, "machine": platform.machine(), "import click": click, "rows": rows}
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    harness.record(options, {"import click": click, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -13,15 +13,13 @@ The picture shows, per problem and model, the plane coloured by class (on the li
 and the ways of test points (on the line: over the time).
 """
 
-import argparse
-import json
 import math
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -176,8 +174,7 @@ def sheet(rows: list[list[tuple[str, Image.Image]]]) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = harness.parser(__doc__)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
@@ -200,10 +197,8 @@ def main() -> None:
         drawn.append(row)
     if options.picture:
         sheet(drawn).save(options.picture, optimize=True)
-    if options.json:
-        about = {"torch": torch.__version__, "python": platform.python_version(), "steps": options.steps}
-        about |= {"training_tolerance": TRAINING, "testing_tolerance": TESTING}
-        options.json.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
+    tolerances = {"training": TRAINING, "testing": TESTING}
+    harness.record(options, {"tolerances": tolerances, "results": results})
 
 
 if __name__ == "__main__":

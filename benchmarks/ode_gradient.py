@@ -13,25 +13,19 @@
    at the limit of its stability are exact and of no use: a rounding error made late is amplified.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor
 
 from pfode.errors import PfodeError
 from pfode.ode import solve
 from pfode.ode.adjoints.replay import Checkpoint, Reversible
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.ode.memory import peak
 
 TARGETS = {"time": 0.35, "error": 0.1, "memory over 4x the steps": 2.2, "reversible": 1.1}
@@ -96,7 +90,7 @@ def problem(seed: int = 0) -> tuple[Network, Tensor, Gradient]:
     return net, y0, wanted
 
 
-def ways(net: Network, y0: Tensor, tol: float) -> dict[str, Callable[[], Tensor]]:
+def losses(net: Network, y0: Tensor, tol: float) -> dict[str, Callable[[], Tensor]]:
     """Losses by library, adjoint and method."""
     from torchdiffeq import odeint_adjoint  # pyright: ignore[reportMissingImports]
 
@@ -129,15 +123,11 @@ def against_torchdiffeq(repeats: int) -> list[dict[str, Any]]:
     rows = []
     print(f"\ntime and error of the gradient, state (64, 16); targets {TARGETS['time']}x and {TARGETS['error']}x")
     for tol in (1e-3, 1e-5, 1e-7):
-        table: dict[str, dict[str, float]] = {}
         net, y0, _ = problems[0]
-        for _ in range(repeats):
-            for name, loss in ways(net, y0, tol).items():
-                spent = gradient(net, loss)[1]
-                row = table.setdefault(name, spent)
-                table[name] = {key: min(value, row[key]) for key, value in spent.items()}
+        runs = {name: lambda net=net, loss=loss: gradient(net, loss)[1] for name, loss in losses(net, y0, tol).items()}
+        table = {name: harness.least(spent) for name, spent in harness.turns(runs, repeats, warm=0).items()}
         for name, row in table.items():
-            errors = [off(gradient(net, ways(net, y0, tol)[name])[0], wanted) for net, y0, wanted in problems]
+            errors = [off(gradient(net, losses(net, y0, tol)[name])[0], wanted) for net, y0, wanted in problems]
             row["error"] = statistics.geometric_mean(errors)
         base = table["torchdiffeq adjoint"]
         for name, row in table.items():
@@ -257,18 +247,15 @@ def by_adjoint() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser = harness.parser(__doc__, repeats=9)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    report: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "targets": TARGETS}
+    report: dict[str, Any] = {"targets": TARGETS}
     report["gradient"] = against_torchdiffeq(options.repeats)
     report["memory"] = memory()
     report["adjoints"] = by_adjoint()
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    harness.record(options, report)
 
 
 if __name__ == "__main__":

@@ -11,22 +11,19 @@ seen, as with diffrax; where no time in between is asked for, one call makes its
 against the uncompiled solve. Values read back to the host are counted where they are asked for, in a run of their own.
 """
 
-import argparse
 import contextlib
-import importlib.metadata
-import json
+import functools
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 
+import harness
 import torch
 from torch import Tensor
 
@@ -197,18 +194,19 @@ def measure(problem: Problem, repeats: int) -> dict[str, dict[str, float]]:
         "pfode, compiled": (ours(problem.y0, compile=True), False),
     }
     cost = Clocked.cost()
-    found: dict[str, dict[str, float]] = {}
-    for repeat in range(-2, repeats):  # the first ones compile
-        for name, (run, clocked) in solvers.items():
-            row = found.setdefault(name, {})
-            if clocked:
-                field = Clocked(problem.field)
-                row["steps"], _ = timed(run, field)
-                steps = row["steps"]
-                least(row, "inside", (field.inside - field.calls * cost) / steps * 1e6, repeat)
-            steps, spent = timed(run, problem.field)
-            row["steps"] = row["steps"] if clocked else steps
-            least(row, "total", spent / row["steps"] * 1e6, repeat)
+
+    def once(run: Solve, clocked: bool) -> dict[str, float]:
+        row: dict[str, float] = {}
+        if clocked:
+            field = Clocked(problem.field)
+            row["steps"], _ = timed(run, field)
+            row["inside"] = (field.inside - field.calls * cost) / row["steps"] * 1e6
+        steps, spent = timed(run, problem.field)
+        row.setdefault("steps", steps)
+        return row | {"total": spent / row["steps"] * 1e6}
+
+    runs = {name: functools.partial(once, *solver) for name, solver in solvers.items()}
+    found = {name: harness.least(rows) for name, rows in harness.turns(runs, repeats).items()}
     for row in found.values():
         if "inside" in row:
             row["outside"] = row["total"] - row["inside"]
@@ -220,12 +218,6 @@ def timed(run: Solve, field: Callable[..., Any]) -> tuple[float, float]:
     start = time.process_time()
     steps = run(field)
     return steps, time.process_time() - start
-
-
-def least(row: dict[str, float], name: str, value: float, repeat: int) -> None:
-    """The least of all repeats, the first ones, which compile, left out."""
-    if repeat >= 0:
-        row[name] = min(row.get(name, float("inf")), value)
 
 
 def difference(problem: Problem) -> float:
@@ -264,9 +256,7 @@ def table(problem: str, found: dict[str, dict[str, float]], share: dict[str, flo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--repeats", type=int, default=40)
+    parser = harness.parser(__doc__, repeats=40)
     options = parser.parse_args()
     torch.set_num_threads(1)
     met, results, ratios, apart = True, {}, {}, {}
@@ -286,20 +276,14 @@ def main() -> int:
     }
     print("\nread-backs per attempted step: " + ", ".join(f"{name} {count:.2f}" for name, count in counted.items()))
     met &= max(counted.values()) <= 1 and counted["fixed grid"] == 0
-    if options.json:
-        packages = ("torch", "torchdiffeq", "torchode", "diffrax", "jaxlib")
-        facts = {
-            "machine": platform.processor() or platform.machine(),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
-            "load": os.getloadavg()[0],
-            "repeats": options.repeats,
-            "targets": {"outside": OUTSIDE, "total": TOTAL, "diffrax": PEER},
-            "problems": results,
-            "ratios": ratios,
-            "compiled from uncompiled": apart,
-            "read-backs per attempted step": counted,
-        }
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+    sections = {
+        "targets": {"outside": OUTSIDE, "total": TOTAL, "diffrax": PEER},
+        "problems": results,
+        "ratios": ratios,
+        "compiled from uncompiled": apart,
+        "read-backs per attempted step": counted,
+    }
+    harness.record(options, sections)
     return 0 if met else 1
 
 

@@ -13,15 +13,10 @@ Kvaerno's method takes half the steps of Radau's on Van der Pol's problem at 1e-
 error there is a few thousandths of what is asked for.
 """
 
-import argparse
-import json
-import platform
-import sys
-from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
-import scipy
 import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
@@ -29,8 +24,6 @@ from torch import Tensor
 from pfode.ode import Status
 from pfode.ode.methods import newton
 from pfode.ode.solve import steps
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.ode.test_stiff import PROBLEMS, units
 
 TARGETS = {"radauIIA5": {"error": 3.0, "steps": 1.5}}
@@ -107,8 +100,7 @@ def errors(name: str, rtol: float, path: Walk, exact: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser = harness.parser(__doc__)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
@@ -133,9 +125,7 @@ def main() -> None:
                     f"{row.get('iterations', ''):>8}{row['nfe']:7d}",
                     flush=True,
                 )
-    if options.json:
-        report = {"torch": torch.__version__, "scipy": scipy.__version__, "machine": platform.machine()}
-        options.json.write_text(json.dumps(report | {"targets": TARGETS, "rows": rows}, indent=1) + "\n")
+    harness.record(options, {"targets": TARGETS, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ choice: how much more it errs than the best of the table, bed by bed, and what l
 written sampler@chart. Figures of beds that are not run again stay in the file.
 """
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor
 
@@ -156,9 +155,8 @@ def choices(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     every = [*NETWORKS, *EXACT]
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--beds", nargs="+", default=every, choices=every)
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, GUIDED])
     parser.add_argument("--choices", action="store_true", help="measure nothing; read the file")
@@ -169,13 +167,12 @@ def main() -> None:
     if options.choices:
         print(choices(report))
         return
-    report |= {"nfe": BUDGETS, "torch": torch.__version__}
+    report = {key: value for key, value in report.items() if key == "beds"} | {"nfe": BUDGETS}
     for name in options.beds:
         for guidance in [1.0] if name in EXACT else options.guidance:
             bed = exact(name) if name in EXACT else network(name, guidance)
             report["beds"].setdefault(name, {})[f"{guidance:g}"] = bed
-            if options.json:
-                options.json.write_text(json.dumps(report) + "\n")
+            harness.record(options, report)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,17 @@ a network, turn by turn; of every step the median over all repeats, and of those
 (ATen) operations and the values read back to the host per step, counted in a run of their own.
 """
 
-import argparse
+import functools
 import importlib
-import json
-import platform
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.step_overhead import Count
 from pfode.samplers import PFODEScheduler
 
 SIZES = [(4, 3, 32, 32), (2, 4, 64, 64)]
@@ -61,7 +56,7 @@ def run(scheduler: Any, x: torch.Tensor, outputs: list[torch.Tensor], called: Ca
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     scaled = getattr(scheduler, "scale_model_input", lambda y, t: y)
-    synchronise = torch.cuda.synchronize if x.is_cuda else lambda: None
+    synchronise = harness.waiter(x.device)
     y, spent = x * getattr(scheduler, "init_noise_sigma", 1), []
     for t, out in zip(scheduler.timesteps, outputs * 2, strict=False):
         synchronise()
@@ -77,16 +72,13 @@ def run(scheduler: Any, x: torch.Tensor, outputs: list[torch.Tensor], called: Ca
 
 def measured(size: tuple[int, ...], device: str, repeats: int) -> dict[str, dict[str, float]]:
     x, outputs = torch.randn(size, device=device), [torch.randn(size, device=device) for _ in range(STEPS)]
-    all_of_them, spent = contestants(), {}
+    all_of_them = contestants()
     rows: dict[str, dict[str, float]] = {}
     with torch.no_grad():
-        for repeat in range(repeats + 3):
-            for name, scheduler in all_of_them.items():
-                seconds = run(scheduler, x, outputs)
-                if repeat >= 3:
-                    spent.setdefault(name, []).append(seconds)
+        runs = {name: functools.partial(run, scheduler, x, outputs) for name, scheduler in all_of_them.items()}
+        spent = harness.turns(runs, repeats, warm=3)
         for name, scheduler in all_of_them.items():
-            with Count() as count:
+            with harness.Count() as count:
                 run(scheduler, x, outputs, count.called)
             medians = [statistics.median(step) for step in zip(*spent[name], strict=True)]
             rows[name] = {"microseconds": 1e6 * statistics.mean(medians), **count.per_call()}
@@ -102,17 +94,11 @@ def measured(size: tuple[int, ...], device: str, repeats: int) -> dict[str, dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser = harness.parser(__doc__, repeats=30, device=True)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    report: dict[str, Any] = {"steps": STEPS, "torch": torch.__version__, "machine": platform.machine()}
-    report |= {"device": options.device, "threads": torch.get_num_threads()}
-    report["sizes"] = {"x".join(map(str, s)): measured(s, options.device, options.repeats) for s in SIZES}
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    sizes = {"x".join(map(str, s)): measured(s, options.device, options.repeats) for s in SIZES}
+    harness.record(options, {"steps": STEPS, "sizes": sizes})
 
 
 if __name__ == "__main__":

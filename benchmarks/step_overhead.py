@@ -10,27 +10,22 @@ draws noise meanwhile: all are handed the same tensor; what drawing costs is rep
 plan, for every recipe, in seconds of this process's CPU.
 """
 
-import argparse
 import contextlib
-import json
-import platform
+import functools
+import itertools
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import harness
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfode
 from pfode.samplers import CATALOGUE
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.peers import Scheduler, k_diffusion_sampling
 
 SIZES = [(1, 3, 8, 8), (4, 3, 32, 32), (16, 4, 64, 64)]
@@ -38,7 +33,6 @@ STEPS = 20
 TARGETS = {(1, 3, 8, 8): 0.10, (4, 3, 32, 32): 0.10, (16, 4, 64, 64): 0.30}
 FAMILY_SIZE, FAMILY_TARGET = (4, 3, 32, 32), 0.15
 BUILD_TARGETS = {20: 0.020, 1000: 1.0}
-READS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"}
 Run = Callable[[], object]
 
 
@@ -47,48 +41,20 @@ class Clock:
 
     def __init__(self, output: torch.Tensor):
         self.output, self.gaps, self.left = output, [], None
-        self.synchronise = torch.cuda.synchronize if output.is_cuda else lambda: None
+        self.synchronise = harness.waiter(output.device)
 
     def __call__(self, x, t, **_):
         self.synchronise()
         if self.left is not None:
             self.gaps.append(time.perf_counter() - self.left)
-        if Count.active is not None:
-            Count.active.called()
+        if harness.Count.active is not None:
+            harness.Count.active.called()
         self.left = time.perf_counter()
         return self.output
 
     def take(self) -> list[float]:
         gaps, self.gaps, self.left = self.gaps, [], None
         return gaps
-
-
-class Count(TorchDispatchMode):
-    """Tensor operations and host reads between a first and a last network call."""
-
-    active = None
-
-    def __enter__(self):
-        self.operations, self.reads, self.calls = 0, 0, []
-        Count.active = self
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        Count.active = None
-        return super().__exit__(*exception)
-
-    def called(self) -> None:
-        self.calls.append((self.operations, self.reads))
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
-        self.reads += func.overloadpacket.__name__ in READS
-        return func(*args, **(kwargs or {}))
-
-    def per_call(self) -> dict[str, float]:
-        (first, read), (last, read_last) = self.calls[0], self.calls[-1]
-        gaps = len(self.calls) - 1
-        return {"operations": (last - first) / gaps, "reads": (read_last - read) / gaps}
 
 
 class Bare:
@@ -228,19 +194,19 @@ PEERS = [
 
 def timed(runs: dict[str, Run], clock: Clock, repeats: int) -> dict[str, dict[str, float]]:
     """Microseconds, operations and reads per network call of each, turn by turn."""
-    gaps: dict[str, list[list[float]]] = {name: [] for name in runs}
     rows = {}
+
+    def gaps_of(go: Run) -> list[float]:
+        clock.take()
+        go()
+        return clock.take()
+
     with torch.no_grad(), no_drawing(clock.output), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for repeat in range(repeats + 3):
-            for name, go in runs.items():
-                clock.take()
-                go()
-                if repeat >= 3:
-                    gaps[name].append(clock.take())
+        gaps = harness.turns({name: functools.partial(gaps_of, go) for name, go in runs.items()}, repeats, warm=3)
         for name, go in runs.items():
             clock.take()
-            with Count() as count:
+            with harness.Count() as count:
                 go()
             medians = [statistics.median(gap) for gap in zip(*gaps[name], strict=True)]
             rows[name] = {"microseconds": 1e6 * statistics.mean(medians), **count.per_call()}
@@ -249,12 +215,9 @@ def timed(runs: dict[str, Run], clock: Clock, repeats: int) -> dict[str, dict[st
 
 def noise_time(x: torch.Tensor, repeats: int) -> float:
     """Median seconds to draw one step's keyed noise."""
-    spent = []
-    for draw in range(repeats):
-        began = time.perf_counter()
-        pfode.noise.normal(range(len(x)), draw, x.shape[1:], x.dtype, x.device)
-        spent.append(time.perf_counter() - began)
-    return statistics.median(spent)
+    draws = itertools.count()
+    run = harness.seconds(lambda: pfode.noise.normal(range(len(x)), next(draws), x.shape[1:], x.dtype, x.device))
+    return statistics.median(harness.turns({"noise": run}, repeats)["noise"])
 
 
 def by_size(size: tuple[int, int, int, int], device: str, repeats: int) -> dict[str, dict[str, float]]:
@@ -298,12 +261,9 @@ def by_recipe() -> dict[str, dict[str, float]]:
         for steps, tries in ((20, 5), (1000, 2)):
             spent = []
             for process in processes:
-                each = []
-                for _ in range(tries):
-                    began = time.process_time()
-                    pfode.make_plan(name, process, steps, grid="time")
-                    each.append(time.process_time() - began)
-                spent.append(min(each))
+                build = functools.partial(pfode.make_plan, name, process, steps, grid="time")
+                run = harness.seconds(build, time.process_time)
+                spent.append(min(harness.turns({name: run}, tries, warm=0)[name]))
             table[name][str(steps)] = max(spent)
     for steps, target in BUILD_TARGETS.items():
         print(
@@ -315,18 +275,13 @@ def by_recipe() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser = harness.parser(__doc__, repeats=30, device=True)
     options = parser.parse_args()
-    report: dict[str, Any] = {"steps": STEPS, "torch": torch.__version__, "machine": platform.machine()}
-    report |= {"device": options.device, "threads": torch.get_num_threads()}
+    report: dict[str, Any] = {"steps": STEPS}
     report["sizes"] = {"x".join(map(str, size)): by_size(size, options.device, options.repeats) for size in SIZES}
     report["families"] = by_family(options.device, options.repeats)
     report["plans"] = by_recipe()
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    harness.record(options, report)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,11 @@ and its updates and looks for NaN. Both run turn by turn in one process, the ord
 the ratios of neighbours, and the ratio of the quickest runs, which a busy machine disturbs less. Target: 97 %.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 
 import pfode
@@ -46,21 +42,13 @@ def measure(name: str, sampler: str, batch: int, device: str, repeats: int) -> d
     n = max(4, 2 * batch)
     plan = pfode.make_plan(sampler, net.process, STEPS)
     label = torch.arange(n) % len(net.labels) if net.labels else None
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait = harness.waiter(device)
 
     def sample() -> None:
         pfode.sample(net, n, plan=plan, label=label, batch=batch)
 
     runs = {"bare": bare(net, plan, n, batch, label, device), "sample": sample}
-    spent: dict[str, list[float]] = {key: [] for key in runs}
-    for repeat in range(repeats + 2):
-        for key in sorted(runs, reverse=bool(repeat % 2)):
-            wait()
-            began = time.perf_counter()
-            runs[key]()
-            wait()
-            if repeat >= 2:
-                spent[key].append(time.perf_counter() - began)
+    spent = harness.turns({key: harness.seconds(run, wait=wait) for key, run in runs.items()}, repeats)
     ratios = [a / b for a, b in zip(spent["bare"], spent["sample"], strict=True)]
     rates = {key: n / statistics.median(seconds) for key, seconds in spent.items()}
     best = min(spent["bare"]) / min(spent["sample"])
@@ -70,15 +58,11 @@ def measure(name: str, sampler: str, batch: int, device: str, repeats: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser = harness.parser(__doc__, repeats=15, device=True)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--samplers", nargs="+", default=["auto", "heun", "euler-a"])
     options = parser.parse_args()
-    report: dict[str, Any] = {"steps": STEPS, "torch": torch.__version__, "machine": platform.machine()}
-    report |= {"device": options.device, "threads": torch.get_num_threads(), "target": TARGET, "rows": []}
+    report: dict[str, Any] = {"steps": STEPS, "target": TARGET, "rows": []}
     print(f"{'model':10s}{'sampler':12s}{'batch':>6s}{'images/s':>12s}{'bare':>12s}{'ratio':>9s}{'best':>9s}")
     for model in MODELS:
         try:
@@ -92,8 +76,7 @@ def main() -> None:
                 report["rows"].append(row)
                 rates = f"{row['images/s']:12.2f}{row['bare images/s']:12.2f}{row['ratio']:9.1%}{row['best']:9.1%}"
                 print(f"{model:10s}{row['sampler']:12s}{batch:6d}{rates}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    harness.record(options, report)
 
 
 if __name__ == "__main__":

@@ -40,14 +40,14 @@ class Moved:
 
     Args:
         inner: the denoiser. process: the other process.
-        dtype: what the denoiser is given; peers hold their states in float64.
+        dtype: of what the denoiser is given, where peers hold their states in float64; None: the state's.
         cond: what else the denoiser is given.
 
     Raises:
         DenoiserError: at a call, where the denoiser raises an error of its own.
     """
 
-    def __init__(self, inner: Denoiser, process: Process, dtype: torch.dtype = torch.float64, **cond: Any):
+    def __init__(self, inner: Denoiser, process: Process, dtype: torch.dtype | None = None, **cond: Any):
         self.inner, self.process, self.dtype, self.cond = inner, process, dtype, cond
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
@@ -56,7 +56,7 @@ class Moved:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         own = process.time(-2 * torch.log(sigma / alpha)).clamp(process.t_min, process.t_max)
         scale = torch.hypot(process.alpha(own), process.sigma(own)) / torch.hypot(alpha, sigma)
-        given = (scale * x).to(self.dtype)
+        given = (scale * x).to(self.dtype or x.dtype)
         try:
             x0 = at(self.inner, float(own))(given, own, **self.cond, **cond)
         except PfodeError:
