@@ -1,7 +1,7 @@
-"""Guidance, a denoiser made from denoisers: away from no class (Ho & Salimans 2022) or from a weaker network.
+"""Guidance: one denoiser made of two, a conditional and an unconditional one, or a network and a weaker one.
 
-What changes with the time does so by `at(t)`, the denoiser that stands in at one time: whoever knows the times
-beforehand, as a plan does, asks for it on the host, so that no call looks at a time on the device.
+Guidance that changes with the time is asked for by `at(t)`, which returns the denoiser that stands in at time t. A plan
+knows its times beforehand and asks on the host, so that no call has to read a time back from the device.
 """
 
 import dataclasses
@@ -18,15 +18,24 @@ from pfode.labels import class_index, class_indices, warn_unseen
 from pfode.plans.rows import row_affine
 from pfode.plans.table import Plan
 from pfode.scores.mixing import Rule, Schedule, column
-from pfode.scores.wrapping import Wrapper, known
+from pfode.scores.wrapping import Wrapper, as_time
 
 Class = int | str | Sequence[int | str] | Tensor
 
+__all__ = ["Autoguided", "Guided", "cfg_plus_plus", "guide"]
+
 
 class Guided(Wrapper, Preconditioned):
-    """F_0 + scale (F - F_0): the network under two conditions, in one forward of twice the batch.
+    """Classifier-free guidance (Ho & Salimans 2022): F_0 + scale (F - F_0), both in one forward of twice the batch.
 
-    As D is affine in F, guiding F is guiding D. `negative` holds the conditions that differ in F_0.
+    As D is affine in F, guiding the network F guides the denoiser D.
+
+    Args:
+        denoiser: the wrapped one.
+        rule: the scale and its refinements.
+        label: the class where a call gives none: a number or (batch,); None where every call gives one.
+        negative: the conditions of F_0 that differ from those of F, by their names.
+        level: (c_skip / c_in, c_out) at the time of this stand-in, which projected guidance needs; None before `at`.
     """
 
     def __init__(
@@ -42,16 +51,17 @@ class Guided(Wrapper, Preconditioned):
         self.rule, self.label, self.negative = rule, label, negative
         if "label" in negative:
             self.unseen -= {len(self.labels or ())}  # known to `guide`, and not what a call without a label draws
-        self.level = level  # (c_skip / c_in, c_out) at the time, once it is known
-        self.timed |= rule.varies or (rule.projects and level is None)
+        self.level = level
+        self.time_dependent |= rule.varies or (rule.projects and level is None)
         self.evals *= sum(rule.needs)
 
     @property
     def scale(self) -> float | Tensor | Schedule:
-        """Of the guidance."""
+        """The scale of the guidance: a number, one per sample, or a function of the time."""
         return self.rule.scale
 
-    def around(self, change: Callable[[Any], Any]) -> "Guided":
+    def rewrap(self, change: Callable[[Any], Any]) -> "Guided":
+        """See `Wrapper.rewrap`."""
         return Guided(change(self.denoiser), self.rule, self.label, self.negative, self.level)
 
     def at(self, t: float | Tensor) -> "Guided":
@@ -65,17 +75,25 @@ class Guided(Wrapper, Preconditioned):
         return Guided(at(self.denoiser, inner), rule, self.label, self.negative, level)
 
     def precondition(self, t: Tensor) -> Preconditioning:
+        """The preconditioning of the wrapped denoiser."""
         return self.inner.precondition(t)
 
     def network(self, x: Tensor, c_noise: Tensor, *, label: Tensor | int | None = None, **cond: Any) -> Tensor:
-        """The guided F; `label` as for the denoiser, else the one given to `guide`.
+        """The guided F(x, c_noise), of the shape of x.
+
+        Args:
+            x: (batch, ...), scaled by c_in. c_noise: 0-d or (batch,).
+            label: a class or (batch,) of them; the one given to `guide` where None.
+            cond: the other conditions of the call.
 
         Raises:
             UsageError: a condition to guide towards is missing, or the two do not fit together; or guidance that
                 depends on the time, which only `at` knows.
         """
         if self.rule.varies or (self.rule.projects and self.level is None):
-            raise UsageError("this guidance depends on the time, which its network is not told", "guided.at(t).network")
+            raise UsageError(
+                "this guidance depends on the time, which its network does not get", "guided.at(t).network"
+            )
         label = self.label if label is None else label
         given = cond if label is None else {"label": label, **cond}
         other = {**given, **self.negative}
@@ -98,11 +116,11 @@ class Guided(Wrapper, Preconditioned):
         return self.rule.mix(first, second, x0=skip * x + size * second, unit=abs(size))
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """The guided D, see `network`."""
-        return Preconditioned.__call__(self.at(known(t)) if self.timed else self, x, t, **cond)
+        """The guided D(x, t), in the dtype of x; conditions as for `network`."""
+        return Preconditioned.__call__(self.at(as_time(t)) if self.time_dependent else self, x, t, **cond)
 
     def guided(self, scale: float) -> Denoiser:
-        """The denoiser underneath, guided by another scale and otherwise alike."""
+        """The wrapped denoiser under the same guidance with another scale."""
         rule = dataclasses.replace(self.rule, scale=scale)
         if scale == 1 and self.label is None:
             return self.denoiser
@@ -110,7 +128,16 @@ class Guided(Wrapper, Preconditioned):
 
 
 class Autoguided(Wrapper):
-    """D_weak + scale (D - D_weak): away from a weaker network's mistakes (Karras et al. 2024), classes or not."""
+    """Autoguidance (Karras et al. 2024, "Guiding a diffusion model with a bad version of itself"):
+    D_weak + scale (D - D_weak), with or without classes.
+
+    Args:
+        denoiser: the wrapped one. weak: a smaller or less trained one of the same process, shape and classes.
+        rule: the scale and its refinements.
+
+    Raises:
+        UsageError: the two differ in process, shape or number of classes.
+    """
 
     def __init__(self, denoiser: Denoiser, weak: Denoiser, rule: Rule):
         super().__init__(denoiser)
@@ -122,11 +149,12 @@ class Autoguided(Wrapper):
             raise UsageError(f"the weak denoiser differs in shape or classes: {shapes}, {classes}", "take its sibling")
         self.weak, self.rule = weak, rule
         self.unseen |= frozenset(getattr(weak, "unseen", ()))
-        self.timed |= rule.varies or getattr(weak, "timed", False)
+        self.time_dependent |= rule.varies or getattr(weak, "time_dependent", False)
         away, towards = rule.needs
         self.evals = away * getattr(weak, "evals", 1) + towards * self.evals
 
-    def around(self, change: Callable[[Any], Any]) -> "Autoguided":
+    def rewrap(self, change: Callable[[Any], Any]) -> "Autoguided":
+        """See `Wrapper.rewrap`."""
         return Autoguided(change(self.denoiser), change(self.weak), self.rule)
 
     def at(self, t: float | Tensor) -> "Autoguided":
@@ -134,8 +162,8 @@ class Autoguided(Wrapper):
         return Autoguided(at(self.denoiser, t), at(self.weak, t), self.rule.at(t, self.process))
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """The guided D; both denoisers see the same x, t and conditions."""
-        rule = self.rule.at(known(t), self.process)
+        """The guided D(x, t), in the dtype of x; both denoisers get the same x, t and conditions."""
+        rule = self.rule.at(as_time(t), self.process)
         away, towards = rule.needs
         if not towards:
             return self.weak(x, t, **cond)
@@ -227,7 +255,11 @@ def cfg_plus_plus(lam: float, plan: Plan) -> Schedule:
 
 
 def _looked_up(times: Tensor, values: Tensor, t: Tensor) -> Tensor:
-    """The value at the time nearest to t."""
+    """The value of the table at the time nearest to t, shape of t.
+
+    Raises:
+        UsageError: on the CPU, t is not a time of the table.
+    """
     times, values = times.to(t), values.to(t)
     distance, index = (times - t[..., None]).abs().min(-1)
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and (distance > 1e-5 * t.abs()).any():
@@ -239,6 +271,11 @@ def _looked_up(times: Tensor, values: Tensor, t: Tensor) -> Tensor:
 
 
 def _names(denoiser: Denoiser) -> Sequence[str]:
+    """The names of a denoiser's classes.
+
+    Raises:
+        UsageError: it has none.
+    """
     names = getattr(denoiser, "labels", None)
     if not names:
         raise UsageError(
@@ -272,6 +309,7 @@ def _joined(key: str, away: Any, towards: Any, x: Tensor) -> Any:
 
 
 def _batched(key: str, value: Any, x: Tensor) -> Tensor:
+    """A condition as a tensor (batch, ...) on the device of x."""
     if isinstance(value, int | float):
         return torch.full((len(x),), value, device=x.device)
     if not isinstance(value, Tensor):

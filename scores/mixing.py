@@ -1,4 +1,4 @@
-"""How guidance mixes two outputs: functions of tensors, each sample by itself."""
+"""How guidance combines two outputs of a network: functions of tensors, each sample by itself."""
 
 import math
 from collections.abc import Callable
@@ -15,10 +15,12 @@ from pfode.process import Process
 Schedule = Callable[[Tensor], Any]  # times, float64, 0-d or (batch,) -> scales of their shape
 ROUNDING = 1e-6  # of a noise level that is compared with the ends of an interval
 
+__all__ = ["Rule", "Schedule", "column", "projected", "rescaled"]
+
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """out_0 + scale (out - out_0) and its refinements, out_0 being what is led away from.
+    """out_0 + scale (out - out_0) and its refinements, where guidance leads away from out_0 and towards out.
 
     Args:
         scale: a number, a tensor of shape (batch,), or a schedule.
@@ -84,10 +86,10 @@ class Rule:
         return replace(self, scale=scale if isinstance(t, Tensor) else scale.item(), interval=None)
 
     def mix(self, away: Tensor, towards: Tensor, x0: Tensor | None = None, unit: float | Tensor = 1.0) -> Tensor:
-        """The guided output.
+        """The guided output, (batch, ...).
 
         Args:
-            away, towards: out_0 and out, shape (batch, ...).
+            away, towards: out_0 and out, (batch, ...).
             x0: the denoiser's output where the network's is `towards`; used if the rule projects.
             unit: |d x0 / d towards|, a number or of a shape that broadcasts.
         """
@@ -102,10 +104,15 @@ class Rule:
 
 
 def projected(update: Tensor, x0: Tensor, eta: float, norm: float | Tensor | None = None) -> Tensor:
-    """The update, no longer than norm, its part along x0 times eta: adaptive projected guidance (Sadat et al. 2025).
+    """Adaptive projected guidance (Sadat et al. 2025, algorithm 1): the update shortened to `norm`, its part along x0
+    multiplied by eta.
 
-    Algorithm 1 without momentum, which would make the denoiser depend on the calls before: it would be no function of
-    (x, t) any more, with nothing to encode, to replay or to take the probability of.
+    The momentum of the algorithm is left out: it would make the denoiser depend on the calls before, so that it is no
+    function of (x, t), and neither encoding nor a probability exists.
+
+    Args:
+        update: out - out_0, (batch, ...). x0: the denoiser's output, of that shape.
+        eta: 1 keeps the parallel part. norm: the largest length, a number or broadcastable; None for no limit.
     """
     if norm is not None:
         update = update * (norm / per_sample(torch.linalg.vector_norm(flat(update), dim=1), x0)).clamp_max(1)
@@ -117,7 +124,12 @@ def projected(update: Tensor, x0: Tensor, eta: float, norm: float | Tensor | Non
 
 
 def rescaled(guided: Tensor, given: Tensor, phi: float) -> Tensor:
-    """phi of the way to the standard deviation of the unguided output `given` (Lin et al. 2024, eq. 14-16)."""
+    """The guided output, its standard deviation brought phi of the way to that of `given` (Lin et al. 2024, eq. 14-16).
+
+    Args:
+        guided, given: the guided and the unguided output, (batch, ...); deviations are those within a sample.
+        phi: from 0 to 1.
+    """
     now, wanted = (flat(out).std(1, correction=0) for out in (guided, given))
     ratio = torch.where(now > 0, wanted / now, 1.0)
     return guided * per_sample(1 - phi + phi * ratio, guided)
@@ -131,6 +143,11 @@ def column(value: Any, x: Tensor) -> Any:
 
 
 def _finite(scale: Any) -> float:
+    """The scale as a number.
+
+    Raises:
+        UsageError: it is none, or not finite.
+    """
     try:
         value = math.nan if isinstance(scale, str | bool) else float(scale)
     except (TypeError, ValueError, OverflowError):
@@ -144,6 +161,11 @@ def _finite(scale: Any) -> float:
 
 
 def _interval(given: Any) -> tuple[float, float]:
+    """An interval of sigma/alpha as (low, high).
+
+    Raises:
+        UsageError: other than two numbers with 0 <= low < high.
+    """
     try:
         low, high = map(float, given)
     except (TypeError, ValueError) as error:
@@ -156,5 +178,6 @@ def _interval(given: Any) -> tuple[float, float]:
 
 
 def _set(rule: Rule, **values: Any) -> None:
+    """Set fields of the frozen rule, while it is made."""
     for key, value in values.items():
         object.__setattr__(rule, key, value)

@@ -1,4 +1,4 @@
-"""Denoisers around another denoiser, which they show as their own; thresholding and clipping of D."""
+"""Denoisers that wrap another denoiser: what they pass on, and those whose output is clipped or thresholded."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,9 +12,15 @@ from pfode.denoiser import Denoiser, at, fingerprint
 from pfode.errors import UsageError, number
 from pfode.labels import class_count
 
+__all__ = ["Bounded", "Wrapper", "as_time", "clip", "need_method", "threshold"]
+
 
 class Wrapper:
-    """What a denoiser around another shows as its own."""
+    """Base of a denoiser that wraps another and passes its optional attributes on.
+
+    Args:
+        denoiser: the wrapped one; attributes that it lacks take the defaults of `pfode.denoiser.Denoiser`.
+    """
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser: Any = denoiser
@@ -27,60 +33,84 @@ class Wrapper:
         self.dtype: torch.dtype | None = getattr(denoiser, "dtype", None)
         self.device: torch.device | None = getattr(denoiser, "device", None)
         self.evals: int = getattr(denoiser, "evals", 1)
-        self.timed: bool = getattr(denoiser, "timed", False)  # whether it differs from time to time, see `at`
+        self.time_dependent: bool = getattr(denoiser, "time_dependent", False)  # whether `at` gives another denoiser
 
     @property
     def fingerprint(self) -> str | None:
-        """That of the denoiser underneath."""
+        """The digest of the wrapped denoiser's weights, None where it does not give one."""
         return fingerprint(self.denoiser)
 
-    def around(self, change: Callable[[Any], Any]) -> Self:
-        """The same around a changed denoiser."""
+    def rewrap(self, change: Callable[[Any], Any]) -> Self:
+        """The same wrapper around `change(denoiser)`, for every denoiser that it wraps."""
         raise NotImplementedError
 
     def at(self, t: float | Tensor) -> Self:
-        """What stands in for this denoiser at time t, under the same preconditioning; `evals` are those there.
+        """The denoiser that stands in for this one at time t: equal preconditioning, and `evals` as they are there.
 
-        A tensor of times gives what serves them all.
+        Args:
+            t: a time of the process, or a tensor (batch,) of times, for which one denoiser stands in at all of them.
         """
-        return self.around(lambda denoiser: at(denoiser, t))
+        return self.rewrap(lambda denoiser: at(denoiser, t))
 
     def label_index(self, name: str | int) -> int:
-        """See `Denoiser.label_index`."""
-        return method(self.denoiser, "label_index", "give the number of the class")(name)
+        """The number of a class; see `pfode.scores.Denoiser.label_index`.
+
+        Raises:
+            UsageError: the wrapped denoiser has no such class, or no `label_index`.
+        """
+        return need_method(self.denoiser, "label_index", "give the number of the class")(name)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """See `Denoiser.to`; a denoiser without parameters stays as it is."""
-        return self.around(lambda d: d.to(device, dtype) if hasattr(d, "to") else d)
+        """A copy whose networks are on a device and in a dtype; a denoiser without a `to` method stays as it is."""
+        return self.rewrap(lambda d: d.to(device, dtype) if hasattr(d, "to") else d)
 
     def compiled(self) -> Self:
-        """See `Denoiser.compiled`."""
-        return self.around(lambda d: method(d, "compiled", "wrap its network in torch.compile yourself")())
+        """The same with every network through torch.compile.
+
+        Raises:
+            UsageError: a wrapped denoiser has no `compiled` method.
+        """
+        return self.rewrap(lambda d: need_method(d, "compiled", "wrap its network in torch.compile yourself")())
 
 
 class Bounded(Wrapper):
-    """A denoiser whose output is kept in bounds, before any solver sees it."""
+    """A denoiser whose output goes through a function that keeps it within bounds: see `clip` and `threshold`.
+
+    Args:
+        denoiser: the wrapped one.
+        bound: from x0 of shape (batch, ...) to the bounded x0 of the same shape.
+    """
 
     def __init__(self, denoiser: Denoiser, bound: Callable[[Tensor], Tensor]):
         super().__init__(denoiser)
         self.bound = bound
 
-    def around(self, change: Callable[[Any], Any]) -> "Bounded":
+    def rewrap(self, change: Callable[[Any], Any]) -> "Bounded":
+        """See `Wrapper.rewrap`."""
         return Bounded(change(self.denoiser), self.bound)
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """D within its bounds."""
+        """bound(D(x, t)), in the dtype of x."""
         return self.bound(self.denoiser(x, t, **cond).to(x.dtype))
 
     def guided(self, scale: float) -> Denoiser:
-        """The denoiser underneath guided by a scale, in the same bounds."""
+        """The wrapped denoiser guided by a scale, within the same bounds.
+
+        Raises:
+            UsageError: the wrapped denoiser cannot be guided.
+        """
         if scale == 1 and not hasattr(self.denoiser, "guided"):
             return self
-        return Bounded(method(self.denoiser, "guided", "wrap it yourself: pfode.scores.guide")(scale), self.bound)
+        return Bounded(need_method(self.denoiser, "guided", "wrap it yourself: pfode.scores.guide")(scale), self.bound)
 
 
 def threshold(denoiser: Denoiser, quantile: float = 0.995, limit: float = 1.0) -> Denoiser:
-    """Dynamic thresholding of D for data in [-limit, limit] (Saharia et al. 2022): see `thresholded`.
+    """A denoiser with dynamic thresholding of its output; see `pfode.bounds.thresholded` (Saharia et al. 2022).
+
+    Args:
+        denoiser: the wrapped one.
+        quantile: of |D| within each sample, from 0 to 1, to which the output is clamped before it is scaled.
+        limit: the data lie within [-limit, limit].
 
     Raises:
         UsageError: a quantile outside [0, 1], or a limit that is not positive.
@@ -92,10 +122,10 @@ def threshold(denoiser: Denoiser, quantile: float = 0.995, limit: float = 1.0) -
 
 
 def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
-    """D clipped to [low, high].
+    """A denoiser whose output is clipped to [low, high].
 
     Raises:
-        UsageError: numbers that are no bounds.
+        UsageError: not finite, or low is not below high.
     """
     low, high = number("low", low), number("high", high)
     if not low < high:
@@ -103,18 +133,21 @@ def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
     return Bounded(denoiser, functools.partial(clipped, low=low, high=high))
 
 
-def known(t: Tensor | float) -> float | Tensor:
-    """A single time on the host as a number; other times as a tensor, of which nothing is read back."""
+def as_time(t: Tensor | float) -> float | Tensor:
+    """A time as `at` takes it: a number where it is one time on the CPU, else a float64 tensor.
+
+    A tensor on another device is not read back, as that would wait for the device.
+    """
     if torch.compiler.is_compiling() or (isinstance(t, Tensor) and (t.ndim or t.device.type != "cpu")):
         return torch.as_tensor(t, dtype=torch.float64)
     return float(t.detach() if isinstance(t, Tensor) else t)
 
 
-def method(denoiser: Any, name: str, hint: str) -> Callable[..., Any]:
-    """A method the denoiser may have.
+def need_method(denoiser: Any, name: str, hint: str) -> Callable[..., Any]:
+    """An optional method of a denoiser.
 
     Raises:
-        UsageError: it has not.
+        UsageError: the denoiser does not have it.
     """
     found = getattr(denoiser, name, None)
     if found is None:
