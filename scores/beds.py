@@ -1,4 +1,4 @@
-"""Test beds by name: denoisers that a sampler can be measured on, exact ones and networks.
+"""Test beds by name: the denoisers that samplers are measured on, exact ones and networks.
 
 gaussian-16         a Gaussian in 16 dimensions, its flow known
 mixture-64-flow     a mixture of 8 Gaussians in 64 dimensions, on a flow process (-vp: VP; else EDM)
@@ -33,12 +33,17 @@ EXACT = re.compile(
 )
 HINT = "gaussian-16, mixture-64, mixture-64-vp~0.1, digits-ideal-flow, emoji@2, a model of `pfode info models`, a file"
 
+__all__ = ["Perturbed", "bed", "gaussian", "mixture"]
+
 
 def bed(name: str) -> Any:
-    """The denoiser of a name; exact ones have `sample` and `log_prob`, mixtures `modes`, a Gaussian `flow`.
+    """The denoiser of a name, as listed above.
+
+    Exact ones have `sample` and `log_prob`, mixtures also `modes`, a Gaussian also `flow`.
 
     Raises:
-        UsageError: no such bed, dimensions outside 1 to 1,000 (mixtures: from 2), or a network that cannot be guided.
+        UsageError: no such test bed, dimensions outside 1 to 1,000 (mixtures: from 2), or a network that cannot be
+            guided.
         FileError: a model file that is missing or damaged.
     """
     found = EXACT.fullmatch(name)
@@ -55,20 +60,29 @@ def bed(name: str) -> Any:
         exact = mixture(integer("dimensions", int(size.partition("x")[0]), 2, MAX_DIMENSIONS), process, apart)
     if found["error"] is None:
         return exact
-    return Erring(exact, number("error", _float(name, found["error"]), 0, 10))
+    return Perturbed(exact, number("error", _float(name, found["error"]), 0, 10))
 
 
 def gaussian(dimensions: int, process: Process) -> Gaussian:
-    """Mean 0.7 N(0, I), deviations falling from 0.5 to 0.05 as a power of ten, as the spectrum of pictures does."""
+    """A Gaussian whose standard deviations fall from 0.5 to 0.05 along the axes by a power law, as in pictures.
+
+    Its mean is 0.7 times a fixed standard normal sample.
+    """
     mean = 0.7 * _normal(dimensions)
     return Gaussian(mean, _deviations(dimensions) ** 2, process=process)
 
 
 def mixture(dimensions: int, process: Process, apart: float = APART) -> GaussianMixture:
-    """8 modes about so many deviations apart, most of it in the 8 widest directions; weights as 1 : 2 : ... : 8.
+    """A mixture of 8 Gaussians, of weights 1 : 2 : ... : 8.
 
-    Deviations as the Gaussian's, times factors of 0.7 to 1.4 of each mode's own. Modes much farther apart make of every
-    trajectory near a border a coin toss, and of the root mean square error a count of those: mixture-64x15.
+    The standard deviations of each are those of `gaussian`, times factors of 0.7 to 1.4 of its own. With modes much
+    farther apart, the mode where a trajectory near a border ends is chance, and the root mean square error counts those
+    trajectories: mixture-64x15.
+
+    Args:
+        dimensions: of the samples; the modes lie apart in the 8 widest.
+        process: the noise process.
+        apart: distance of two modes on average, in standard deviations.
     """
     deviations, wide = _deviations(dimensions), min(dimensions, MODES)
     means = torch.zeros(MODES, dimensions, dtype=torch.float64)
@@ -78,12 +92,16 @@ def mixture(dimensions: int, process: Process, apart: float = APART) -> Gaussian
     return GaussianMixture(means, std=deviations * factors, weights=weights, process=process)
 
 
-class Erring:
-    """An exact denoiser that errs as a network does: D + error c_out g(x).
+class Perturbed:
+    """An exact denoiser with the kind of error that a network has: D + error c_out g(x).
 
     c_out = sigma s / sqrt(sigma^2 + alpha^2 s^2) with s = 0.5 is the factor of an EDM network's output (Karras et al.
-    2022, table 1), and g a fixed smooth field of root mean square 1: waves in random directions, about as
-    long as the data are wide. `sample`, `log_prob` and `modes` stay those of the truth.
+    2022, table 1), and g a fixed smooth field of root mean square 1: sine waves in random directions, about as long as
+    the data are wide. `sample`, `log_prob` and `modes` stay those of the exact denoiser.
+
+    Args:
+        exact: the denoiser without the error.
+        error: root mean square of the error, in units of c_out.
     """
 
     def __init__(self, exact: GaussianMixture, error: float):
@@ -91,31 +109,34 @@ class Erring:
         self.process, self.shape, self.labels = exact.process, exact.shape, None
         self.weights, self.sample, self.log_prob, self.modes = exact.weights, exact.sample, exact.log_prob, exact.modes
         d = math.prod(self.shape)
-        self.ways = _normal(d, d) / math.sqrt(d)
+        self.directions = _normal(d, d) / math.sqrt(d)
         self.phases = 2 * math.pi * torch.rand(d, generator=_generator(7), dtype=torch.float64)
 
     @property
     def fingerprint(self) -> str | None:
-        """The digest of what it errs from, and by how much."""
+        """A digest of the exact denoiser and of the error; None where the exact one has none."""
         found = getattr(self.exact, "fingerprint", None)
         return None if found is None else hashlib.sha256(f"{found} {self.error}".encode()).hexdigest()
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """The perturbed D(x, t), of the shape of x, (batch, *shape)."""
         t = torch.as_tensor(t, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         length = torch.sqrt(sigma**2 + (alpha * DATA_STD) ** 2)
-        seen = (x / length).flatten(1) @ self.ways.to(x) + self.phases.to(x)
+        seen = (x / length).flatten(1) @ self.directions.to(x) + self.phases.to(x)
         field = math.sqrt(2) * torch.sin(seen).reshape(x.shape)
         return self.exact(x, t.reshape(-1)) + self.error * sigma * DATA_STD / length * field
 
 
 def _digits(process: Process) -> Empirical:
+    """The ideal denoiser of the digits."""
     from pfode.scores.training.data import digits
 
     return Empirical(digits().images.double() / 127.5 - 1, std=WIDTH, process=process)
 
 
 def _network(name: str) -> Denoiser:
+    """A model by its name or file, with guidance where the name ends in @scale."""
     from pfode.scores.guidance import guide
     from pfode.scores.io.checkpoint import load
 
@@ -128,6 +149,7 @@ def _network(name: str) -> Denoiser:
 
 
 def _float(name: str, text: str) -> float:
+    """A number within a name."""
     try:
         return float(text)
     except ValueError as error:
@@ -135,12 +157,15 @@ def _float(name: str, text: str) -> float:
 
 
 def _generator(seed: int) -> torch.Generator:
+    """A generator of fixed numbers: a test bed is the same everywhere."""
     return torch.Generator().manual_seed(seed)
 
 
 def _normal(*shape: int) -> Tensor:
+    """Fixed standard normal numbers."""
     return torch.randn(*shape, generator=_generator(0), dtype=torch.float64)
 
 
 def _deviations(dimensions: int) -> Tensor:
+    """Standard deviations from 0.5 to 0.05, (dimensions,)."""
     return 0.5 * torch.logspace(0, -1, dimensions, dtype=torch.float64)

@@ -1,8 +1,10 @@
-"""Denoisers in closed form: the test beds of every solver.
+"""Exact denoisers in closed form, on which solvers are tested and measured.
 
-    E[x_0 | x] = the posterior mean of a Gaussian, of a mixture of Gaussians, or of a finite set of points.
+    D(x, t) = E[x_0 | x_t = x], the posterior mean where x_0 is Gaussian, from a mixture of Gaussians, or one of
+    finitely many points with a Gaussian kernel around each.
 
-All work on any process, shape (batch, ...) flattened to (batch, d), in the dtype of x.
+All work on any process. States have the shape (batch, *shape); they are flattened to (batch, d) and computed in their
+own dtype.
 """
 
 import functools
@@ -17,16 +19,18 @@ from pfode.denoiser import digest
 from pfode.errors import UsageError
 from pfode.process import EDM, Process, need_process
 
+__all__ = ["Empirical", "Gaussian", "GaussianMixture"]
+
 
 class GaussianMixture:
-    """x_0 ~ sum_k w_k N(mu_k, C_k): exact denoiser, score, samples and densities.
+    """Data x_0 ~ sum_k w_k N(mu_k, C_k): the exact denoiser, score, density and samples of a Gaussian mixture.
 
     Args:
-        means: shape (k, d), or (k, *shape).
-        std: standard deviations: a number, (k,) for isotropic ones, or (k, d) for diagonal ones.
+        means: mu, shape (k, d), or (k, *shape).
+        std: standard deviations: a number, (k,) for isotropic components, or (k, d) for diagonal ones.
         cov: instead of std: covariances, (d, d) for all components or (k, d, d).
-        weights: shape (k,); equal when None.
-        process: the noise process.
+        weights: w, shape (k,), positive; they are normalised, and equal when None.
+        process: the noise process; `EDM()` when None.
 
     Raises:
         UsageError: shapes that do not fit, or a covariance that is not positive definite.
@@ -44,8 +48,9 @@ class GaussianMixture:
         cov: Tensor | list[Any] | None = None,
     ):
         mu = torch.as_tensor(means, dtype=torch.float64)
-        if mu.ndim < 2:
-            raise UsageError(f"means: need shape (k, d), got {tuple(mu.shape)}", "means=[[0.0, 0.0], [1.0, 1.0]]")
+        if mu.ndim < 2 or 0 in mu.shape or not mu.isfinite().all():
+            got = f"{tuple(mu.shape)}" + ("" if mu.isfinite().all() else " with values that are not finite")
+            raise UsageError(f"means: need shape (k, d), got {got}", "means=[[0.0, 0.0], [1.0, 1.0]]")
         if (std is None) == (cov is None):
             raise UsageError("need either std or cov", "std=0.3")
         self.process = EDM() if process is None else need_process(process)
@@ -58,19 +63,23 @@ class GaussianMixture:
         self.weights = w / w.sum()
         variances, self.basis = _spectrum(std, cov, k, d)
         self.variances = variances.expand(k, d)  # eigenvalues of C_k
-        if not (self.variances > 0).all():
-            raise UsageError("covariance: not positive definite")
+        if not ((self.variances > 0) & self.variances.isfinite()).all():
+            raise UsageError("covariance: not positive definite, or not finite", "std=0.3")
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The digest of its numbers."""
+        """A digest of means, variances, weights and the process."""
         parts = {"means": self.means, "variances": self.variances, "weights": self.weights}
         return digest(
             f"{type(self).__name__} {self.process}", parts | ({} if self.basis is None else {"basis": self.basis})
         )
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """D(x, t) = sum_k p(k | x) (mu_k + alpha C_k (alpha^2 C_k + sigma^2)^-1 (x - alpha mu_k))."""
+        """D(x, t) = sum_k p(k | x) (mu_k + alpha C_k (alpha^2 C_k + sigma^2)^-1 (x - alpha mu_k)).
+
+        Args:
+            x: (batch, *shape). t: a time of the process, 0-d or (batch,). cond: ignored.
+        """
         flat, alpha, sigma = self._flatten(x, t)
         centred, total = self._components(flat, alpha, sigma)
         means = self.means.to(x) + self._rotate(alpha * self.variances.to(x) / total * centred, back=True)
@@ -78,22 +87,22 @@ class GaussianMixture:
         return (p[..., None] * means).sum(1).reshape(x.shape)
 
     def score(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """grad log p_t(x) = -sum_k p(k | x) (alpha^2 C_k + sigma^2)^-1 (x - alpha mu_k)."""
+        """grad log p_t(x) = -sum_k p(k | x) (alpha^2 C_k + sigma^2)^-1 (x - alpha mu_k), of the shape of x."""
         centred, total = self._components(*self._flatten(x, t))
         p = self._responsibility(centred, total)
         return -(p[..., None] * self._rotate(centred / total, back=True)).sum(1).reshape(x.shape)
 
     def log_prob(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
-        """log p_t(x) in nats, shape (batch,); of the data when t is None."""
+        """log p_t(x) in nats, (batch,); the density of the data when t is None."""
         flat, alpha, sigma = self._flatten(x, self.process.t_data if t is None else t)
         return torch.logsumexp(self._log_joint(*self._components(flat, alpha, sigma)), 1)
 
     def modes(self, x: Tensor) -> Tensor:
-        """The probability of each component, given data x: shape (batch, k)."""
+        """The probability of each component given data x, (batch, k)."""
         return torch.softmax(self._log_joint(*self._components(*self._flatten(x, self.process.t_data))), 1)
 
     def sample(self, n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-        """n samples of the data, shape (n, *shape); sample i depends on seed + i alone."""
+        """n samples of the data, (n, *shape); sample i depends on seed + i alone."""
         seeds = [seed + i for i in range(n)]
         z = noise.normal(seeds, 0, self.means.shape[1:], torch.float64)
         pick = torch.special.ndtr(noise.normal(seeds, 1, (), torch.float64))
@@ -104,6 +113,11 @@ class GaussianMixture:
         return (self.means[k] + scaled).reshape(n, *self.shape).to(dtype)
 
     def _flatten(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x as (batch, d), and alpha and sigma at t as (batch or 1, 1, 1).
+
+        Raises:
+            UsageError: samples of another shape.
+        """
         if tuple(x.shape[1:]) != self.shape:
             raise UsageError(f"x: need shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
@@ -115,16 +129,19 @@ class GaussianMixture:
         return centred, alpha**2 * self.variances.to(flat) + sigma**2
 
     def _rotate(self, y: Tensor, back: bool) -> Tensor:
+        """Into the eigenbasis of each component, or back from it: y is (batch, k, d)."""
         if self.basis is None:
             return y
         return torch.einsum("kij,bkj->bki" if back else "kji,bkj->bki", self.basis.to(y).expand(y.shape[1], -1, -1), y)
 
     def _log_joint(self, centred: Tensor, total: Tensor) -> Tensor:
+        """log(w_k N(x; alpha mu_k, alpha^2 C_k + sigma^2)), (batch, k)."""
         d = centred.shape[-1]
         quadratic = (centred**2 / total + torch.log(total)).sum(-1)
         return torch.log(self.weights.to(centred)) - 0.5 * (quadratic + d * math.log(2 * math.pi))
 
     def _responsibility(self, centred: Tensor, total: Tensor) -> Tensor:
+        """p(k | x), (batch, k)."""
         return torch.softmax(self._log_joint(centred, total), 1)
 
 
@@ -144,10 +161,12 @@ def _spectrum(std: Any, cov: Any, k: int, d: int) -> tuple[Tensor, Tensor | None
 
 
 class Gaussian(GaussianMixture):
-    """x_0 ~ N(mean, cov), with the exact flow of its PF-ODE.
+    """Data x_0 ~ N(mean, cov), with the exact solution of its PF-ODE.
 
     Args:
-        mean: shape (d,) or of one sample. cov: variance (a number), variances (d,), or covariance (d, d).
+        mean: (d,), or of the shape of one sample.
+        cov: a variance, variances (d,), or a covariance (d, d).
+        process: the noise process; `EDM()` when None.
     """
 
     def __init__(
@@ -161,7 +180,7 @@ class Gaussian(GaussianMixture):
             super().__init__(mu[None], cov=value, process=process)
 
     def flow(self, x: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
-        """The PF-ODE's exact map from time t to time s.
+        """The state at time s of the PF-ODE's solution that is x at time t.
 
         Along an eigendirection of variance c, with V(t) = alpha_t^2 c + sigma_t^2,
         x_s = alpha_s mu + sqrt(V(s)/V(t)) (x_t - alpha_t mu).
@@ -174,36 +193,38 @@ class Gaussian(GaussianMixture):
 
 
 class Empirical(GaussianMixture):
-    """The ideal denoiser of a finite data set: a mixture of equal kernels N(point, std^2).
+    """The ideal denoiser of a finite data set: data are its points plus Gaussian noise of a small standard deviation.
 
-    The flow of a narrow kernel collapses onto the points; a width of 0.05 to 0.1 keeps it from that.
+    The flow of a narrow kernel collapses onto the points; a width of 0.05 to 0.1 of data in [-1, 1] keeps it from that.
 
     Args:
-        points: shape (n, *shape). std: kernel width.
+        points: (n, *shape).
+        std: of the kernel around each point.
+        process: the noise process; `EDM()` when None.
     """
 
     def __init__(self, points: Tensor, std: float = 0.1, process: Process | None = None):
         super().__init__(points, std=std, process=process)
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """As the mixture's, by two matrix products instead of a (batch, n, d) array."""
+        """D(x, t) as in `GaussianMixture`, by two matrix products instead of an array (batch, n, d)."""
         flat, alpha, closeness, total = self._closeness(x, t)
         mean = torch.softmax(closeness, 1) @ self.means.to(x)
         return (mean + alpha * self.variances[0, 0].to(x) / total * (flat - alpha * mean)).reshape(x.shape)
 
     def log_prob(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
-        """As the mixture's."""
+        """log p_t(x) in nats, (batch,); the density of the data when t is None."""
         flat, _, closeness, total = self._closeness(x, self.process.t_data if t is None else t)
         k, d = self.means.shape
         square = 0.5 * (flat**2).sum(1) / total[:, 0] + 0.5 * d * torch.log(2 * math.pi * total[:, 0]) + math.log(k)
         return torch.logsumexp(closeness, 1) - square
 
     def modes(self, x: Tensor) -> Tensor:
-        """As the mixture's."""
+        """The probability of each point given data x, (batch, n)."""
         return torch.softmax(self._closeness(x, self.process.t_data)[2], 1)
 
     def _closeness(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, alpha, the logarithm of the joint density but for what does not depend on the point, and the variance."""
+        """x as (batch, d), alpha, the log joint density up to a constant per sample, (batch, n), and the variance."""
         flat, alpha, sigma = self._flatten(x, t)
         alpha, sigma, points = alpha[:, 0], sigma[:, 0], self.means.to(x)
         total = alpha**2 * self.variances[0, 0].to(x) + sigma**2

@@ -1,4 +1,4 @@
-"""Denoisers in the latent space of an autoencoder, which turns their samples into pictures."""
+"""Denoisers in the latent space of an autoencoder, whose decoder turns their samples into pictures."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -11,21 +11,27 @@ from pfode.errors import UsageError
 from pfode.process import Process
 from pfode.scores.denoiser import Denoiser
 
+__all__ = ["Autoencoder", "LatentDenoiser"]
+
 
 class Autoencoder:
-    """The decoder of a diffusers autoencoder, with the scale that its latents have in a diffusion model."""
+    """The decoder of diffusers' autoencoder, with the scale and shift that its latents have in a diffusion model.
+
+    Args:
+        vae: an `AutoencoderKL` of diffusers, or one with the same configuration and `decode`.
+    """
 
     def __init__(self, vae: Any):
         config = vae.config
         self.vae = vae
-        self.side = 2 ** (len(config.block_out_channels) - 1)  # pixels of a latent one
+        self.side = 2 ** (len(config.block_out_channels) - 1)  # pixels along one side of a latent pixel
         self.scaling = float(config.scaling_factor)
         self.shift = float(getattr(config, "shift_factor", None) or 0.0)
         self.mean = getattr(config, "latents_mean", None)
         self.std = getattr(config, "latents_std", None)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (batch, channels, height, width) in [-1, 1] of latents (batch, channels, h, w), in their dtype.
+        """Pictures (batch, channels, height, width) in [-1, 1], from latents (batch, channels, h, w), in their dtype.
 
         A half-precision autoencoder that asks for it (`force_upcast`) runs in float32.
         """
@@ -52,7 +58,8 @@ class LatentDenoiser(Denoiser):
     """A `Denoiser` whose samples are latents; `decode` makes pictures of them.
 
     Args:
-        autoencoder: for `decode`; None: the samples are pictures themselves. The others are those of `Denoiser`.
+        autoencoder: for `decode`; None where the samples are pictures themselves.
+        network, process, prediction, sigma_data, shape, labels, time_scale: see `Denoiser`.
     """
 
     def __init__(
@@ -81,7 +88,7 @@ class LatentDenoiser(Denoiser):
         return (self.autoencoder.vae.config.out_channels, *(side * length for length in self.shape[1:]))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """See `Denoiser.to`; the autoencoder goes along to the device."""
+        """A copy on another device or in another dtype; the autoencoder moves to the device and keeps its dtype."""
         moved = super().to(device, dtype)
         if moved is not self and moved.autoencoder is not None:
             moved.autoencoder = moved.autoencoder.to(device)
@@ -99,4 +106,5 @@ class LatentDenoiser(Denoiser):
 
 
 def _sides(shape: Sequence[int] | None) -> str:
+    """The shape of a sample in words."""
     return "channels, height, width" if shape is None else ", ".join(map(str, shape))

@@ -6,7 +6,7 @@ import torch
 import pfode
 from pfode.errors import UsageError
 from pfode.scores import GaussianMixture
-from pfode.scores.beds import Erring, bed
+from pfode.scores.beds import Perturbed, bed
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_modes_lie_as_far_apart_as_said(apart):
 
 @pytest.mark.parametrize("sigma", [0.01, 0.3, 5.0, 80.0])
 def test_the_error_is_that_share_of_an_edm_networks_output(sigma):
-    exact, erring = bed("mixture-64"), bed("mixture-64~0.1")
-    assert isinstance(erring, Erring)
+    exact, perturbed = bed("mixture-64"), bed("mixture-64~0.1")
+    assert isinstance(perturbed, Perturbed)
     noise = pfode.noise.normal(range(200), 0, (64,), torch.float64)
     x, t = exact.sample(200) + sigma * noise, torch.tensor(sigma, dtype=torch.float64)
     c_out = sigma * 0.5 / (sigma**2 + 0.25) ** 0.5
-    error = (erring(x, t) - exact(x, t)).pow(2).mean().sqrt().item()
+    error = (perturbed(x, t) - exact(x, t)).pow(2).mean().sqrt().item()
     assert error == pytest.approx(0.1 * c_out, rel=0.1)
-    assert torch.equal(erring.sample(3, 5), exact.sample(3, 5))
+    assert torch.equal(perturbed.sample(3, 5), exact.sample(3, 5))
 
 
 def test_the_ideal_digits_do_not_collapse():

@@ -1,5 +1,7 @@
 """The exact denoisers against definitions that know nothing of their algebra."""
 
+import math
+
 import pytest
 import scipy.stats
 import torch
@@ -132,6 +134,11 @@ def test_float32_in_float32_out():
     [
         lambda: GaussianMixture([0.0, 1.0], std=1.0),
         lambda: GaussianMixture([[0.0, 1.0]]),
+        lambda: GaussianMixture(torch.zeros(0, 2), std=1.0),
+        lambda: GaussianMixture(torch.zeros(2, 0), std=1.0),
+        lambda: GaussianMixture([[0.0, math.nan]], std=1.0),
+        lambda: GaussianMixture([[0.0, 1.0]], std=math.inf),
+        lambda: Gaussian([0.0, 1.0], [[math.nan, 0.0], [0.0, 1.0]]),
         lambda: GaussianMixture([[0.0, 1.0]], std=1.0, cov=torch.eye(2)),
         lambda: GaussianMixture([[0.0, 1.0]], std=0.0),
         lambda: GaussianMixture([[0.0, 1.0]], std=torch.ones(3)),
