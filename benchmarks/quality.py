@@ -33,7 +33,7 @@ from pfode.samplers.measure.bench import EVALS
 from pfode.samplers.measure.problem import Problem
 from pfode.samplers.measure.results import Folder, geometric_mean
 from pfode.samplers.measure.spec import Spec
-from pfode.scores.io.shipped import model_path
+from pfode.scores.io.find import model_path
 
 ROOT = Path(__file__).parents[1]  # where the command runs: results name the plans from there
 OUT = Path(__file__).parent / "results" / "quality"

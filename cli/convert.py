@@ -12,7 +12,7 @@ from pfode.cli.settings import DTYPES
 from pfode.cli.streams import output, printable
 from pfode.errors import UsageError
 from pfode.files import read_header
-from pfode.scores.io.shipped import model_path
+from pfode.scores.io.find import model_path
 
 
 @click.command(cls=Command, name="convert")
@@ -65,7 +65,7 @@ def command(ctx: click.Context, source: str, target: str, **options: str | None)
 
 def own_card(path: Path) -> dict[str, Any]:
     """What a file of pfode says of its model beside the configuration: its licence, what it was trained on."""
-    from pfode.scores.io.checkpoint import FIELDS
+    from pfode.scores.io.save import FIELDS
 
     if path.suffix != ".safetensors":
         return {}

@@ -78,7 +78,7 @@ def command(ctx: click.Context, **options: Any) -> None:
 
     from pfode.samplers.fit.starts import stated
     from pfode.samplers.sampling import find_device
-    from pfode.scores.io.shipped import model_path
+    from pfode.scores.io.find import model_path
 
     path, device = model_path(options["model"]), find_device(options["device"])
     net, folder = pfode.load(options["model"]), Path(options["out"])

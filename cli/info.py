@@ -17,7 +17,8 @@ from pfode.cli.streams import output, table
 from pfode.errors import FileError, MissingError, UsageError
 from pfode.files import Header, open_regular, read_header
 from pfode.scores.io import kinds
-from pfode.scores.io.shipped import model_path, shipped
+from pfode.scores.io.find import model_path
+from pfode.scores.io.shipped import shipped
 
 PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "pillow", "click", "huggingface_hub")
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -17,17 +17,17 @@ def folder(path: Path) -> dict[str, Any]:
         FileError: it is none, or something in it is broken.
     """
     from pfode.compat.schedules import stated
-    from pfode.scores.io import folders
+    from pfode.scores.io import layout
 
-    index, place, scheduler = folders.parts(path)
-    config = folders.read_json(place / "config.json")
-    files, _, _ = folders.weight_files(place)
+    index, place, scheduler = layout.parts(path)
+    config = layout.read_json(place / "config.json")
+    files, _, _ = layout.weight_files(place)
     headers = [read_header(file) for file in files]
     found: dict[str, Any] = {"file": str(path), "kind": "diffusers folder", "pipeline": index.get("_class_name")}
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     found["architecture"] = {"name": str(config.get("_class_name")), **public}
     if scheduler is not None:
-        about = folders.read_json(scheduler)
+        about = layout.read_json(scheduler)
         try:
             known = stated(about)
         except ValueError as error:

@@ -35,8 +35,8 @@ from pfode.cli.settings import (
 from pfode.cli.streams import Output, bar, output
 from pfode.errors import NumericalError, OtherModelWarning, UnsoundWarning, UsageError, WriteError, number
 from pfode.files import read_header, write_atomic
+from pfode.scores.io.find import model_path
 from pfode.scores.io.pictures import read_picture
-from pfode.scores.io.shipped import model_path
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pfode._torch import is_transformed
 from pfode.errors import FileError, UsageError
 from pfode.files import Digest, Header, content_digest, pack, read_header, write_atomic
 
@@ -68,6 +68,8 @@ def read_tensors(header: Header, verify: bool = True) -> dict[str, Tensor]:
     for name, entry, data in header.tensors():
         if verify:
             digest.add(name, entry.dtype, entry.shape, data)
+        if entry.dtype not in DTYPES:
+            raise FileError(f"{header.path}: tensor {name!r:.80}: dtype {entry.dtype}, which this torch does not have")
         dtype = DTYPES[entry.dtype]
         flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         found[name] = flat.reshape(entry.shape)
@@ -103,8 +105,7 @@ def transformed(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]  # no public way to ask
-    return wrapped(x) or forward_ad.unpack_dual(x).tangent is not None
+    return is_transformed(x) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def readable(value: Tensor) -> bool:

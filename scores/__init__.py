@@ -14,7 +14,8 @@ __getattr__, __dir__ = lazy(
         "guidance": ["cfg_plus_plus", "guide"],
         "io.pipelines": ["from_pipeline"],
         "wrapping": ["clip", "threshold"],
-        "io.checkpoint": ["load", "save"],
+        "io.load": ["load"],
+        "io.save": ["save"],
         "exact": ["Empirical", "Gaussian", "GaussianMixture"],
     },
 )
@@ -26,8 +27,8 @@ if TYPE_CHECKING:  # the same names for type checkers
     from pfode.scores.exact import GaussianMixture as GaussianMixture
     from pfode.scores.guidance import cfg_plus_plus as cfg_plus_plus
     from pfode.scores.guidance import guide as guide
-    from pfode.scores.io.checkpoint import load as load
-    from pfode.scores.io.checkpoint import save as save
+    from pfode.scores.io.load import load as load
     from pfode.scores.io.pipelines import from_pipeline as from_pipeline
+    from pfode.scores.io.save import save as save
     from pfode.scores.wrapping import clip as clip
     from pfode.scores.wrapping import threshold as threshold

@@ -138,7 +138,7 @@ def _digits(process: Process) -> Empirical:
 def _network(name: str) -> Denoiser:
     """A model by its name or file, with guidance where the name ends in @scale."""
     from pfode.scores.guidance import guide
-    from pfode.scores.io.checkpoint import load
+    from pfode.scores.io.load import load
 
     model, at, scale = name.rpartition("@")
     try:

@@ -3,9 +3,7 @@
 import copy
 import functools
 import inspect
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self, TypeGuard
 
 import torch
@@ -20,6 +18,7 @@ from pfode.plans.table import Plan
 from pfode.prediction import PREDICTIONS, Coefficient, Pair
 from pfode.process import VP, Process, VPCosine, VPDiscrete, need_process
 from pfode.scores.guidance import guide
+from pfode.scores.io.published import Published
 from pfode.tensors import readable
 
 VARIANCE_PRESERVING = (VP, VPCosine, VPDiscrete)
@@ -28,7 +27,7 @@ DEPTH = 4  # of functions that name functions, in which modules are looked for
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
-class Denoiser(Preconditioned):
+class Denoiser(Preconditioned, Published):
     """Any torch callable `(x, c_noise, **cond)` as a denoiser.
 
     Prediction "edm" is the preconditioning of Karras et al. 2022 (table 1) for any process: with s = sigma_data and
@@ -211,54 +210,6 @@ class Denoiser(Preconditioned):
     def guided(self, scale: float) -> DenoiserProtocol:
         """Classifier-free guidance: see `guide`."""
         return guide(self, scale)
-
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        card: dict[str, Any] | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> str | None:
-        """Write a folder as the Hugging Face hub has them: model.safetensors, config.json and README.md.
-
-        Args:
-            card, dtype: as for `pfode.scores.save`; the dtype is the network's where none is given.
-            options: of huggingface_hub's `ModelHubMixin.save_pretrained` (push_to_hub, repo_id, ...).
-
-        Raises:
-            UsageError: another network than those of pfode. WriteError: the folder cannot be written.
-        """
-        from pfode.scores.io.hub import HubModel
-
-        return HubModel(self, card or {}, dtype or self.dtype or torch.float32).keep(Path(folder), **options)
-
-    def push_to_hub(
-        self, repo_id: str, *, card: dict[str, Any] | None = None, dtype: torch.dtype | None = None, **options: Any
-    ) -> str:
-        """Upload what `save_pretrained` writes to "owner/name", through huggingface_hub's mixin; returns the commit.
-
-        Args:
-            options: of `ModelHubMixin.push_to_hub` (private, token, branch, commit_message, create_pr, ...).
-        """
-        from pfode.scores.io.hub import HubModel
-
-        return HubModel(self, card or {}, dtype or self.dtype or torch.float32).push(repo_id, **options)
-
-    @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], revision: str | None = None, **options: Any) -> "Denoiser":
-        """The denoiser of a folder of `save_pretrained`, on the disk or of the hub.
-
-        Args:
-            options: of `huggingface_hub.snapshot_download` (token, cache_dir, local_files_only, ...).
-
-        Raises:
-            FileError: damaged, or of another kind. MissingError: the hub cannot be reached or has no such model.
-        """
-        from pfode.scores.io.checkpoint import load
-        from pfode.scores.io.hub import from_pretrained
-
-        return load(from_pretrained(os.fspath(name), revision, **options))
 
     def __repr__(self) -> str:
         return f"Denoiser({type(self.net).__name__}, {self.process}, {self.prediction!r}, shape={self.shape})"

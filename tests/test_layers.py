@@ -19,15 +19,6 @@ NAMES_OF_ROOMS = {"make_plan", "sample", "load"}  # reached as pfode.<name>; the
 CIRCLES = {  # those still to be cut; no other may come
     ("pfode.cli.page", "pfode.cli.samplers"),
     ("pfode.cli.many", "pfode.cli.sample"),
-    (
-        "pfode.scores.denoiser",
-        "pfode.scores.io.checkpoint",
-        "pfode.scores.io.edm_files",
-        "pfode.scores.io.folders",
-        "pfode.scores.io.hub",
-        "pfode.scores.io.shipped",
-        "pfode.scores.latent",
-    ),
 }
 HEAVY = ("diffusers", "accelerate", "PIL", "matplotlib", "huggingface_hub")
 

@@ -13,8 +13,8 @@ from pfode.files import SIZES
 from pfode.process import EDM, VP, Process, VPDiscrete
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io import pickles
-from pfode.scores.io.checkpoint import fill
 from pfode.scores.io.pickles import Stored
+from pfode.scores.io.weights import fill
 from pfode.scores.networks import edm
 from pfode.tensors import DTYPES
 

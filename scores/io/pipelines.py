@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pfode.compat.schedules import NOISE, Stated, stated
 from pfode.errors import UsageError, integer, number
-from pfode.scores.io.folders import Adapter
 from pfode.scores.latent import Autoencoder, LatentDenoiser
+from pfode.scores.networks.diffusers import Adapter
 
 Conditions = Mapping[str, Tensor]
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

@@ -1,17 +1,13 @@
-"""What a model argument names, found without importing torch: a shipped model, a file, a folder, a model of the hub."""
+"""The models that come with pfode, and the fitted plans beside a model; found without importing torch."""
 
 import glob
-import os
 import re
 from pathlib import Path
 
-from pfode.errors import FileError, UsageError, did_you_mean, nearly
-from pfode.files import open_regular, shown
+__all__ = ["SELF_CONTAINED", "WEIGHTS", "plan_files", "shipped"]
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 SELF_CONTAINED = "model.safetensors"  # of a folder that pfode saved
-HUB_NAME = re.compile(r"(?:hf:)?([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,100}))?")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PLAN = re.compile(r".*\.plan-(\d{1,5})\.safetensors", re.DOTALL)
 
 
@@ -27,39 +23,3 @@ def plan_files(model: Path) -> dict[int, Path]:
         if match := _PLAN.fullmatch(file.name):
             found[int(match[1])] = file
     return dict(sorted(found.items()))
-
-
-def model_path(model: str | os.PathLike[str]) -> Path:
-    """What is behind a model argument, on the disk: a file, or a folder that pfode or diffusers saved.
-
-    Raises:
-        UsageError: an unknown name. FileError: no such file, or one that is not read.
-        MissingError: a model of the hub that is neither in the cache nor can be fetched.
-    """
-    try:
-        known, name = shipped(), os.fsdecode(model)
-    except TypeError as error:
-        raise UsageError(f"model: expected a name or a path, got {type(model).__name__}") from error
-    if name in known:
-        return known[name]
-    if os.path.isdir(name):
-        own = Path(name) / SELF_CONTAINED
-        return own if os.path.isfile(own) else Path(name)
-    if os.path.lexists(name):
-        file = Path(name)
-        if file.suffix in PICKLES:
-            hint = "safetensors are read, and the network pickles (.pkl) of EDM and EDM2, without running anything"
-            raise FileError(f"{shown(file)}: is a pickle, which can run any code when read: refused", hint)
-        open_regular(file).close()
-        return file
-    if not name.isprintable():
-        raise UsageError(f"unknown model {name!r:.200}", did_you_mean(name, known))
-    found = HUB_NAME.fullmatch(name)
-    if found and not name.startswith((".", "/")) and not name.endswith((".safetensors", ".pkl", *PICKLES)):
-        from pfode.scores.io.hub import fetch
-
-        return model_path(fetch(found[1], found[2]))
-    if not Path(name).suffix:
-        hint = f"a .safetensors file, a folder, owner/name on the hub, or a shipped model ({did_you_mean(name, known)})"
-        raise UsageError(f"unknown model {name!r:.200}", hint)
-    raise FileError(f"{name!r:.200}: no such file", nearly(name, known) or "is the path right?")

@@ -99,7 +99,7 @@ class Network(nn.Module):
             raise UsageError(f"{name}: model_channels: up to {most:,} parameters; at most {MAX_PARAMETERS:,}")
 
     def architecture(self) -> dict[str, Any]:
-        """A JSON object of which `build` in `pfode.scores.io.checkpoint` makes the same network."""
+        """A JSON object of which `pfode.scores.networks.build.build` makes the same network."""
         return {"name": type(self).__name__, **self.config}
 
     def one_hot(self, label: Tensor | None, x: Tensor) -> Tensor | None:

@@ -159,7 +159,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def architecture(self) -> dict[str, Any]:
-        """A JSON object of which `build` in `pfode.scores.io.checkpoint` makes the same network."""
+        """A JSON object of which `pfode.scores.networks.build.build` makes the same network."""
         return {"name": "UNet", **self.config.to_json()}
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from pfode.errors import FileError, MissingError, NumericalError, PfodeError, Us
 from pfode.files import FolderLock, lock_folder, make_folder, shown
 from pfode.journal import Journal
 from pfode.scores.denoiser import Denoiser
-from pfode.scores.io.checkpoint import save
+from pfode.scores.io.save import save
 from pfode.scores.networks.unet import UNet
 from pfode.scores.training.averages import average
 from pfode.scores.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
@@ -167,7 +167,7 @@ class Trainer:
         return self._denoiser(net.eval().requires_grad_(False))
 
     def export(self, path: str | os.PathLike[str], card: dict[str, Any], width: float | None = None) -> Path:
-        """Write the model of `denoiser(width)` as one safetensors file; see `pfode.scores.io.checkpoint.save`."""
+        """Write the model of `denoiser(width)` as one safetensors file; see `pfode.scores.io.save.save`."""
         training = {**self.config.to_json(), "step": self.step, "seconds": round(self.seconds, 1)}
         den = self.denoiser(width).to("cpu")
         if not all(value.isfinite().all() for value in den.net.state_dict().values()):

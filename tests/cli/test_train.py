@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pfode.scores.io.checkpoint import load
+from pfode.scores import load
 
 SMALL = ("train", "--widths", "8,16", "--batch", 8, "--no-amp")
 

@@ -3,8 +3,8 @@
 import warnings
 
 import pfode
+from pfode.scores import save
 from pfode.scores.denoiser import Denoiser
-from pfode.scores.io.checkpoint import save
 from tests.scores.small import NAMES, network
 
 

@@ -10,9 +10,8 @@ import torch
 import pfode
 from pfode.errors import UnseenLabelWarning, UsageError
 from pfode.labels import class_indices
-from pfode.scores import guide
+from pfode.scores import guide, load, save
 from pfode.scores.denoiser import Denoiser
-from pfode.scores.io.checkpoint import load, save
 from pfode.scores.training.data import Data
 from pfode.scores.training.objective import unseen_classes
 from pfode.scores.training.trainer import Trainer

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import pfode
 from pfode.errors import FileError, UsageError
-from pfode.scores.io.folders import DIT, REQUIRED, UNET
+from pfode.fields import REQUIRED
+from pfode.scores.networks.diffusers import DIT, UNET
 from tests.scores import tiny
 from tests.scores.tiny import diffusers
 

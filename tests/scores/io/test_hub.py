@@ -113,7 +113,7 @@ def hub(monkeypatch, tmp_path):
             shutil.copy(remote / one, local / one)
         return str(local)
 
-    monkeypatch.setattr("pfode.scores.io.hub.snapshot_download", download)
+    monkeypatch.setattr("pfode.scores.io.fetch.snapshot_download", download)
     return remote, local, calls
 
 
@@ -191,7 +191,7 @@ FAILURES = [
 
 @pytest.mark.parametrize(("error", "kind", "message"), FAILURES, ids=lambda value: type(value).__name__)
 def test_failures(monkeypatch, error, kind, message):
-    monkeypatch.setattr("pfode.scores.io.hub.snapshot_download", failing(error))
+    monkeypatch.setattr("pfode.scores.io.fetch.snapshot_download", failing(error))
     with pytest.raises(kind, match=message) as found:
         pfode.load("me/model@v9")
     assert "'me/model'" in found.value.message
@@ -218,6 +218,6 @@ def test_the_cache_serves_without_a_network(monkeypatch, tmp_path):
     "name", ["/nowhere/x", "./a/b", "a/b/c", "../a", "a/b.safetensors", "a/b.pkl", "a//b", "a/b\n"]
 )
 def test_paths_are_no_names_of_the_hub(monkeypatch, name):
-    monkeypatch.setattr("pfode.scores.io.hub.snapshot_download", failing(AssertionError("asked the hub")))
+    monkeypatch.setattr("pfode.scores.io.fetch.snapshot_download", failing(AssertionError("asked the hub")))
     with pytest.raises((UsageError, FileError)):
         pfode.load(name)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import pfode
 from pfode.errors import FileError, UsageError
 from pfode.scores import save
-from pfode.scores.io.shipped import model_path
+from pfode.scores.io.find import model_path
 from tests.cli.conftest import cli as cli
 from tests.scores import tiny
 from tests.scores.small import denoiser

@@ -9,7 +9,7 @@ from torch.func import jacfwd, jacrev, jvp, vjp, vmap
 
 import pfode
 from pfode.scores.denoiser import Denoiser
-from pfode.scores.io.folders import Adapter
+from pfode.scores.networks.diffusers import Adapter
 from tests.scores import pickled, small, tiny
 
 pytestmark = pytest.mark.filterwarnings(

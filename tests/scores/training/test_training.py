@@ -18,7 +18,7 @@ import torch
 
 import pfode
 from pfode.errors import FileError, NumericalError, UsageError
-from pfode.scores.io.checkpoint import load
+from pfode.scores import load
 from pfode.scores.networks.unet import UNetConfig
 from pfode.scores.training import checkpoints as writing
 from pfode.scores.training.averages import ema_power
