@@ -4,12 +4,15 @@ An adaptive sampler integrates back, with steps of its own. A deterministic reci
 grid; what decoding then misses falls with the steps. One
 with r' (O-BELM, BDIA, EDICT) is exactly invertible: its rows y_{k+1} = r_k y_k + r'_k y_{k-1} + b_k m_k are solved for
 y_{k-1}. That alone would hold in exact arithmetic only: decoding magnifies rounding, 2e4-fold for BDIA in 20 steps of
-EDM. So here the states lie on lattices, of spacing 2^-e_k, and both directions compute the same numbers:
+EDM. So here the states are whole multiples of a spacing, y_k = N_k s_k, and both directions compute the same numbers:
 
-    decode    y_{k+1} = Q_{k+1}(r_k y_k + b_k m_k) + Q_{k+1}(r'_k y_{k-1})              Q_k rounds to the lattice
-    encode    y_{k-1} = Q_{k-1}((y_{k+1} - Q_{k+1}(r_k y_k + b_k m_k)) / r'_k)
+    decode    N_{k+1} = D_k + N_{k-1},    D_k = round((r_k y_k + b_k m_k) / s_{k+1})
+    encode    N_{k-1} = N_{k+1} - D_k
 
-With r'_k 2^-e_{k-1} <= 2^-e_{k+1} the rounding in the second is undone by that in the first, to the last bit.
+with s_{k-1} = s_{k+1} / |r'_k| (where r' < 0, -N_{k-1} in its place). float64 holds N below 2^53: states that grow
+beyond it on the way to noise are an error, as what they were could not be had back. BDIA magnifies what is off by
+1/gamma at every step, EDICT by 1/p twice: of many steps the noise that they encode to is exact, but far larger than the
+process's own.
 """
 
 import math
@@ -21,10 +24,10 @@ import torch
 from torch import Tensor
 
 from pfode.denoiser import Denoiser
-from pfode.errors import UsageError, integer
+from pfode.errors import NumericalError, UsageError, integer
 from pfode.grids import Grid
 from pfode.labels import class_indices
-from pfode.plans.executor import Bad, not_finite, run
+from pfode.plans.executor import Bad, run
 from pfode.plans.rows import row_affine
 from pfode.plans.table import Plan
 from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, find_adaptive
@@ -39,7 +42,8 @@ from pfode.samplers.sampling import (
     state_dtype,
 )
 
-COARSEST, FINEST = 38, 60  # e_k lies between; float64 holds states below 2^14 at the coarsest
+SPACING = 2.0**-40  # of the data
+MOST = 2.0**51  # multiples of a spacing that a float64 state tells apart, whatever the spacing
 
 
 class Pair(NamedTuple):
@@ -87,7 +91,8 @@ def encode(
 
     Raises:
         UsageError: a stochastic sampler, a plan that leads the wrong way or ends at clean data, options that cannot be
-            carried out; NumericalError: a sample that is not finite.
+            carried out; NumericalError: a sample that is not finite, or that an exactly invertible
+            recipe makes too large to be taken back.
     """
     denoiser = prepared(denoiser, guidance, device)
     if find_adaptive(sampler) is not None:
@@ -156,33 +161,36 @@ def decode(
     return _in_batches(_onward, made, denoiser, z, label, batch, device)[-1].to(state_dtype(dtype, z[0]))
 
 
-Walk = Callable[..., Iterator[tuple[int, Tensor]]]
+States = Iterator[tuple[int, Tensor, Tensor]]  # the number of the state evaluated; the new one in multiples; itself
+Walk = Callable[..., States]
 
 
-def _backwards(plan: Plan, denoiser: Denoiser, cond: dict[str, Any], x: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _backwards(plan: Plan, denoiser: Denoiser, cond: dict[str, Any], x: Tensor) -> States:
     """States n ... 0, each with the number of the state evaluated for it. At the data that takes y_n and y_{n-1}:
 
     - one state per node (O-BELM, BDIA): a row of DDIM inversion makes y_{n-1} of y_n, as their authors do it;
     - an inner stage between the nodes (EDICT): it is the second copy, equal to y_n where both copies are.
     """
-    n, rows = plan.nfe, _rows(plan)
-    later = _rounded(x, COARSEST)
-    yield n, later
-    y = _rounded(run(_ddim(plan, n, n - 1), denoiser, later, **cond), COARSEST) if plan.node[n - 1] else later
-    yield n, y
+    rows, spacing = _rows(plan)
+    n = plan.nfe
+    later = torch.round(x / SPACING)
+    yield n, later, later * SPACING
+    first = run(_ddim(plan, n, n - 1), denoiser, later * SPACING, **cond) if plan.node[n - 1] else later * SPACING
+    here = torch.round(first / SPACING)
+    yield n, here, here * SPACING
     for k in range(n - 1, 0, -1):
         row = rows[k - 1]
-        later, y = y, _rounded((later - row.moved(denoiser, y, cond)) / row.r_prev, row.before)
-        yield k, y
+        later, here = here, row.sign * (later - row.moved(denoiser, here * spacing[k], cond))
+        yield k, here, here * spacing[k - 1]
 
 
-def _onward(
-    plan: Plan, denoiser: Denoiser, cond: dict[str, Any], x: Tensor, previous: Tensor
-) -> Iterator[tuple[int, Tensor]]:
+def _onward(plan: Plan, denoiser: Denoiser, cond: dict[str, Any], x: Tensor, previous: Tensor) -> States:
     """States 2 ... n from states 1 and 0, each with the number of the state evaluated for it."""
-    for k, row in enumerate(_rows(plan), 1):
-        previous, x = x, row.moved(denoiser, x, cond) + _rounded(row.r_prev * previous, row.after)
-        yield k, x
+    rows, spacing = _rows(plan)
+    before, here = torch.round(previous / spacing[0]), torch.round(x / spacing[1])
+    for k, row in enumerate(rows, 1):
+        before, here = here, row.moved(denoiser, here * spacing[k], cond) + row.sign * before
+        yield k, here, here * spacing[k + 1]
 
 
 def _in_batches(
@@ -201,43 +209,54 @@ def _in_batches(
         some = slice(i, i + batch)
         cond = {} if labels is None else {"label": labels[some].to(where)}
         end: deque[Tensor] = deque(maxlen=2)
-        finite: list[tuple[int, Tensor]] = []
+        sizes: list[tuple[int, Tensor]] = []
         with torch.no_grad():
-            for k, x in walk(plan, denoiser, cond, *(state[some].to(where, torch.float64) for state in states)):
+            for k, whole, x in walk(plan, denoiser, cond, *(state[some].to(where, torch.float64) for state in states)):
                 end.append(x)
-                finite.append((k, torch.isfinite(x).flatten(1).all(1)))
-        for j in not_finite(end[-1]):
-            k = next(k for k, ok in finite if not ok[j])
-            raise non_finite(plan, Bad(i + j, int(plan.step[min(k, plan.nfe - 1)]) + 1, plan.time[k].item()))
+                sizes.append((k, whole.abs().flatten(1).amax(1)))
+        largest = torch.stack([size for _, size in sizes]).cpu()  # NaN where one is
+        for j in (~(largest <= MOST)).any(0).nonzero().flatten().tolist():
+            at = int((~(largest[:, j] <= MOST)).nonzero()[0])
+            k = sizes[at][0]
+            if not torch.isfinite(largest[at, j]):
+                raise non_finite(plan, Bad(i + j, int(plan.step[min(k, plan.nfe - 1)]) + 1, plan.time[k].item()))
+            raise _too_large(plan, i + j, k)
         ends.append([*end])
     return [torch.cat(parts) for parts in zip(*ends, strict=True)]
 
 
+def _too_large(plan: Plan, index: int, k: int) -> NumericalError:
+    """The error of a state that float64 does not hold exactly on the lattice."""
+    problem = (
+        f"{plan.name}: sample {index} grows at t = {plan.time[k].item():.6g} beyond what can be taken back exactly: "
+        f"each of its {plan.steps} steps magnifies what is off"
+    )
+    nearer = {"bdia": "gamma nearer to 1, ", "edict": "p nearer to 1, "}.get(plan.name, "")
+    return NumericalError(problem, f'fewer steps, {nearer}or sampler="o-belm"')
+
+
 class _Row(NamedTuple):
-    """Row k: a plan of its own for r_k y_k + b_k m_k, r'_k, and the lattices of states k - 1 and k + 1."""
+    """Row k: a plan of its own for r_k y_k + b_k m_k, the sign of r'_k, and the spacing of state k + 1."""
 
     plan: Plan
-    r_prev: float
-    before: int
-    after: int
+    sign: float
+    after: float
 
     def moved(self, denoiser: Denoiser, y: Tensor, cond: dict[str, Any]) -> Tensor:
-        return _rounded(run(self.plan, denoiser, y, **cond), self.after)
+        return torch.round(run(self.plan, denoiser, y, **cond) / self.after)
 
 
-def _rows(plan: Plan) -> list[_Row]:
-    """Rows 1 ... n - 1 of an exactly invertible plan."""
+def _rows(plan: Plan) -> tuple[list[_Row], list[float]]:
+    """Rows 1 ... n - 1 of an exactly invertible plan, and the spacings of all its states."""
     _check_invertible(plan)
-    rows, exponents = [], [COARSEST, COARSEST]  # of states k + 1 and k, from the data on
-    for k in range(plan.nfe - 1, 0, -1):
-        after, here = exponents
+    rows, n = [], plan.nfe
+    spacing = [SPACING] * (n + 1)
+    for k in range(n - 1, 0, -1):
         r_prev = plan.r_prev[k].item()
-        before = after + math.ceil(math.log2(abs(r_prev)) - 1e-9)
-        before = min(max(before, COARSEST), FINEST)
+        spacing[k - 1] = spacing[k + 1] / abs(r_prev)
         own = _single(plan, k, k + 1, plan.t[k], plan.r[k], plan.b[k, 0])
-        rows.append(_Row(own, r_prev, before, after))
-        exponents = [here, before]
-    return rows[::-1]
+        rows.append(_Row(own, math.copysign(1.0, r_prev), spacing[k + 1]))
+    return rows[::-1], spacing
 
 
 def _ddim(plan: Plan, k: int, j: int) -> Plan:
@@ -256,11 +275,6 @@ def _single(plan: Plan, k: int, j: int, t: Tensor, r: Tensor, b: Tensor) -> Plan
         t=t[None], r=r[None], r_prev=torch.zeros(1), b=b[None, None], c=torch.zeros(1, 0),
         init=torch.tensor([1.0, 0.0]), step=torch.zeros(1), node=torch.ones(2), name=plan.name,
     )  # fmt: skip
-
-
-def _rounded(x: Tensor, exponent: int) -> Tensor:
-    """x on the lattice of spacing 2^-exponent."""
-    return torch.round(x * 2.0**exponent) * 2.0**-exponent
 
 
 def _plan(

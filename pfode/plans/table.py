@@ -73,6 +73,11 @@ class Plan:
     span: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        with torch.inference_mode(False):  # in it, tensors would be of no use to gradients later
+            self._settle()
+
+    def _settle(self) -> None:
+        """Make the tensors the plan's own, and check everything."""
         prediction(self.prediction)
         for key in _TENSORS:
             value = getattr(self, key)

@@ -366,3 +366,29 @@ def test_encoding_from_pure_noise_needs_no_chart(process, name):
     z = encode(denoiser, x, steps, name, dtype=torch.float64)
     back = decode(denoiser, z, steps, name, dtype=torch.float64)
     assert problems.rms(back, x) < (1e-11 if name in ("o-belm", "bdia", "edict") else 0.2)
+
+
+@pytest.mark.parametrize("process", [pfode.EDM(), pfode.VP(), pfode.Flow()])
+@pytest.mark.parametrize(
+    ("name", "steps", "options"),
+    [("bdia", 50, {}), ("edict", 200, {}), ("o-belm", 300, {}), ("bdia", 300, {"gamma": 1.0}), ("bdia", 90, {})],
+)
+def test_long_encodings_are_exact_or_an_error(process, name, steps, options):
+    denoiser = problems.mixture(process)
+    x = denoiser.sample(2, seed=4).double()
+    if (name, steps) == ("bdia", 90):
+        with pytest.raises(NumericalError, match=r"bdia: sample 0 grows at t = (.|\n)*o-belm"):
+            encode(denoiser, x, steps, name)
+        return
+    back = decode(denoiser, encode(denoiser, x, steps, name, **options), steps, name, **options)
+    assert (back - x).abs().max() <= 2.0**-41
+
+
+def test_steps_that_grow_towards_the_data_are_exact():
+    """Where r' > 1 the spacing of the states falls towards the noise."""
+    denoiser = problems.mixture(pfode.Flow())
+    x = denoiser.sample(2, seed=4).double()
+    times = 1 - torch.linspace(0, 0.97**0.5, 60, dtype=torch.float64) ** 2
+    plan = make_plan("o-belm", denoiser.process, grid=times, chart="flow")
+    assert plan.r_prev.max() > 1.1
+    assert (decode(denoiser, encode(denoiser, x, plan=plan), plan=plan) - x).abs().max() <= 2.0**-41
