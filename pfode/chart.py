@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pfode.errors import unknown
-from pfode.process import Process
+from pfode.process import Process, float64
 
 Array = NDArray[np.float64]
 
@@ -54,7 +54,7 @@ class Chart:
 
     def nodes(self, process: Process, times: Sequence[float]) -> list[Node]:
         """The points of a grid in this chart."""
-        t = torch.tensor(list(times), dtype=torch.float64)
+        t = float64(list(times))
         alpha, sigma = process.alpha(t).numpy(), process.sigma(t).numpy()
         v = -0.5 * process.log_snr(t).numpy()
         with np.errstate(over="ignore"):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from pfode.process import Process
+from pfode.process import Process, float64
 from pfode.tensors import raw
 
 
@@ -58,7 +58,7 @@ class Preconditioned(ABC):
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """D(x, t) in the dtype of x."""
-        c = Preconditioning(*(_like(value, x) for value in self.precondition(torch.as_tensor(t, dtype=torch.float64))))
+        c = Preconditioning(*(_like(value, x) for value in self.precondition(float64(t))))
         noise = c.c_noise.reshape(-1) if c.c_noise.ndim else c.c_noise
         return c.c_skip * x + c.c_out * self.network(c.c_in * x, noise, **cond).to(x.dtype)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from pfode.beta import beta_quantile
 from pfode.errors import UsageError, integer, number, unknown
 from pfode.optional import optional_module
-from pfode.process import Process, VPDiscrete
+from pfode.process import Process, VPDiscrete, float64
 
 MAX_STEPS = 100_000
 ROUNDING = 1e-6  # a time beyond an end by less, relatively, is float32's rounding: it is put on the end
@@ -83,7 +83,7 @@ def cosine(std: float = 1.0) -> Grid:
     std = number("cosine: std", std, 1e-3, 1e3)
 
     def place(process: Process, high: float, low: float, n: int) -> Tensor:
-        ratios = torch.exp(-0.5 * process.log_snr(torch.tensor([high, low], dtype=torch.float64)))
+        ratios = torch.exp(-0.5 * process.log_snr(float64([high, low])))
         return process.time(-2 * torch.log(std * torch.tan(_line(torch.atan(ratios / std), n))))
 
     return Grid(_name("cosine", [std], [1.0]), place)
@@ -216,7 +216,7 @@ def shifted(rule: str | Grid = "time", shift: float = 3.0) -> Grid:
         return process.time(process.log_snr(t) - 2 * math.log(by))
 
     def place(process: Process, high: float, low: float, n: int) -> Tensor:
-        first, last = move(process, torch.tensor([high, low], dtype=torch.float64), 1 / shift).tolist()
+        first, last = move(process, float64([high, low]), 1 / shift).tolist()
         return move(process, inner.place(process, first, last, n), shift)
 
     return Grid(_name("shifted", [inner.name, shift]), place, inner.to_data, inner.late)
@@ -288,9 +288,9 @@ def dm_objective(lambdas: Tensor, power: float = 1.0) -> Tensor:
         lambdas: rising values of log(alpha/sigma), shape (n + 1,).
     """
     n = len(lambdas) - 1
-    step, age = torch.arange(n), torch.arange(3)
+    step, age = torch.arange(n, device="cpu"), torch.arange(3, device="cpu")
     made = (step[:, None] - age).clamp_min(0)  # the node whose prediction is the j-th newest in step k
-    used = age < torch.minimum(torch.minimum(step + 1, n - step), torch.tensor(3))[:, None]
+    used = age < torch.minimum(torch.minimum(step + 1, n - step), torch.tensor(3, device="cpu"))[:, None]
     x, w = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
     half = 0.5 * lambdas.diff()[:, None]
     points = lambdas[:-1, None] + half * (1 + x)  # shape (n, 16)
@@ -303,7 +303,9 @@ def dm_objective(lambdas: Tensor, power: float = 1.0) -> Tensor:
     error = torch.sigmoid(-2 * lambdas) ** (power / 2) / torch.sigmoid(2 * lambdas).sqrt()
     terms = torch.where(used, weights * error[made], 0.0)
     alone = step < (3 if n <= 7 else 1)
-    signed = torch.zeros(n, dtype=lambdas.dtype).index_add(0, made[~alone].flatten(), terms[~alone].flatten())
+    signed = torch.zeros(n, dtype=lambdas.dtype, device="cpu").index_add(
+        0, made[~alone].flatten(), terms[~alone].flatten()
+    )
     return torch.linalg.vector_norm(terms[alone], dim=1).sum() + signed.abs().sum()
 
 
@@ -316,7 +318,7 @@ def _optimised(start: tuple[float, ...], power: float) -> tuple[float, ...]:
     optimize = optional_module("scipy.optimize", "grid 'dm-nonuniform'")
 
     def objective(inner: np.ndarray) -> tuple[float, np.ndarray]:
-        x = torch.tensor([start[0], *inner, start[-1]], dtype=torch.float64, requires_grad=True)
+        x = torch.tensor([start[0], *inner, start[-1]], dtype=torch.float64, requires_grad=True, device="cpu")
         value = dm_objective(x, power)
         (slope,) = torch.autograd.grad(value, x)
         return value.item(), slope[1:-1].numpy()
@@ -332,7 +334,7 @@ def _optimised(start: tuple[float, ...], power: float) -> tuple[float, ...]:
             objective, start[1:-1], jac=True, method="trust-constr", constraints=[apart], options={"maxiter": 200}
         )
     best = (start[0], *found.x.tolist(), start[-1])
-    better = found.fun < dm_objective(torch.tensor(start, dtype=torch.float64), power)
+    better = found.fun < dm_objective(float64(start), power)
     return best if better and all(a < b for a, b in itertools.pairwise(best)) else start
 
 
@@ -451,7 +453,7 @@ def rising(
 
 def _given(rule: Tensor | Sequence[float]) -> list[float]:
     try:
-        nodes = torch.as_tensor(rule, dtype=torch.float64).detach().cpu()
+        nodes = float64(rule).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         what = "a name, a grid or times"
         raise UsageError(f"grid: need {what}, got {rule!r:.60}", 'grid="karras" or grid=grids.karras()') from error
@@ -476,9 +478,9 @@ def _placed(
         nodes = _line_of(rule, process, high, process.t_data, steps)
         if nodes[-2] >= process.t_min:
             return nodes
-    data = torch.tensor([process.t_data], dtype=torch.float64)
+    data = float64([process.t_data])
     if steps == 1:
-        return torch.cat([torch.tensor([process.t_max if high is None else high], dtype=torch.float64), data])
+        return torch.cat([float64([process.t_max if high is None else high]), data])
     return torch.cat([_line_of(rule, process, high, process.t_min, steps - 1), data])
 
 
@@ -521,22 +523,22 @@ def _name(name: str, values: Sequence[float | str], usual: Sequence[float] = ())
 
 def _falling(n: int) -> Tensor:
     """n + 1 equidistant numbers from 1 to 0."""
-    return torch.linspace(1, 0, n + 1, dtype=torch.float64)
+    return torch.linspace(1, 0, n + 1, dtype=torch.float64, device="cpu")
 
 
 def _line(ends: Tensor, n: int) -> Tensor:
     """n + 1 equidistant numbers from the first end to the last."""
-    return torch.linspace(ends[0].item(), ends[1].item(), n + 1, dtype=torch.float64)
+    return torch.linspace(ends[0].item(), ends[1].item(), n + 1, dtype=torch.float64, device="cpu")
 
 
 def _clock(process: Process, high: float, low: float) -> Tensor:
     """Both ends before the shift of the process."""
-    return process.uniform_clock(torch.tensor([high, low], dtype=torch.float64))
+    return process.uniform_clock(float64([high, low]))
 
 
 def _log_snr_ends(process: Process, high: float, low: float) -> Tensor:
     """log-SNR at both ends; where it is not finite at the first, that of 80, or of 4 times the last end's ratio."""
-    ends = process.log_snr(torch.tensor([high, low], dtype=torch.float64))
+    ends = process.log_snr(float64([high, low]))
     if torch.isinf(ends[0]):
         ends[0] = min(-2 * math.log(_RATIO_OF_PURE_NOISE), ends[1].item() - 2 * math.log(4))
     return ends
@@ -566,7 +568,7 @@ def _index_grid(name: str, lay: Callable[[int, int, int], np.ndarray], late: boo
             problem = f"grid {name}: {n} steps do not fit on the {first - last} indices from {first} to {last + 1}"
             raise UsageError(problem, 'fewer steps, or grid="time"')
         inner = to_time(torch.from_numpy(lay(first, last, n).copy()))
-        return torch.cat([inner.clamp_min(process.t_min), torch.tensor([low], dtype=torch.float64)])
+        return torch.cat([inner.clamp_min(process.t_min), float64([low])])
 
     return Grid(name, place, to_data=True, late=late)
 
@@ -580,7 +582,7 @@ def _indices(process: Process) -> tuple[Callable[[float], float], Callable[[Tens
     count, zero = (_INDICES, -1) if math.isfinite(process.t_data) else (_INDICES - 1, 0)
 
     def to_index(t: float) -> float:
-        clock = process.uniform_clock(torch.tensor(t, dtype=torch.float64)).item()
+        clock = process.uniform_clock(float64(t)).item()
         return max((clock - bottom) / (top - bottom) * count + zero, -1.0)
 
     return to_index, lambda index: process.from_uniform_clock(bottom + (index - zero) / count * (top - bottom))

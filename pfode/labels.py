@@ -48,7 +48,7 @@ def class_indices(denoiser: Any, label: Any, n: int) -> Tensor | None:
     indices = [_index(names, count, one) for one in ([given] if several is None else several)]
     if count is not None:
         warn_unseen(denoiser, indices)
-    return torch.tensor(indices, dtype=torch.int64).expand(n)
+    return torch.tensor(indices, dtype=torch.int64, device="cpu").expand(n)
 
 
 def _index(names: Sequence[str] | None, count: int | None, label: Any) -> int:
@@ -142,7 +142,7 @@ def label_tensor(label: Any, names: Sequence[str] | None, x: Tensor) -> Tensor:
     if not 0 <= low <= high <= most:
         hint = "a number of a class" if names is None else f"0 to {len(names) - 1}: {listed(names)}"
         raise UsageError(f"label {low if low < 0 else high} is out of range", hint)
-    found = label if isinstance(label, Tensor) else torch.tensor(high)
+    found = label if isinstance(label, Tensor) else torch.tensor(high, device="cpu")
     return found.to(x.device, torch.int64).expand(n)
 
 

@@ -75,10 +75,15 @@ class Process(ABC):
     def _time(self, log_snr: Tensor) -> Tensor: ...
 
 
+def float64(value: Any) -> Tensor:
+    """In float64: a tensor where it lies, anything else on the host, whatever torch's default device is."""
+    return value.double() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+
+
 def _apply(function: Callable[[Tensor], Tensor], t: T) -> T:
     if isinstance(t, Tensor):
         return function(t if t.is_floating_point() else t.double())
-    return function(torch.tensor(t, dtype=torch.float64)).item()
+    return function(float64(t)).item()
 
 
 def _check(condition: bool, message: str, hint: str) -> None:
@@ -213,7 +218,7 @@ class VPDiscrete(Process):
 
     def __init__(self, alphas_cumprod: Tensor | list[float] | tuple[float, ...]):
         try:
-            values = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().tolist()
+            values = float64(alphas_cumprod).flatten().tolist()
         except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"VPDiscrete: alphas_cumprod: need numbers, got {alphas_cumprod!r:.60}") from error
         falling = all(a > b for a, b in itertools.pairwise(values))
@@ -243,7 +248,7 @@ class VPDiscrete(Process):
     @functools.cached_property
     def _knots(self) -> Tensor:
         """log(alpha/sigma) at the indices."""
-        a = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
+        a = float64(self.alphas_cumprod)
         return 0.5 * (torch.log(a) - torch.log1p(-a))
 
     def _alpha(self, t: Tensor) -> Tensor:

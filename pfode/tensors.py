@@ -71,7 +71,7 @@ def read_tensors(header: Header, verify: bool = True) -> dict[str, Tensor]:
         if entry.dtype not in DTYPES:
             raise FileError(f"{header.path}: tensor {name!r:.80}: dtype {entry.dtype}, which this torch does not have")
         dtype = DTYPES[entry.dtype]
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
         found[name] = flat.reshape(entry.shape)
     if verify:
         header.compare(digest.hexdigest)

@@ -23,7 +23,7 @@ from pfode.ode.solver import Time, column
 from pfode.ode.state import Field
 from pfode.plans.executor import Bad, as_state, check_output
 from pfode.prediction import PREDICTIONS
-from pfode.process import Process
+from pfode.process import Process, float64
 
 MAX_STEPS = 1000
 _FIRST = 0.1  # alpha/sigma after a first row from alpha = 0, over sqrt(rtol): its error is O((alpha/sigma)^2)
@@ -251,12 +251,12 @@ class Adaptive:
     def first(self) -> Tensor:
         """(time, alpha, sigma) of the states it begins with, as in `Plan.first`."""
         t, process = self.start, self.process
-        return torch.tensor([t, process.alpha(t), process.sigma(t)], dtype=torch.float64)
+        return float64([t, process.alpha(t), process.sigma(t)])
 
     @property
     def times(self) -> Tensor:
         """The first and the last time, as in `Plan.times`."""
-        return torch.tensor([self.start, self.process.t_data if self.clean else self.stop], dtype=torch.float64)
+        return float64([self.start, self.process.t_data if self.clean else self.stop])
 
     def run(self, denoiser: Denoiser, x: Tensor, **cond: Any) -> Run:
         """Integrate from x, the states at `start`.
@@ -290,7 +290,7 @@ class Adaptive:
         alone = []  # the times of the calls before and after the integration
         if begin != start:  # as alpha is 0 there
             alone.append(start.t)
-            x = begin.sigma / start.sigma * x + begin.alpha * x0(x, torch.tensor(start.t, dtype=torch.float64))
+            x = begin.sigma / start.sigma * x + begin.alpha * x0(x, float64(start.t))
         found = solve(
             field,
             x / begin.m,
@@ -303,7 +303,7 @@ class Adaptive:
         x = stop.m * found.ys[-1]
         if self.clean:
             alone.append(stop.t)
-            x = self.process.alpha(self.process.t_data) * x0(x, torch.tensor(stop.t, dtype=torch.float64))
+            x = self.process.alpha(self.process.t_data) * x0(x, float64(stop.t))
         arrived = (found.status == Status.SUCCESS) & torch.isfinite(x.detach()).flatten(1).all(1)
         x = torch.where(arrived.view(-1, *[1] * (x.ndim - 1)), x, math.nan)
         times = self._times(found.t)
@@ -312,7 +312,7 @@ class Adaptive:
         return Run(
             x=x,
             nfe=calls + len(alone),
-            evals=calls * getattr(denoiser, "evals", 1) + forwards(denoiser, torch.tensor(alone)),
+            evals=calls * getattr(denoiser, "evals", 1) + forwards(denoiser, torch.tensor(alone, device="cpu")),
             steps=stats.accepted.cpu(),
             rejected=stats.rejected.cpu(),
             failed=[

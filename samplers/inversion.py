@@ -30,6 +30,7 @@ from pfode.labels import class_indices
 from pfode.plans.executor import Bad, run
 from pfode.plans.rows import row_affine
 from pfode.plans.table import Plan
+from pfode.process import float64
 from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, find_adaptive
 from pfode.samplers.catalogue import Recipe
 from pfode.samplers.sampling import (
@@ -271,9 +272,8 @@ def _single(plan: Plan, k: int, j: int, t: Tensor, r: Tensor, b: Tensor) -> Plan
     """The plan of one row, from state k to state j: y = r x + b m, m queried at t."""
     levels = {key: getattr(plan, key)[[k, j]] for key in ("time", "alpha", "sigma")}
     return Plan(
-        process=plan.process, prediction=plan.prediction, **levels,
-        t=t[None], r=r[None], r_prev=torch.zeros(1), b=b[None, None], c=torch.zeros(1, 0),
-        init=torch.tensor([1.0, 0.0]), step=torch.zeros(1), node=torch.ones(2), name=plan.name,
+        plan.process, plan.prediction, t[None], **levels, r=r[None], r_prev=float64([0.0]), b=b[None, None],
+        c=plan.c[:1, :0], init=float64([1.0, 0.0]), step=float64([0.0]), node=float64([1.0, 1.0]), name=plan.name,
     )  # fmt: skip
 
 

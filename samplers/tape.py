@@ -13,7 +13,7 @@ import torch
 
 from pfode.chart import Node
 from pfode.plans.table import Plan
-from pfode.process import Process
+from pfode.process import Process, float64
 
 Symbol = tuple[str, int]
 _ROUNDING = 1e-14  # what is left, relatively, of two terms that cancel exactly
@@ -142,8 +142,8 @@ class Tape:
             b=_column([[row.get(("m", k - j), 0.0) for j in range(max(1, window["m"]))] for k, row in enumerate(rows)]),
             c=_column([[row.get(("xi", k - j), 0.0) for j in range(window["xi"])] for k, row in enumerate(rows)]),
             init=_column([self.updates[0].terms[("y", -1)], self.updates[0].terms.get(("xi", -1), 0.0)]),
-            step=torch.tensor(self.step),
-            node=torch.tensor([*self.node, True]),
+            step=torch.tensor(self.step, device="cpu"),
+            node=torch.tensor([*self.node, True], device="cpu"),
             first=_column([start.t, start.alpha, start.sigma]),
             span=_column(spans),
             **about,
@@ -161,4 +161,4 @@ def brownian_clock(node: Node) -> float:
 
 
 def _column(values: list[Any]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return float64(values)

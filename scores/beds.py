@@ -85,10 +85,10 @@ def mixture(dimensions: int, process: Process, apart: float = APART) -> Gaussian
         apart: distance of two modes on average, in standard deviations.
     """
     deviations, wide = _deviations(dimensions), min(dimensions, MODES)
-    means = torch.zeros(MODES, dimensions, dtype=torch.float64)
+    means = torch.zeros(MODES, dimensions, dtype=torch.float64, device="cpu")
     means[:, :wide] = apart * _normal(MODES, wide) / math.sqrt(2 * wide) * deviations[:wide]
-    factors = 2 ** (torch.rand(MODES, dimensions, generator=_generator(1), dtype=torch.float64) - 0.5)
-    weights = torch.arange(1, MODES + 1, dtype=torch.float64)
+    factors = 2 ** (torch.rand(MODES, dimensions, generator=_generator(1), dtype=torch.float64, device="cpu") - 0.5)
+    weights = torch.arange(1, MODES + 1, dtype=torch.float64, device="cpu")
     return GaussianMixture(means, std=deviations * factors, weights=weights, process=process)
 
 
@@ -110,7 +110,7 @@ class Perturbed:
         self.weights, self.sample, self.log_prob, self.modes = exact.weights, exact.sample, exact.log_prob, exact.modes
         d = math.prod(self.shape)
         self.directions = _normal(d, d) / math.sqrt(d)
-        self.phases = 2 * math.pi * torch.rand(d, generator=_generator(7), dtype=torch.float64)
+        self.phases = 2 * math.pi * torch.rand(d, generator=_generator(7), dtype=torch.float64, device="cpu")
 
     @property
     def fingerprint(self) -> str | None:
@@ -120,7 +120,7 @@ class Perturbed:
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """The perturbed D(x, t), of the shape of x, (batch, *shape)."""
-        t = torch.as_tensor(t, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         length = torch.sqrt(sigma**2 + (alpha * DATA_STD) ** 2)
         seen = (x / length).flatten(1) @ self.directions.to(x) + self.phases.to(x)
@@ -163,9 +163,9 @@ def _generator(seed: int) -> torch.Generator:
 
 def _normal(*shape: int) -> Tensor:
     """Fixed standard normal numbers."""
-    return torch.randn(*shape, generator=_generator(0), dtype=torch.float64)
+    return torch.randn(*shape, generator=_generator(0), dtype=torch.float64, device="cpu")
 
 
 def _deviations(dimensions: int) -> Tensor:
     """Standard deviations from 0.5 to 0.05, (dimensions,)."""
-    return 0.5 * torch.logspace(0, -1, dimensions, dtype=torch.float64)
+    return 0.5 * torch.logspace(0, -1, dimensions, dtype=torch.float64, device="cpu")

@@ -17,7 +17,7 @@ from torch import Tensor
 from pfode import noise
 from pfode.denoiser import digest
 from pfode.errors import UsageError
-from pfode.process import EDM, Process, need_process
+from pfode.process import EDM, Process, float64, need_process
 
 __all__ = ["Empirical", "Gaussian", "GaussianMixture"]
 
@@ -47,7 +47,7 @@ class GaussianMixture:
         *,
         cov: Tensor | list[Any] | None = None,
     ):
-        mu = torch.as_tensor(means, dtype=torch.float64)
+        mu = float64(means)
         if mu.ndim < 2 or 0 in mu.shape or not mu.isfinite().all():
             got = f"{tuple(mu.shape)}" + ("" if mu.isfinite().all() else " with values that are not finite")
             raise UsageError(f"means: need shape (k, d), got {got}", "means=[[0.0, 0.0], [1.0, 1.0]]")
@@ -57,7 +57,7 @@ class GaussianMixture:
         self.shape = tuple(mu.shape[1:])
         self.means = mu.flatten(1)  # (k, d)
         k, d = self.means.shape
-        w = torch.ones(k, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+        w = torch.ones(k, dtype=torch.float64, device="cpu") if weights is None else float64(weights)
         if w.shape != (k,) or not ((w > 0) & torch.isfinite(w)).all():
             raise UsageError(f"weights: need {k} positive numbers, got {w.tolist()}")
         self.weights = w / w.sum()
@@ -148,12 +148,12 @@ class GaussianMixture:
 def _spectrum(std: Any, cov: Any, k: int, d: int) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues, broadcastable to (k, d), and eigenvectors (1 or k, d, d), None for the standard basis."""
     if std is not None:
-        value = torch.as_tensor(std, dtype=torch.float64)
+        value = float64(std)
         if value.shape not in ((), (k,), (k, d)) or not (value > 0).all():
             shapes = f"a positive number, shape ({k},) or ({k}, {d})"
             raise UsageError(f"std: need {shapes}, got {tuple(value.shape)}", "std=0.3")
         return (value if value.ndim == 2 else value.reshape(-1, 1)) ** 2, None
-    value = torch.as_tensor(cov, dtype=torch.float64)
+    value = float64(cov)
     if value.shape not in ((d, d), (k, d, d)) or not torch.allclose(value, value.mT):
         shapes = f"symmetric, of shape ({d}, {d}) or ({k}, {d}, {d})"
         raise UsageError(f"cov: need it {shapes}, got {tuple(value.shape)}", "std= takes diagonal ones")
@@ -172,8 +172,8 @@ class Gaussian(GaussianMixture):
     def __init__(
         self, mean: Tensor | list[float], cov: float | Tensor | list[Any] = 1.0, process: Process | None = None
     ):
-        mu = torch.as_tensor(mean, dtype=torch.float64)
-        value = torch.as_tensor(cov, dtype=torch.float64)
+        mu = float64(mean)
+        value = float64(cov)
         if value.ndim < 2:
             super().__init__(mu[None], std=value.sqrt().expand(1, mu.numel()), process=process)
         else:

@@ -17,6 +17,7 @@ from pfode.errors import UsageError, integer, number
 from pfode.labels import class_index, class_indices, warn_unseen
 from pfode.plans.rows import row_affine
 from pfode.plans.table import Plan
+from pfode.process import float64
 from pfode.scores.mixing import Rule, Schedule, column
 from pfode.scores.wrapping import Wrapper, as_time
 
@@ -68,7 +69,7 @@ class Guided(Wrapper, Preconditioned):
         """See `Wrapper.at`."""
         rule, level = self.rule.at(t, self.process), self.level
         if rule.projects:
-            c = self.inner.precondition(torch.as_tensor(t, dtype=torch.float64))
+            c = self.inner.precondition(float64(t))
             skip, size = c.c_skip / c.c_in, c.c_out
             level = (skip, size) if isinstance(t, Tensor) else (skip.item(), size.item())
         inner = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim and all(rule.needs) else t  # as its batch

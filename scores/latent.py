@@ -40,7 +40,7 @@ class Autoencoder:
             vae = copy.deepcopy(vae).float()
         scaled: Any = latents / self.scaling
         if self.mean is not None and self.std is not None:
-            mean, std = (torch.tensor(v).to(latents).reshape(1, -1, 1, 1) for v in (self.mean, self.std))
+            mean, std = (torch.tensor(v, device="cpu").to(latents).reshape(1, -1, 1, 1) for v in (self.mean, self.std))
             scaled = latents * std / self.scaling + mean
         scaled = scaled + self.shift
         with torch.no_grad():

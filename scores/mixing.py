@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pfode.bounds import flat, per_sample
 from pfode.errors import UsageError, number
-from pfode.process import Process
+from pfode.process import Process, float64
 
 Schedule = Callable[[Tensor], Any]  # times, float64, 0-d or (batch,) -> scales of their shape
 ROUNDING = 1e-6  # of a noise level that is compared with the ends of an interval
@@ -73,7 +73,7 @@ class Rule:
         """
         if not self.varies:
             return self
-        times = torch.as_tensor(t, dtype=torch.float64)
+        times = float64(t)
         scale = torch.as_tensor(
             self.scale(times) if callable(self.scale) else self.scale, dtype=times.dtype, device=times.device
         )

@@ -11,6 +11,7 @@ from pfode.bounds import clipped, thresholded
 from pfode.denoiser import Denoiser, at, fingerprint
 from pfode.errors import UsageError, number
 from pfode.labels import class_count
+from pfode.process import float64
 
 __all__ = ["Bounded", "Wrapper", "as_time", "clip", "need_method", "threshold"]
 
@@ -139,7 +140,7 @@ def as_time(t: Tensor | float) -> float | Tensor:
     A tensor on another device is not read back, as that would wait for the device.
     """
     if torch.compiler.is_compiling() or (isinstance(t, Tensor) and (t.ndim or t.device.type != "cpu")):
-        return torch.as_tensor(t, dtype=torch.float64)
+        return float64(t)
     return float(t.detach() if isinstance(t, Tensor) else t)
 
 

@@ -178,7 +178,7 @@ def _unscaled(name: str, c: Mapping[str, Any]) -> Tensor:
             raise UsageError(
                 f"{name}: trained_betas: {len(c['trained_betas'])} values for num_train_timesteps = {count}"
             )
-        return torch.tensor(c["trained_betas"], dtype=torch.float32)
+        return torch.tensor(c["trained_betas"], dtype=torch.float32, device="cpu")
     for key in ("beta_schedule", "beta_start", "beta_end"):
         if c[key] is None:
             raise UsageError(f"{name}: no {key!r}", f"expected {NOISE[key].expected}")
@@ -186,15 +186,17 @@ def _unscaled(name: str, c: Mapping[str, Any]) -> Tensor:
         bar = _cosine if schedule == "squaredcos_cap_v2" else _laplace
         edges = [bar(i / count) for i in range(count + 1)]
         ratios = zip(edges[1:], edges[:-1], strict=True)
-        return torch.tensor([min(1 - after / before, 0.999) for after, before in ratios], dtype=torch.float32)
+        return torch.tensor(
+            [min(1 - after / before, 0.999) for after, before in ratios], dtype=torch.float32, device="cpu"
+        )
     start, end = c["beta_start"], c["beta_end"]
     if not 0 < start <= end:
         raise UsageError(f"{name}: beta_start: need 0 < beta_start <= beta_end, got {start}, {end}")
     if schedule == "linear":
-        return torch.linspace(start, end, count, dtype=torch.float32)
+        return torch.linspace(start, end, count, dtype=torch.float32, device="cpu")
     if schedule == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
-    return torch.sigmoid(torch.linspace(-6, 6, count)) * (end - start) + start
+        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32, device="cpu") ** 2
+    return torch.sigmoid(torch.linspace(-6, 6, count, device="cpu")) * (end - start) + start
 
 
 def _cosine(u: float) -> float:

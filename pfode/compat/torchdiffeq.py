@@ -314,7 +314,7 @@ def odeint_dense(
     for name in ("norm", "throw", "adjoint"):
         arguments.pop(name, None)
     points = list(steps(_field(problem), problem.y0, **arguments))
-    ends = torch.tensor([point.t1 for point in points], dtype=torch.float64)
+    ends = torch.tensor([point.t1 for point in points], dtype=torch.float64, device="cpu")
     first, sign = float(t[0]), problem.sign
 
     def dense(t_eval: Tensor) -> Any:

@@ -51,7 +51,7 @@ class Run:
     @property
     def nfe(self) -> int:
         """Evaluations of the field, of the sample that took most."""
-        return int(torch.as_tensor(self.solution.stats.nfe).max())
+        return int(torch.as_tensor(self.solution.stats.nfe, device="cpu").max())
 
 
 class NeuralODE(torch.nn.Module):

@@ -35,7 +35,7 @@ def reals(name: str, value: Any, example: str) -> Tensor:
         UsageError: they are none.
     """
     try:
-        found = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+        found = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{name}: need real numbers, got {value!r:.60}", f"{name}={example}") from error
     if found.is_complex():

@@ -296,7 +296,7 @@ class Point:
             theta = torch.where(move.accepted, (t - move.u0) / torch.where(span == 0, 1.0, span), 0.0)[None]
             flat = torch.where(move.accepted[:, None], move.step.dense(theta)[0], move.y)
         else:
-            theta = torch.tensor([(t - self.t0) / (self.t1 - self.t0)], dtype=ts.dtype).to(ts.device)
+            theta = torch.tensor([(t - self.t0) / (self.t1 - self.t0)], dtype=ts.dtype, device="cpu").to(ts.device)
             flat = move.step.dense(theta)[0]
         return self._setup.field.layout.tree(flat, cast=False)
 
@@ -589,4 +589,6 @@ def _check(setup: Problem, end: End) -> None:
 
 def _vanishes(atol: Any, real: torch.dtype) -> bool:
     """Whether the absolute tolerance was given as 0 somewhere."""
-    return bool((torch.as_tensor(atol) <= torch.finfo(real).tiny).any())
+    return bool(
+        (torch.as_tensor(atol, device=None if isinstance(atol, Tensor) else "cpu") <= torch.finfo(real).tiny).any()
+    )

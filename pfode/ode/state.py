@@ -248,7 +248,7 @@ def unchanged(whose: str, tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @functools.lru_cache(256)
 def _shares(at: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(at, dtype=dtype).to(device)
+    return torch.tensor(at, dtype=dtype, device="cpu").to(device)
 
 
 class Field:

@@ -83,7 +83,9 @@ class Plan:
             value = getattr(self, key)
             if value is None and key in ("first", "span"):
                 value = self._default(key)
-            value = torch.as_tensor(value).to("cpu", _WHOLE.get(key, torch.float64))
+            value = (value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")).to(
+                "cpu", _WHOLE.get(key, torch.float64)
+            )
             object.__setattr__(self, key, value.clone())
             self._check(key, len(self.t))
         if not isinstance(self.name, str) or not self.name.isprintable() or not isinstance(self.meta, dict):
@@ -95,7 +97,7 @@ class Plan:
         if not moved and not torch.equal(self.first, self._default("first")):
             problem = f"plan {self.name!r}: x_T is state 0, but first = {self.first.tolist()} is not"
             raise UsageError(problem, "first=None")
-        begins = torch.diff(self.step, prepend=torch.tensor([-1]))  # 1 in the first row of a step, else 0
+        begins = torch.diff(self.step, prepend=torch.tensor([-1], device="cpu"))  # 1 in the first row of a step, else 0
         if not (self.node[0] and self.node[-1] and torch.equal(begins, self.node[:-1].long())):
             raise UsageError(f"plan {self.name!r}: a step must begin at every node but the last, and nowhere else")
         self.check_times(self.process)
@@ -104,7 +106,7 @@ class Plan:
         """What `first` and `span` are where they are not given."""
         if key == "first":
             return torch.stack([self.time[0], self.alpha[0], self.sigma[0]])
-        return torch.full((len(self.t) + 1, 2), torch.nan)
+        return torch.full((len(self.t) + 1, 2), torch.nan, device="cpu")
 
     def _check(self, key: str, n: int) -> None:
         """Raise UsageError if a tensor is none that a plan of n rows can have."""

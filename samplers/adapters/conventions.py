@@ -186,4 +186,8 @@ def convention(config: Config) -> Convention:
 def as_list(values: Levels | None) -> list[float] | None:
     if values is None:
         return None
-    return torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values).double().tolist()
+    return (
+        (values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values, dtype=np.float64)))
+        .double()
+        .tolist()
+    )

@@ -27,7 +27,7 @@ from pfode import grids, noise
 from pfode.errors import UsageError, integer
 from pfode.plans.executor import run
 from pfode.plans.table import Plan
-from pfode.process import EDM, VP
+from pfode.process import EDM, VP, float64
 from pfode.samplers.adaptive import ADAPTIVE, Adaptive, make_adaptive
 from pfode.samplers.catalogue import CATALOGUE, Recipe, make_plan, recipe
 from pfode.samplers.methods import Integrator, Method, Trail
@@ -74,7 +74,7 @@ def get_sigmas_vp(
     n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3, device: torch.device | str = "cpu"
 ) -> Tensor:
     """sigma/alpha of a VP process with linear beta at n uniform times from 1 to eps_s, and 0."""
-    t = torch.linspace(1, eps_s, n, dtype=torch.float64)
+    t = torch.linspace(1, eps_s, n, dtype=torch.float64, device="cpu")
     ratios = torch.exp(-0.5 * VP(beta_min, beta_min + beta_d).log_snr(t))
     return append_zero(ratios.to(device, torch.float32))
 
@@ -137,13 +137,13 @@ class BrownianTreeNoiseSampler:
         seed: Seed = None,
         transform: Callable[[Tensor], Tensor] = lambda sigma: 1 / (1 + sigma**-0.25),
     ):
-        seed = int(torch.randint(0, 2**63 - 1, ())) if seed is None else seed
+        seed = int(torch.randint(0, 2**63 - 1, (), device="cpu")) if seed is None else seed
         self.seeds, self.x, self.transform = _seeds(seed, len(x)), x, transform
         self.low, self.high = sorted(self._clock(end) for end in (sigma_min, sigma_max))
         self.ends: dict[int, Any] = {}
 
     def _clock(self, sigma: Any) -> float:
-        return float(self.transform(torch.as_tensor(sigma, dtype=torch.float64)))
+        return float(self.transform(float64(sigma)))
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
         start, stop = ((self._clock(s) - self.low) / (self.high - self.low) for s in (sigma, sigma_next))
@@ -340,7 +340,7 @@ def sample_dpm_fast(
     n = integer("n", n, 1)
     orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
     made = [recipe({1: "dpm-1", 2: "dpm-2s", 3: "dpm-3s"}[order]).method for order in orders]
-    sigmas = torch.linspace(math.log(high), math.log(low), len(orders) + 1, dtype=torch.float64).exp()
+    sigmas = torch.linspace(math.log(high), math.log(low), len(orders) + 1, dtype=torch.float64, device="cpu").exp()
     sigmas[0], sigmas[-1] = high, low
     rho2 = (sigmas[1] / sigmas[0]).item() ** 2
     most = ((1 - (low / sigmas[1:]) ** 2) / (1 - rho2)).sqrt().tolist()  # or the steps would go below sigma_min

@@ -10,7 +10,7 @@ from torch import Tensor
 from pfode import grids
 from pfode.beta import beta_quantile
 from pfode.errors import UsageError, integer, number, unknown
-from pfode.process import EDM, Flow, Process, VPDiscrete
+from pfode.process import EDM, Flow, Process, VPDiscrete, float64
 from pfode.samplers import auto
 from pfode.samplers.adapters.conventions import (
     FLOW_MIN,
@@ -107,13 +107,13 @@ def _given(kind: Convention, timesteps: list[float] | None, sigmas: list[float] 
     if timesteps is not None and sigmas is not None:
         raise UsageError("timesteps and sigmas exclude each other", "give one of them")
     if timesteps is not None:
-        told = torch.tensor(timesteps, dtype=torch.float64)
+        told = float64(timesteps)
         t = kind.time(told)
         if not torch.allclose(kind.timestep(t), told):
             raise UsageError(f"timesteps: {timesteps!r:.80} leave the range of {kind.process}", "those of its training")
         return t.tolist()
     assert sigmas is not None
-    levels = torch.tensor(sigmas[:-1] if len(sigmas) > 1 and sigmas[-1] == 0 else sigmas, dtype=torch.float64)
+    levels = float64(sigmas[:-1] if len(sigmas) > 1 and sigmas[-1] == 0 else sigmas)
     if not (levels > 0).all():
         raise UsageError(f"sigmas: only the last may be 0, got {sigmas!r:.80}", "falling, positive ones")
     return _snapped(kind.process, kind.at_level(levels)).tolist()
@@ -187,7 +187,7 @@ def _rule(config: Config, kind: Convention) -> tuple[Any, bool]:
 
 
 def _time(kind: Convention, sigma: float) -> float:
-    t = kind.at_level(torch.tensor([number("sigma", sigma, 1e-12)], dtype=torch.float64))
+    t = kind.at_level(float64([number("sigma", sigma, 1e-12)]))
     return _snapped(kind.process, t).item()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from pfode.errors import UsageError
 from pfode.plans.rows import row_affine, used, weighed
 from pfode.plans.table import Plan
+from pfode.process import float64
 from pfode.samplers.adapters.conventions import Convention
 
 
@@ -46,7 +47,7 @@ class Table:
             problem = f"a network that predicts the noise says nothing about the data where alpha = 0 (t = {at:g})"
             raise UsageError(problem, "a network of another prediction_type, or nodes that start below that time")
         p, q = row_affine(plan.prediction, alpha, sigma)
-        scale = torch.as_tensor(kind.scale(torch.cat([asked[1], plan.sigma[-1:]])), dtype=torch.float64).clone()
+        scale = float64(kind.scale(torch.cat([asked[1], plan.sigma[-1:]]))).clone()
         if plan.sigma[-1] == 0:
             scale[-1] = 1
         here, after = scale[:-1], scale[1:]
@@ -66,8 +67,8 @@ class Table:
     def begins_at(self, i: int) -> bool:
         """Whether the rows from i on look back on nothing before it."""
         past = self.columns[i:, 5:]
-        ages = torch.cat([torch.arange(self.ages + 1), torch.arange(self.noise_ages + 1)])
-        early = torch.arange(len(past))[:, None] < ages
+        ages = torch.cat([torch.arange(self.ages + 1, device="cpu"), torch.arange(self.noise_ages + 1, device="cpu")])
+        early = torch.arange(len(past), device="cpu")[:, None] < ages
         return not (past[early] != 0).any() and (i == 0 or not self.alive[i, 2])
 
     def line(self, k: int, factors: Sequence[Tensor], full: bool = False) -> Line:

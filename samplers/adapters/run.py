@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pfode.errors import UsageError
 from pfode.plans.table import Plan
+from pfode.process import float64
 from pfode.samplers.adapters.conventions import Convention
 from pfode.samplers.adapters.rows import Line, Table
 from pfode.samplers.adapters.timesteps import Timesteps
@@ -98,7 +99,7 @@ class Run:
             UsageError: beyond the process's range, a saved plan, or a recipe that has other calls from there on.
         """
         plan, times = self.plan, self.plan.times.tolist()
-        told = torch.tensor(value, dtype=torch.float64)
+        told = float64(value)
         t = self.kind.time(told)
         if not torch.allclose(self.kind.timestep(t), told, rtol=1e-6) or t > plan.process.t_max * (1 + 1e-6):
             problem = f"timestep: {value:g} lies outside those that the network was trained for"
@@ -152,7 +153,7 @@ class Run:
         away = (self.told.host.double() - value).abs()
         begins = self.plan.node[:-1].clone()
         if self.restart is None:
-            begins &= torch.tensor([self.whole.begins_at(i) for i in range(self.plan.nfe)])
+            begins &= torch.tensor([self.whole.begins_at(i) for i in range(self.plan.nfe)], device="cpu")
         return int(torch.where(begins, away, torch.inf).argmin())
 
     def place(self, timestep: Any) -> None:

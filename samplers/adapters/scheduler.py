@@ -196,7 +196,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         run = self._run()
         if run is not None:
             return run.timesteps
-        return torch.arange(self.config["num_train_timesteps"] - 1, -1, -1, dtype=torch.float32)
+        return torch.arange(self.config["num_train_timesteps"] - 1, -1, -1, dtype=torch.float32, device="cpu")
 
     @property
     def sigmas(self) -> Tensor:
@@ -205,7 +205,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         if run is not None:
             return run.sigmas
         bar = self.alphas_cumprod.flip(0)
-        return torch.cat([((1 - bar) / bar).sqrt(), torch.zeros(1)])
+        return torch.cat([((1 - bar) / bar).sqrt(), torch.zeros(1, device="cpu")])
 
     @property
     def num_inference_steps(self) -> int | None:
@@ -405,7 +405,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         if run.seeds is None or len(run.seeds) != len(x):
             seed = self.seed
             if seed is None:
-                seed = torch.randint(2**63 - 1, (len(x),)).tolist()
+                seed = torch.randint(2**63 - 1, (len(x),), device="cpu").tolist()
             run.seeds = noise.check_seeds(seed if isinstance(seed, list) else range(seed, seed + len(x)))
             if len(run.seeds) != len(x):
                 raise UsageError(f"seed: {len(run.seeds)} of them for {len(x)} samples", "seed=0, or one per sample")

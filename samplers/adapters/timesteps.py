@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
+from pfode.process import float64
 
 __all__ = ["Timesteps"]
 
@@ -79,7 +80,7 @@ def _value(timestep: Any) -> tuple[float, torch.dtype]:
     given = timestep.detach() if isinstance(timestep, Tensor) else None
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         if isinstance(timestep, list | tuple):
-            given = torch.tensor([float(value) for value in timestep], dtype=torch.float64)
+            given = float64([float(value) for value in timestep])
         elif not isinstance(timestep, Tensor | str | bytes):
             given = torch.from_numpy(np.array(timestep))
     if given is None or given.dtype in (torch.bool, torch.complex64, torch.complex128) or given.numel() == 0:

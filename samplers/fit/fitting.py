@@ -207,7 +207,7 @@ def _fit(
     objectives = [Objective(parameters, phases, features, batch) for parameters in begun]
     objective = _best(objectives, settings["loss"], fitted[:active])
     parameters = objective.parameters
-    first = parameters.numbers(torch.zeros(parameters.size, dtype=torch.float64))
+    first = parameters.numbers(torch.zeros(parameters.size, dtype=torch.float64, device="cpu"))
     start = objective.errors(first, checked)
     path = cache.path("fit", {**settings, "iterations": None, "start": first.vector.tolist()})
     state = State.load(path, parameters.size, len(phases))
@@ -219,7 +219,7 @@ def _fit(
         if state.done >= total or state.failed or state.stale >= PATIENCE:
             break
         draw = torch.Generator().manual_seed((settings["seed"] << 20) + state.done)
-        some = torch.randperm(len(fitted), generator=draw)[:active]
+        some = torch.randperm(len(fitted), generator=draw, device="cpu")[:active]
         objective.iterate(state, [fitted[i] for i in sorted(some.tolist())])
         state.done += 1
         if not state.failed:
@@ -241,7 +241,7 @@ def _best(objectives: list[Objective], loss: str, groups: Sequence[Group]) -> Ob
     """
     found = []
     for objective in objectives:
-        zeros = torch.zeros(objective.parameters.size, dtype=torch.float64)
+        zeros = torch.zeros(objective.parameters.size, dtype=torch.float64, device="cpu")
         found.append(objective.errors(objective.parameters.numbers(zeros), groups))
     usual = [max(min(values) ** 2, 1e-300) for values in zip(*((e.median, e.rms) for e in found), strict=True)]
     losses = [LOSSES[loss][0](errors.each, *usual).mean().item() for errors in found]

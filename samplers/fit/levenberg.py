@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
+from pfode.process import float64
 from pfode.samplers.fit.cache import Cache, broken
 from pfode.samplers.fit.losses import LOSSES
 from pfode.samplers.fit.parameters import Parameters
@@ -52,7 +53,7 @@ class State:
     def save(self, path: Path | None) -> None:
         """Keep it in a file of the cache; with None nothing is kept."""
         rest = [self.damping, self.mark, self.done, self.stale, self.failed, self.phase]
-        kept = {"theta": self.theta, "best": self.best.clone(), "rest": torch.tensor(rest, dtype=torch.float64)}
+        kept = {"theta": self.theta, "best": self.best.clone(), "rest": float64(rest)}
         Cache.write(path, kept)
 
     @classmethod
@@ -64,7 +65,7 @@ class State:
         """
         found = Cache.read(path, {"theta": (size,), "best": (size,), "rest": (6,)})
         if found is None:
-            zeros = torch.zeros(size, dtype=torch.float64)
+            zeros = torch.zeros(size, dtype=torch.float64, device="cpu")
             return cls(zeros, zeros)
         damping, mark, *counts = found["rest"].tolist()
         sound = damping > 0 and not math.isnan(mark) and all(math.isfinite(c) and c >= 0 == c % 1 for c in counts)
@@ -128,7 +129,7 @@ class Objective:
         change = differences(self.parameters.numbers, theta)
         whole = len(numbers.vector)
         own = self.parameters.size < whole
-        wanted = change if own else Numbers(torch.eye(whole, dtype=torch.float64), numbers.n)
+        wanted = change if own else Numbers(torch.eye(whole, dtype=torch.float64, device="cpu"), numbers.n)
         found: list[tuple[Tensor, ...]] = []
         for group in groups:
             each = group.x[0].numel() * group.x.element_size() * len(wanted.vector) * (numbers.n + 2)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pfode.errors import UsageError
 from pfode.plans.table import Plan
-from pfode.process import Process
+from pfode.process import Process, float64
 from pfode.samplers.fit.tangents import Numbers, lower
 
 __all__ = ["DyWeight", "General", "Parameters", "clock", "clocked"]
@@ -44,7 +44,7 @@ class General:
         self.start, self.rebuild, self.process = start, rebuild, start.process
         n, self.nodes = start.nfe, start.times
         u = clock(self.process, self.nodes[:-1])
-        low = clock(self.process, torch.tensor(self.process.t_min, dtype=torch.float64))
+        low = clock(self.process, float64(self.process.t_min))
         gaps = torch.cat([u[:-1] - u[1:], (u[-1] - low).clamp_min(0.02 * (u[0] - low) / n)[None]])
         self.high, self.whole = u[0], gaps.sum()
         self.logits = torch.log(gaps / self.whole)
@@ -99,7 +99,7 @@ class DyWeight:
         self.ratio = start.sigma / start.alpha
         self.count = [min(k, 2) + 1 for k in range(start.nfe)]
         self.size = sum(self.count) + start.nfe
-        zero = self.numbers(torch.zeros(self.size, dtype=torch.float64))
+        zero = self.numbers(torch.zeros(self.size, dtype=torch.float64, device="cpu"))
         if start.nfe != start.steps or not torch.allclose(zero.vector, Numbers.of(start).vector, 1e-6, 1e-9):
             raise UsageError(f"dyweight: plan {start.name!r} is not ipndm3 in the chart ddim", 'start="ipndm3@ddim"')
 
@@ -110,7 +110,7 @@ class DyWeight:
         n, process = self.start.nfe, self.start.process
         weights, scales = theta.split([self.size - n, n])
         s, level, states = self.ratio[0], self.start.init[0] / self.start.alpha[0], []
-        unit = torch.eye(n + 1, dtype=torch.float64)
+        unit = torch.eye(n + 1, dtype=torch.float64, device="cpu")
         y, slopes, alpha, t = level * unit[0], [], [], []
         for k, free in enumerate(weights.split(self.count)):
             first = process.time(-2 * torch.log(s))
@@ -119,7 +119,7 @@ class DyWeight:
             alpha.append(process.alpha(first))
             slopes.insert(0, (y - unit[k + 1]) / s)
             states.append(y)
-            w = free + torch.tensor(self.WEIGHTS[min(k, 2)], dtype=torch.float64)
+            w = free + float64(self.WEIGHTS[min(k, 2)])
             length = self.ratio[k + 1] - s
             y = y + length * sum((w[j] * slopes[j] for j in range(len(w))), torch.zeros_like(y))
             s = (s + w.sum() * length).clamp_min(1e-6)

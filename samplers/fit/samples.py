@@ -14,6 +14,7 @@ from pfode.denoiser import Denoiser, at
 from pfode.errors import NumericalError, UsageError, number
 from pfode.labels import class_indices
 from pfode.plans.executor import run
+from pfode.process import float64
 from pfode.samplers.catalogue import make_plan
 from pfode.samplers.fit.cache import Cache
 from pfode.samplers.sampling import find_device, prepared, sample_shape, state_dtype
@@ -46,7 +47,7 @@ class Group:
     def call(self, x: Tensor, t: float) -> Tensor:
         """D, for the group's samples or several times as many: all of them, then all of them again."""
         cond = {} if self.label is None else {"label": self.label.repeat(len(x) // len(self))}
-        return at(self.denoiser, t)(x, torch.tensor(t, dtype=torch.float64), **cond).to(x.dtype)
+        return at(self.denoiser, t)(x, float64(t), **cond).to(x.dtype)
 
 
 class Source:

@@ -96,7 +96,7 @@ def measure_jumps(
     if plan.stochastic or plan.nfe != plan.steps:
         raise UsageError(f"teacher {teacher!r} is not deterministic with one call per step", 'teacher="ipndm3"')
     seeds = range(seed, seed + n)
-    total = torch.zeros(plan.nfe + 1, plan.nfe + 1, dtype=torch.float64)
+    total = torch.zeros(plan.nfe + 1, plan.nfe + 1, dtype=torch.float64, device="cpu")
     how: dict[str, Any] = {"label": label, "shape": shape, "dtype": dtype, "device": device, "trajectory": True}
     for part in batches(denoiser, plan, seeds, batch=integer("batch", batch, 1), **how):
         total += _costs(plan, torch.stack(part.trajectory).flatten(2), part.preview, metric)
@@ -130,7 +130,7 @@ def _costs(plan: Plan, states: Tensor, predictions: Sequence[Tensor], metric: st
         way = z - last
         return torch.linalg.vector_norm(way - (way * chord).sum(-1, keepdim=True) * chord, dim=-1)
 
-    total = torch.zeros(len(states), len(states), dtype=torch.float64)
+    total = torch.zeros(len(states), len(states), dtype=torch.float64, device="cpu")
     for i, x0 in enumerate(predictions):
         keep = (sigma[i + 1 :] / sigma[i])[:, None, None]
         a = alpha[i + 1 :, None, None]

@@ -36,7 +36,7 @@ class Numbers:
 
     def __init__(self, vector: Tensor, n: int):
         self.vector, self.n = vector, n
-        row, column = torch.tril_indices(n, n)
+        row, column = torch.tril_indices(n, n, device="cpu")
         self.t, self.r = vector[..., :n], vector[..., n : 2 * n]
         whole = vector.new_zeros(*vector.shape[:-1], n * n)
         self.b = whole.index_add(-1, row * n + column, vector[..., 2 * n :]).unflatten(-1, (n, n))
@@ -61,16 +61,23 @@ class Numbers:
     def plan(self, like: Plan, **about: Any) -> Plan:
         """The plan of these numbers, its nodes those of another one; `about`: name and meta. Gradients flow."""
         n = self.n
-        age = torch.arange(n)[:, None] - torch.arange(n)
+        age = torch.arange(n, device="cpu")[:, None] - torch.arange(n, device="cpu")
         b = torch.where(age >= 0, self.b.gather(1, age.clamp_min(0)), 0.0)
         return replace(
-            like, prediction="x0", t=self.t, r=self.r, r_prev=torch.zeros(n), b=b, c=torch.zeros(n, 0), **about
+            like,
+            prediction="x0",
+            t=self.t,
+            r=self.r,
+            r_prev=torch.zeros(n, device="cpu"),
+            b=b,
+            c=torch.zeros(n, 0, device="cpu"),
+            **about,
         )
 
 
 def lower(square: Tensor) -> Tensor:
     """The lower triangle of a matrix, row by row."""
-    row, column = torch.tril_indices(*square.shape)
+    row, column = torch.tril_indices(*square.shape, device="cpu")
     return square[row, column]
 
 
@@ -100,7 +107,7 @@ def tangents(
     n, p = numbers.n, len(changes.vector)
     small = _STEPS[y.dtype]
     moved = y.new_zeros(p, *y.shape)
-    live = torch.zeros(p, dtype=torch.bool)
+    live = torch.zeros(p, dtype=torch.bool, device="cpu")
     made: list[Tensor] = []
     moves: list[Tensor] = []
     for k in range(n):
@@ -142,6 +149,6 @@ def differences(make: Callable[[Tensor], Numbers], theta: Tensor, h: float = 1e-
     """How the numbers made from parameters change with each of them, by central differences on the host: (p, ...)."""
     rows: Sequence[Tensor] = [
         (make(theta + h * e).vector - make(theta - h * e).vector) / (2 * h)
-        for e in torch.eye(len(theta), dtype=theta.dtype)
+        for e in torch.eye(len(theta), dtype=theta.dtype, device="cpu")
     ]
     return Numbers(torch.stack(rows), make(theta).n)

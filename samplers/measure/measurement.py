@@ -152,7 +152,7 @@ class Measurer:
             labels, parts, calls = problem.labels(len(seeds)), [], 0
             for done in range(0, len(seeds), problem.batch):
                 some = slice(done, done + problem.batch)
-                cond = {} if labels is None else {"label": torch.tensor(labels[some]).to(problem.device)}
+                cond = {} if labels is None else {"label": torch.tensor(labels[some], device="cpu").to(problem.device)}
                 x = problem.initial(seeds[some])
                 with torch.no_grad(), blamed(f"model {problem.name!r}"):
                     end, calls = peers.draw(spec.name, problem.denoiser, x, seeds[some], nfe, lay, cond, **given)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pfode.errors import FileError, UsageError, integer, number
 from pfode.files import read_file
+from pfode.process import float64
 
 RESAMPLES = 200
 LEVEL = 0.95
@@ -124,7 +125,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 64, p: float = 2
     projections = integer("projections", projections, 1, 2**16)
     draw = torch.Generator().manual_seed(seed)
     d = a.shape[1]
-    ways = torch.randn(d, projections if d > 1 else 1, generator=draw, dtype=torch.float64)
+    ways = torch.randn(d, projections if d > 1 else 1, generator=draw, dtype=torch.float64, device="cpu")
     ways = ways / torch.linalg.vector_norm(ways, dim=0)
     first, second = (a @ ways).T.contiguous(), (b @ ways).T.contiguous()  # (directions, n)
 
@@ -141,8 +142,10 @@ def _wasserstein(u: Tensor, v: Tensor, p: float) -> Tensor:
     n, m = u.shape[-1], v.shape[-1]
     if n == m:
         return (u - v).abs().pow(p).mean(-1)
-    ends = torch.unique(torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]))  # of n m
-    widths = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype)).double() / (n * m)
+    ends = torch.unique(
+        torch.cat([torch.arange(1, n + 1, device="cpu") * m, torch.arange(1, m + 1, device="cpu") * n])
+    )  # of n m
+    widths = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype, device="cpu")).double() / (n * m)
     i, j = (ends - 1) // m, (ends - 1) // n
     return ((u[..., i] - v[..., j]).abs().pow(p) * widths).sum(-1)
 
@@ -306,5 +309,5 @@ def rounded(value: float) -> float:
 
 def _estimate(value: Any, drawn: Tensor) -> Estimate:
     tail = (1 - LEVEL) / 2
-    low, high = torch.quantile(drawn.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(drawn.double(), float64([tail, 1 - tail])).tolist()
     return Estimate(float(value), min(low, float(value)), max(high, float(value)))

@@ -246,7 +246,7 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
 @torch.enable_grad()
 def mark() -> int:
     """A number that only later nodes of graphs, of this thread, have reached."""
-    node: Any = torch.zeros((), requires_grad=True).neg().grad_fn
+    node: Any = torch.zeros((), requires_grad=True, device="cpu").neg().grad_fn
     return node._sequence_nr()
 
 

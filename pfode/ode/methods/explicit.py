@@ -32,7 +32,7 @@ class _Weights:
 @functools.lru_cache(256)
 def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> _Weights:
     rows = [tableau.matrix[i, :i].tolist() for i in range(tableau.stages)] + [list(tableau.b), list(tableau.error)]
-    made = [torch.tensor(row, dtype=torch.float64).to(device, dtype) for row in rows]
+    made = [torch.tensor(row, dtype=torch.float64, device="cpu").to(device, dtype) for row in rows]
     none = made[0].new_zeros(1)
     moving = torch.cat([torch.cat([none, row]) for row in made])
     still = torch.cat([torch.cat([none + (row is not made[-1]), 0 * row]) for row in made])
@@ -45,7 +45,7 @@ def _extension(
 ) -> tuple[list[Tensor], tuple[float, ...], Tensor]:
     """Rows and nodes of the further stages, and the matrix of the polynomials b_i(theta) in the clock's dtype."""
     ext = tableau.extension
-    rows = [torch.tensor(row, dtype=torch.float64).to(device, dtype) for row in ext.a]
+    rows = [torch.tensor(row, dtype=torch.float64, device="cpu").to(device, dtype) for row in ext.a]
     return rows, ext.c, torch.from_numpy(ext.p.copy()).to(device, clock(device))
 
 

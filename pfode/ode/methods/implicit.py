@@ -44,8 +44,10 @@ class _Weights(NamedTuple):
 
 @functools.lru_cache(256)
 def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> _Weights:
-    b = torch.tensor(tableau.b, dtype=torch.float64).to(device, dtype)
-    error = torch.tensor(tableau.error, dtype=torch.float64).to(device, dtype) if len(tableau.error) else None
+    b = torch.tensor(tableau.b, dtype=torch.float64, device="cpu").to(device, dtype)
+    error = (
+        torch.tensor(tableau.error, dtype=torch.float64, device="cpu").to(device, dtype) if len(tableau.error) else None
+    )
     return _Weights(b, error, torch.tensor(tableau.c[1:], dtype=clock(device), device=device))
 
 

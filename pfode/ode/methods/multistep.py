@@ -37,7 +37,7 @@ class Past(NamedTuple):
 def _gauss(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Nodes and weights on [0, 1], exact to degree 2 MOST - 1."""
     nodes, weights = np.polynomial.legendre.leggauss(MOST)
-    return tuple(torch.tensor(v, dtype=torch.float64).to(device, dtype) for v in (nodes / 2 + 0.5, weights / 2))  # type: ignore[return-value]
+    return tuple(torch.from_numpy(v).to(device, dtype) for v in (nodes / 2 + 0.5, weights / 2))  # type: ignore[return-value]
 
 
 def terms(x: Tensor, theta: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def _forward_mode() -> None:
     """Let torch load what its forward mode needs: that warns of torch's own use of TorchScript."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-        vmap(lambda v: jvp(torch.tanh, (v,), (v,))[1])(torch.zeros(1))
+        vmap(lambda v: jvp(torch.tanh, (v,), (v,))[1])(torch.zeros(1, device="cpu"))
 
 
 def _forward(g: Callable[[Tensor], Tensor], x: Tensor) -> Product:
@@ -234,7 +234,7 @@ def tolerance(field: Field, y0: Tensor, part: float = 1.0) -> Tolerance:
         return Tolerance(units, 4.0, 30.0)
     rtol, atol = field.tolerance
     scale = y0.abs() * rtol + atol
-    least = torch.as_tensor(rtol, dtype=torch.float64)
+    least = rtol.double() if isinstance(rtol, Tensor) else torch.tensor(rtol, dtype=torch.float64, device="cpu")
     least = (least.amin(-1) if field.layout.per_sample and least.ndim else least.min()).clamp(min=100 * real.eps)
     goal = (part * (least**0.5).clamp(max=0.03)).clamp(min=2 * real.eps / least)
 
@@ -254,7 +254,7 @@ def newton(change: Callable[[Tensor], Tensor], z: Tensor, tol: Tolerance, most: 
     With rate the ratio of two corrections, rate / (1 - rate) of the last one is still to come. `calls` says how often
     the field was evaluated so far.
     """
-    previous = active = ok = iterations = rate = nfe = torch.empty(0)
+    previous = active = ok = iterations = rate = nfe = torch.empty(0, device="cpu")
     for k in range(most):
         before = calls()
         d = change(z)
@@ -296,7 +296,7 @@ def damped(
         each = torch.linalg.vector_norm(rows.pack(d), dim=-1)  # first this, as in `tolerance`
         return each if each.ndim == 1 else torch.linalg.vector_norm(each, dim=0)
 
-    previous = ok = iterations = nfe = jacobians = torch.empty(0)
+    previous = ok = iterations = nfe = jacobians = torch.empty(0, device="cpu")
     for k in range(most):
         calls, made = field.calls, field.jacobians
         inverse = exact(z)

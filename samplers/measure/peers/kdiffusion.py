@@ -12,7 +12,7 @@ from torch import Tensor
 from pfode import grids, noise
 from pfode.denoiser import Denoiser
 from pfode.errors import unknown
-from pfode.process import EDM
+from pfode.process import EDM, float64
 from pfode.samplers.measure.peers.moved import Counted, Lay, Moved, levels
 from pfode.samplers.measure.peers.private import folder_of, private_copy
 
@@ -69,7 +69,7 @@ def run(
     find(name)
     process = denoiser.process
     times = grids.times(process, "karras", steps) if lay is None else lay(steps)
-    sigmas = torch.tensor(levels(process, times), dtype=torch.float64)
+    sigmas = float64(levels(process, times))
     if _calls(name, steps) > nfe:
         return None
     counted = Counted(Moved(denoiser, EDM(), x.dtype, **cond))
@@ -115,7 +115,7 @@ def _calls(name: str, steps: int) -> int:
     sampler = getattr(k_diffusion_sampling(), name)
     options: dict[str, Any] = {}
     if "noise_sampler" in inspect.signature(sampler).parameters:
-        options["noise_sampler"] = lambda *_: torch.zeros(1, 1, dtype=torch.float64)
-    sigmas = torch.tensor(grids.times(EDM(), "karras", steps), dtype=torch.float64)
-    sampler(zero, torch.ones(1, 1, dtype=torch.float64), sigmas, disable=True, **options)
+        options["noise_sampler"] = lambda *_: torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+    sigmas = float64(grids.times(EDM(), "karras", steps))
+    sampler(zero, torch.ones(1, 1, dtype=torch.float64, device="cpu"), sigmas, disable=True, **options)
     return calls

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pfode.denoiser import Denoiser
 from pfode.errors import UsageError, unknown
-from pfode.process import EDM, VE, Flow, Process, VPCosine, VPDiscrete
+from pfode.process import EDM, VE, Flow, Process, VPCosine, VPDiscrete, float64
 from pfode.samplers.measure.peers.moved import HIGHEST, Counted, Draw, Lay, Moved, keyed, levels
 from pfode.samplers.measure.peers.private import folder_of, private_copy
 
@@ -76,7 +76,7 @@ class Scheduler:
         Raises:
             UsageError: it goes by timesteps of its own, or has stages between its sigmas.
         """
-        given, inner = torch.tensor(levels, dtype=torch.float64), self.inner
+        given, inner = float64(levels), self.inner
         if self.name == "ipndm":
             inner.betas, inner.alphas = given / (1 + given**2).sqrt(), 1 / (1 + given**2).sqrt()
             inner.timesteps = (torch.atan2(inner.betas, inner.alphas) / torch.pi * 2)[:-1]
@@ -84,7 +84,7 @@ class Scheduler:
             raise UsageError(f"{type(inner).__name__} takes no grid but its own", "leave grid= out")
         else:
             inner.sigmas = given / (1 + given) if isinstance(self.process, Flow) else given
-            inner.timesteps = torch.arange(len(levels) - 1, 0, -1).to(inner.timesteps.dtype)
+            inner.timesteps = torch.arange(len(levels) - 1, 0, -1, device="cpu").to(inner.timesteps.dtype)
         return self
 
     def times(self, every: int = 1) -> list[float]:
@@ -121,7 +121,7 @@ class Scheduler:
 
     def _output(self, denoiser: Denoiser, x: Tensor, i: int) -> Tensor:
         """What an exact network of the configured kind says in call i."""
-        t = torch.tensor(self._time(i), dtype=torch.float64)
+        t = float64(self._time(i))
         x0, config = denoiser(x, t), self.inner.config
         kind = config.get("prediction_type", "v_prediction" if self.name == "ipndm" else "flow_prediction")
         if self.name in PRECONDITIONED:
@@ -225,16 +225,16 @@ def run(
 def _betas(process: Process) -> list[float]:
     """Of the thousand training steps that a scheduler is told of."""
     high = process.t_max if process.alpha(process.t_max) > 0 else process.time(-2 * math.log(HIGHEST))
-    ends = torch.tensor([process.t_min, high], dtype=torch.float64)
+    ends = float64([process.t_min, high])
     if isinstance(process, EDM | VE):
-        low, high = torch.tensor(levels(process, ends.tolist())).log().tolist()
-        level = torch.linspace(low, high, STEPS, dtype=torch.float64).exp()
+        low, high = torch.tensor(levels(process, ends.tolist()), device="cpu").log().tolist()
+        level = torch.linspace(low, high, STEPS, dtype=torch.float64, device="cpu").exp()
     else:
         low, high = process.uniform_clock(ends).tolist()
-        clock = torch.linspace(low, high, STEPS, dtype=torch.float64)
-        level = torch.tensor(levels(process, process.from_uniform_clock(clock).tolist()), dtype=torch.float64)
+        clock = torch.linspace(low, high, STEPS, dtype=torch.float64, device="cpu")
+        level = float64(levels(process, process.from_uniform_clock(clock).tolist()))
     kept = 1 / (1 + level**2)
-    return (1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])).tolist()
+    return (1 - kept / torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), kept[:-1]])).tolist()
 
 
 @functools.cache
