@@ -36,8 +36,12 @@ def reals(name: str, value: Any, example: str) -> Tensor:
     """
     try:
         found = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UsageError(f"{name}: need real numbers, got {value!r:.60}", f"{name}={example}") from error
+    if found.is_meta or found.layout != torch.strided:
+        raise UsageError(
+            f"{name}: need numbers in memory, got a {found.device} tensor, {found.layout}", f"{name}={example}"
+        )
     if found.is_complex():
         raise UsageError(f"{name}: need real numbers, got {found.dtype}", f"{name}={name}.real")
     return found
@@ -57,8 +61,9 @@ def finite_times(name: str, value: Any) -> list[float]:
 
 def field(f: Any, args: tuple[Any, ...]) -> None:
     """Raise UsageError for an f that cannot be called as f(t, y, *args)."""
-    if not callable(f):
-        raise UsageError(f"f: need a function (t, y, *args), got {type(f).__name__}", "f=lambda t, y: -y")
+    if not callable(f) or isinstance(f, type):
+        got = f"the class {f.__name__}" if isinstance(f, type) else type(f).__name__
+        raise UsageError(f"f: need a function (t, y, *args), got {got}", "f=lambda t, y: -y")
     if _takes(f, 2 + len(args)):
         return
     try:

@@ -64,6 +64,7 @@ ADJOINTS: dict[str, Adjoint | Direct] = {
 }
 MAX_STEPS = 10_000  # seconds for small states; steps that cannot be this many are too small or the method is wrong
 _FIXED_STEPS = 100_000
+_MOST_STEPS = 10**7  # of one size: their times are listed
 _MESSAGES = {
     Status.MAX_STEPS: (
         "max_steps = {max_steps} attempts were not enough",
@@ -173,7 +174,7 @@ def solve(
     """
     checks.refuse(unknown_options, solve.__kwdefaults__ or ())
     how = ADJOINTS.get(adjoint) if isinstance(adjoint, str) else adjoint
-    if how is None or (not isinstance(how, Direct) and not hasattr(how, "tape")):
+    if how is None or isinstance(how, type) or (not isinstance(how, Direct) and not hasattr(how, "tape")):
         raise unknown("adjoint", adjoint if isinstance(adjoint, str) else type(adjoint).__name__, ADJOINTS)
     args = args if isinstance(args, tuple) else (args,)
     options = {"step_size": step_size, "grid": grid, "step_t": step_t, "jump_t": jump_t}
@@ -486,6 +487,8 @@ def _stops(
         if n > max_steps:
             hint = f"step_size={abs(last - first) / max_steps:g}, or max_steps={n}"
             raise UsageError(f"step_size: {h:g} makes {n} steps, more than max_steps = {max_steps}", hint)
+        if n > _MOST_STEPS:
+            raise UsageError(f"step_size: {h:g} makes {n} steps, more than {_MOST_STEPS}", "method=..., with rtol=")
         stops = [first + sign * h * k for k in range(1, n)] + [last]
     elif grid is not None:
         nodes = checks.finite_times("grid", grid)
@@ -502,6 +505,8 @@ def _stops(
             for t in checks.finite_times(name, options[name]):
                 if (t - first) * sign >= 0 and (last - t) * sign >= 0 and t != first:
                     wanted[t] = wanted.get(t, False) or name == "jump_t"
+    if not wanted:
+        return stops, (False,) * len(stops)
     if step_size is not None:  # a multiple of it that is one of these but for rounding
         near = 1e-9 * number("step_size", step_size, 0.0)
         stops = [t for t in stops if t == last or not any(0 < abs(t - other) < near for other in wanted)]
@@ -513,7 +518,9 @@ def _stops(
 def _tolerance(name: str, value: Any, layout: Layout) -> Any:
     """A number, or a flat tensor where it is a tree like y0 or a tensor."""
     if isinstance(value, int | float):
-        return number(name, value, 0.0)
+        if number(name, value, 0.0) > torch.finfo(layout.real).max:
+            raise UsageError(f"{name}: {value:g} is beyond {layout.real}, the state's dtype", f"{name}=1e-6")
+        return float(value)
     if any(isinstance(v, Tensor) and v.requires_grad for v in leaves(value)):
         raise UsageError(f"{name}: cannot have a gradient", f"{name}={name}.detach()")
     parts = [checks.reals(name, v, "1e-6").to(layout.device, layout.real) for v in leaves(value)]

@@ -86,12 +86,19 @@ class Layout:
     """
 
     def __init__(self, y0: Tree, per_sample: bool = False):
-        parts = list(leaves(y0))
+        try:
+            parts = list(leaves(y0))
+        except RecursionError as error:
+            raise UsageError("y0: its containers are nested too deep", "y0=torch.tensor([1.0])") from error
         for part in parts:
             if not isinstance(part, Tensor) or not (part.is_floating_point() or part.is_complex()):
                 got = part.dtype if isinstance(part, Tensor) else type(part).__name__
                 hint = "y0=y0.float()" if isinstance(part, Tensor) else "y0=torch.tensor([1.0])"
                 raise UsageError(f"y0: need floating-point or complex tensors, got {got}", hint)
+            if part.is_meta or part.layout != torch.strided or part.dtype.itemsize < 2 or part.dtype == torch.complex32:
+                kind = "a tensor without memory" if part.is_meta else f"{part.dtype}, {part.layout}"
+                problem = f"y0: need dense tensors of 16 bits or more, complex ones of 64, got {kind}"
+                raise UsageError(problem, "y0=y0.to_dense().float()")
         no_samples = all(part.ndim > 1 - per_sample and not part.shape[0] for part in parts)
         if not parts or not (no_samples or sum(part.numel() for part in parts)):
             raise UsageError(f"y0: an empty state cannot be integrated, got {y0!r:.40}", "y0=torch.tensor([1.0])")

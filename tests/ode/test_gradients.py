@@ -9,9 +9,10 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor, nn
 
-from pfode.errors import UsageError
-from pfode.ode import Status, solve
+from pfode.errors import NumericalError, UsageError
+from pfode.ode import Checkpoint, Status, solve
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # by torch.func.jvp
 f64 = torch.float64
 WAYS: dict[str, dict[str, Any]] = {
     "checkpoint": {"adjoint": "checkpoint"},
@@ -59,7 +60,6 @@ def mapped(net: nn.Module, y: Tensor) -> Tensor:
     return torch.func.vmap(net)(y)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, where jvp is first used
 @ways
 @pytest.mark.parametrize("inside", [pushed, dual, jacobians, gradient, mapped])
 def test_fields_may_differentiate_and_map_inside(inside, way):
@@ -310,3 +310,33 @@ def test_parameters_made_from_one_another_would_count_twice():
     for params in ([u, w], [w, u], [u, u.view(9)]):
         with pytest.raises(UsageError, match=r"params: a tensor of shape .* is computed from another"):
             run(lambda t, y: (y @ u).tanh() @ w, leaf(2, 3), params=params)
+
+
+def noisy(t: Tensor, y: Tensor) -> Tensor:
+    return torch.nn.functional.dropout(y, 0.5)
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "checkpoint-fixed", "per-sample", "reversible", "coupled"])
+@pytest.mark.parametrize("change", ["in place", "another tensor", "an attribute", "random"])
+def test_a_field_that_changed_since_the_solve_is_one_error(way, change):
+    """Steps that are taken again must come out as they did."""
+    y, k = leaf(2, 3), torch.full((3,), 0.5, dtype=f64)
+    holder = nn.Module()
+    holder.k = k.clone()
+    fields = {"an attribute": lambda t, y: -holder.k * y, "random": noisy}
+    options = {"rtol": 1e-4, "atol": 1e-4} if "step_size" not in WAYS[way] else {}
+    if WAYS[way]["adjoint"] == "checkpoint":
+        options["adjoint"] = Checkpoint(graphs=0)
+    if change == "random" and "step_size" not in WAYS[way]:
+        options |= {"method": "rk4", "step_size": 0.1}
+    made = run(fields.get(change, lambda t, y: -k * y), y, **{**WAYS[way], **options})
+    if change == "in place":
+        k.mul_(1.5)
+    elif change == "another tensor":
+        k = torch.ones(3, dtype=f64)
+    elif change == "an attribute":
+        holder.k = torch.ones(3, dtype=f64)
+    with pytest.raises(
+        (UsageError, NumericalError), match=r"came out (with other numbers|wrong by)[^\n]*\nhint: .*direct"
+    ):
+        made.ys.square().sum().backward()

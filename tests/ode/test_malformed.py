@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import NumericalError, PfodeError, UsageError
-from pfode.ode import I, Solver, solve, steps
+from pfode.ode import Backsolve, Checkpoint, I, Solver, solve, steps
 
 Y = torch.ones(3, 2)
 TREE = {"a": Y, "b": Y}
@@ -41,12 +41,20 @@ def cases(name: str, values: list[Any], message: str, **others: Any) -> list[Cas
     return [({name: value, **others}, message.replace("{}", re.escape(f"{value!r:.40}"))) for value in values]
 
 
+def nested(depth: int) -> Any:
+    tree: Any = Y
+    for _ in range(depth):
+        tree = [tree]
+    return tree
+
+
 ROWS = torch.tensor([[0.0, 1.0, 2.0]] * 3)
 BENT = ROWS.clone()
 BENT[2, 0] = 1.5
 
 ARGUMENTS: list[Case] = [
     *cases("f", [None, 3.0, "decay", Y, [decay]], r"f: need a function \(t, y, \*args\), got \w+\nhint: f=lambda"),
+    ({"f": torch.nn.Identity}, r"f: need a function \(t, y, \*args\), got the class Identity\nhint: f=lambda"),
     ({"f": lambda t: t}, r"f: cannot call <lambda>\(t\) as f\(t, y, \*args\) with 0 args: too many positional"),
     ({"f": lambda t, y, a: y}, r"f: cannot call <lambda>\(t, y, a\) .* 0 args: missing a required argument: 'a'"),
     *cases("args", [3, "abc", [1]], r"f: cannot call decay\(t, y\) .* with 1 args: too many positional"),
@@ -54,10 +62,15 @@ ARGUMENTS: list[Case] = [
            r"y0: need floating-point or complex tensors, got \w+\nhint: y0=torch.tensor"),
     *cases("y0", [torch.ones(2, dtype=torch.int64), torch.ones(2) > 0, {"a": torch.ones(2, dtype=torch.int32)}],
            r"y0: need floating-point or complex tensors, got torch.(int64|bool|int32)\nhint: y0=y0.float\(\)"),
+    *cases("y0", [torch.ones(2, device="meta"), Y.to_sparse(), Y.to(torch.float8_e4m3fn)],
+           r"y0: need dense tensors of 16 bits or more, complex ones of 64, got .+\nhint: y0=y0.to_dense"),
+    ({"y0": nested(2000)}, r"y0: its containers are nested too deep\nhint: y0="),
     *cases("y0", [[], {}, torch.ones(0)], "y0: an empty state cannot be integrated, got {}\nhint"),
     ({"y0": torch.tensor(1.0), "batch": "per-sample"}, r"every tensor of y0 needs the batch first, got \(\)\nhint"),
     ({"y0": (Y, Y[:2]), "batch": "per-sample"}, r"tensor of y0 needs the batch first, got \(3, 2\), \(2, 2\)\nhint"),
     *cases("ts", [None, "01", [0.0, "a"], {"t": 1}, [[0.0], [0.0, 1.0]]], "ts: need real numbers, got {}\nhint: ts="),
+    *cases("ts", [[0, 10**400], [10**400]], "ts: need real numbers, got .+\nhint: ts="),
+    ({"ts": torch.empty(2, device="meta")}, "ts: need numbers in memory, got a meta tensor, .+\nhint: ts="),
     ({"ts": torch.tensor([0, 1j])}, "ts: need real numbers, got torch.complex64\nhint: ts=ts.real"),
     *cases("ts", [1.0, torch.tensor(1.0), [], torch.zeros(0), torch.zeros(2, 2, 2)],
            r"ts: need times of shape \(times,\), got shape \([\d, ]*\)\nhint: ts="),
@@ -85,6 +98,8 @@ for name in ("rtol", "atol"):
     )
     TOLERANCES += cases(name, [(1e-3, 1e-3)], f"{name}: need a number or a tree like y0, got 2 leaves for 1\n")
 TOLERANCES += [
+    *cases("rtol", [1e300, 10**300], "rtol: .+ is beyond torch.float32, the state's dtype\nhint: rtol="),
+    *cases("atol", [10**400], "atol: need a number of at least 0, got a number of about 400 digits"),
     ({"rtol": 0, "atol": 0}, r"rtol and atol: .* an error of at most 0 \(rtol=0, atol=0\)\nhint: atol="),
     ({"rtol": torch.zeros(2), "atol": torch.zeros(2)}, r"rtol and atol: .* an error of at most 0"),
     ({"rtol": torch.tensor(1e-3, requires_grad=True)}, r"rtol: cannot have a gradient\nhint: rtol=rtol.detach"),
@@ -93,6 +108,11 @@ TOLERANCES += [
 OPTIONS: list[Case] = [
     *cases("batch", ["sample", "joints", None, True, 2], "unknown batch {}\nhint"),
     *cases("adjoint", ["checkpoints", "auto", None, 1], r"unknown adjoint (.checkpoints.|.auto.|.?None|1|.int)"),
+    *cases("adjoint", [Checkpoint, Backsolve], "unknown adjoint 'type'\nhint: known"),
+    *cases("params", [3, "w", [None], {"w": Y}], r"params: need tensors, got \w+\nhint: params=tuple"),
+    ({"step_size": 1e-12, "max_steps": 10**30}, "step_size: 1e-12 makes 999999999000 steps, more than 10000000\nhint"),
+    *cases("step_size", [10**400, 0.1j], "step_size: need a number of at least 0, got "),
+    *cases("step_t", [[10**400], [None]], "step_t: need real numbers, got .+\nhint: step_t="),
     *cases("max_steps", [0, -1, 2.5, "many", None, INF, True],
            "max_steps: need an integer of at least 1, got {}\nhint: max_steps=1"),
     ({"step_size": 0}, "step_size: need a positive number, got 0\nhint: step_size=0.01"),
@@ -107,7 +127,7 @@ OPTIONS: list[Case] = [
     *cases("step_t", [[NAN], [INF], [[0.5]]], "step_t: need a list of finite times, got {}\nhint: step_t="),
     *cases("jump_t", [[NAN], [-INF, 0.5]], "jump_t: need a list of finite times, got {}\nhint: jump_t="),
     *cases("jump_t", ["abc", {"a": 1}], "jump_t: need real numbers, got {}\nhint"),
-    *cases("controller", ["pid"], r"unknown controller 'pid'\nhint: known: I, PI, PID"),
+    *cases("controller", ["pid"], r"unknown controller 'pid'\nhint: did you mean 'PID'"),
     *cases("controller", [I, 0.9, object()], r"controller: need a PID, got .+\nhint: controller=PI\(\)"),
     *cases("norm", [3, "rms"], "norm: need a function of the error, got {}\nhint: norm="),
     *cases("norm", [lambda e: e, lambda e: 1.0, lambda e: None, lambda e: (0j + e).sum()],
@@ -168,7 +188,7 @@ def test_a_malformed_call_is_one_clear_error(call, message, kind):
         return field(*args)
 
     with pytest.raises(PfodeError) as caught:
-        solve(**(call | {"f": counted} if callable(field) and not isinstance(field, torch.nn.Module) else call))
+        solve(**(call | {"f": counted} if callable(field) and not isinstance(field, torch.nn.Module | type) else call))
     assert calls <= 300 * 20  # it ends by itself soon
     text = str(caught.value)
     assert isinstance(caught.value, kind), text
@@ -207,3 +227,32 @@ def test_what_is_well_formed_is_taken():
 def test_steps_refuses_as_solve_does():
     with pytest.raises(UsageError, match=r"unknown option 'step' \(0.1\)\nhint: did you mean 'step_t'"):
         next(steps(decay, Y, TS, step=0.1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rtol": -1.0}, {"rtol": "a"}, {"atol": NAN}, {"solver": 3}, {"solver": "dopri5"}, {"controller": "PI"}],
+)
+def test_adjoints_check_their_arguments(options):
+    with pytest.raises(UsageError, match=rf"^{next(iter(options))}: need "):
+        Backsolve(**options)
+
+
+def test_numbers_of_any_size_and_kind_are_taken_where_they_can_be():
+    for options in (
+        {"max_steps": 10**30},
+        {"max_steps": np.int64(300)},
+        {"rtol": 0},
+        {"atol": 1e30},
+        {"ts": np.linspace(0, 1, 3)},
+        {"ts": torch.tensor([0, 1], dtype=torch.float16)},
+        {"ts": range(2)},
+        {"step_size": 1e308},
+        {"step_size": torch.tensor(0.1)},
+        {"y0": Y.bfloat16()},
+        {"y0": Y.half()},
+        {"y0": Y.T},
+        {"y0": Y[:1].expand(3, 2)},
+    ):
+        call: dict[str, Any] = {"y0": Y, "ts": TS, "max_steps": 300, "method": "dopri5"} | options
+        assert solve(decay, **call).status == 0, options

@@ -290,7 +290,7 @@ def sources(f: Any, args: tuple[Any, ...], params: Iterable[Tensor] | None) -> S
     places = [i for i, part in enumerate(parts) if isinstance(part, Tensor) and part.requires_grad]
     tensors = [parts[i] for i in places]
     if params is not None:
-        params = [params] if isinstance(params, Tensor) else list(params)
+        params = [params] if isinstance(params, Tensor) or not isinstance(params, Iterable) else list(params)
         for p in params:
             if not isinstance(p, Tensor):
                 raise UsageError(f"params: need tensors, got {type(p).__name__}", "params=tuple(module.parameters())")

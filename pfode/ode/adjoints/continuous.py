@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pfode._torch import version
-from pfode.errors import NumericalError, UsageError
+from pfode.errors import NumericalError, UsageError, number
 from pfode.ode.adjoints.adjoint import Cotangents, Inputs, Problem, Tape, Work, again, refuse_unknown
 from pfode.ode.control import PID
 from pfode.ode.loop import Course, End, Joint, Move, Status, advance
@@ -35,7 +35,7 @@ class Backsolve:
         seminorm: leave the parameters out of the error of a step (Kidger et al. 2021).
 
     Raises:
-        UsageError: a solver by name.
+        UsageError: a solver by name, tolerances that are no numbers of at least 0, no controller.
     """
 
     solver: Solver | None = None
@@ -46,10 +46,14 @@ class Backsolve:
     pure = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.solver, str):
-            raise UsageError(
-                f"solver: need a solver, got {self.solver!r}", f"solver=pfode.ode.SOLVERS[{self.solver!r}]"
-            )
+        if self.solver is not None and not hasattr(self.solver, "step"):
+            hint = f"pfode.ode.SOLVERS[{self.solver if isinstance(self.solver, str) else 'dopri5'!r}]"
+            raise UsageError(f"solver: need a solver, got {self.solver!r:.60}", f"solver={hint}")
+        for name in ("rtol", "atol"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), 0.0)
+        if self.controller is not None and not isinstance(self.controller, PID):
+            raise UsageError(f"controller: need a PID, got {self.controller!r:.60}", "controller=pfode.ode.PI()")
 
     def tape(self, problem: Problem) -> "_Continuous":
         return _Continuous(problem, self)

@@ -231,9 +231,10 @@ class _Back(_Again):
         self.leaves = [t for t in (inputs.ts, *inputs.tensors) if t.requires_grad]
         self.made: list[Tensor | None] = [None] * len(self.leaves)
         self.checked = False
+        self.wrong: Tensor | None = None  # on the device, read once
 
-    def pull(self, first: int, last: int, state: State) -> None:
-        """Pull the gradients through some legs, that begin at `state`."""
+    def pull(self, first: int, last: int, state: State, after: Tensor | None = None) -> None:
+        """Pull the gradients through some legs, that begin at `state` and had led to `after`, where that is known."""
         legs = self.tape.legs[first:last]
         y = state.y.detach().requires_grad_()
         parts = [] if state.carry is None or legs[0].fresh is True else list(leaves(state.carry))
@@ -242,11 +243,22 @@ class _Back(_Again):
         with torch.enable_grad():
             end = self.chunk(legs, State(y, rebuild(state.carry, iter(parts)) if parts else None))
             shown = self._shown(legs[0])
+        if after is not None:
+            self._compare(state.y, end.y.detach(), after)
         wanted = [p for p in parts if _wanted(p)]
         slopes = iter(self._through(end, shown, [y, *wanted], self.leaves))
         self.slope_y = _or_zeros(next(slopes), y)
         self.slope_carry = [next(slopes) if _wanted(p) else None for p in parts]
         self.work.steps += len(legs)
+
+    def _compare(self, y0: Tensor, y1: Tensor, before: Tensor) -> None:
+        """Remember whether legs came out other than before, by more than rounding and what the solve allows."""
+        course, eps = self.problem.course, torch.finfo(y1.real.dtype).eps
+        allowed = 0.01 * (before - y0).abs().amax() + 100 * eps * before.abs().amax()
+        if course.norm is not None:
+            allowed = allowed + course.rtol * before.abs() + course.atol
+        wrong = ((y1 - before).abs() > allowed).any()
+        self.wrong = wrong if self.wrong is None else self.wrong | wrong
 
     def recorded(self, kept: "Recording", ys: Tensor, y: Tensor, args: tuple[Any, ...]) -> None:
         """Pull the gradients through the steps whose graphs were kept, from output states back to y and args."""
@@ -321,7 +333,17 @@ class _Back(_Again):
         return [(values, torch.zeros_like(values).scatter_add_(0, index, torch.where(there, given, 0.0)))]
 
     def result(self) -> list[Tensor | None]:
-        """Gradients with respect to the state, the times and the tensors; the first output is the state."""
+        """Gradients with respect to the state, the times and the tensors; the first output is the state.
+
+        Raises:
+            UsageError: the field gave other numbers than in the solve.
+        """
+        if self.wrong is not None and bool(self.wrong):
+            raise UsageError(
+                "adjoint: steps that were taken again for the gradient came out with other numbers than in the solve: "
+                "the field is random, or what it uses was changed since",
+                'keep what it uses until the backward pass, or adjoint="direct"',
+            )
         self.work.nfe += self.quick.calls + self.exact.calls
         made = iter(self.made)
         found = [next(made) if t.requires_grad else None for t in (self.inputs.ts, *self.inputs.tensors)]
@@ -412,7 +434,7 @@ class CheckpointTape(_Tape):
             super().add(move._replace(**bare._asdict()), passed)
 
     def finish(self, ys: Tensor, end: End) -> None:
-        self.ys = ys
+        self.ys, self.last = ys, end.y.detach()
 
     def reached(self, state: State) -> None:
         if self.memory is not None and not self.slots:
@@ -439,31 +461,34 @@ class CheckpointTape(_Tape):
 
     def pull(self, problem: Problem, inputs: Inputs, given: Cotangents, work: Work) -> list[Tensor | None]:
         back = _Back(self, problem, inputs, given, work)
-        kept, end = list(self.kept), len(self.legs)
+        kept, end, after = list(self.kept), len(self.legs), self.last
         while kept:
             if not self.slots:
                 del kept[max(1, len(kept) + 1 - max(1, _TOGETHER // self.every)) :]
             first, state = (len(kept) - 1) * self.every, kept.pop()
             if first < end and not self.slots:
-                back.pull(first, end, state)
+                back.pull(first, end, state, after)
             elif first < end:
-                self._binomial(back, first, end, state, self.slots - len(self.kept) - 1)  # one is on its way
-            end = first
+                self._binomial(back, first, end, state, self.slots - len(self.kept) - 1, after)  # one is on its way
+            end, after = first, state.y
         if self.record.state:
             back.recorded(self.record, self.ys, problem.y, problem.field.args)
         return back.result()
 
-    def _binomial(self, back: _Back, first: int, last: int, state: State, free: int) -> None:
-        """Go back from leg `last` to `first`, where `state` is, with room for `free` more states."""
+    def _binomial(
+        self, back: _Back, first: int, last: int, state: State, free: int, after: Tensor | None = None
+    ) -> None:
+        """Go back from leg `last`, which led to `after`, to `first`, where `state` is, with room for `free` more."""
         while last - first > 1 and free > 0:
             n = last - first
             times = next(r for r in range(1, n + 1) if math.comb(free + 1 + r, r) >= n)
             forth = max(n - math.comb(free + times, times), math.comb(free - 1 + times, times - 2) if times > 1 else 1)
             middle = first + max(1, min(forth, n - 1))
-            self._binomial(back, middle, last, back.forth(first, middle, state), free - 1)
-            last = middle
+            self._binomial(back, middle, last, back.forth(first, middle, state), free - 1, after)
+            last, after = middle, None
         for i in range(last - 1, first - 1, -1):
-            back.pull(i, i + 1, back.forth(first, i, state))
+            back.pull(i, i + 1, back.forth(first, i, state), after)
+            after = None
 
 
 class ReversibleTape(_Tape):
@@ -503,6 +528,7 @@ class ReversibleTape(_Tape):
         if not wrong <= most:
             raise NumericalError(
                 f"reversible: the state at t = {float(torch.as_tensor(leg.t0).flatten()[0]):.6g} came out wrong by "
-                f"{wrong:.1e} of its size, more than {most:.1e}: rounding errors grow on the way back; "
-                'Reversible(every=...) with fewer steps between anchors, float64, or adjoint="checkpoint"'
+                f"{wrong:.1e} of its size, more than {most:.1e}: rounding errors grow on the way back, or the field "
+                "changed since the solve",
+                'Reversible(every=...) with fewer steps between anchors, float64, or adjoint="checkpoint" or "direct"',
             )
