@@ -45,9 +45,14 @@ class Group:
             yield Group(self.denoiser, self.x[few], self.target[few], label)
 
     def call(self, x: Tensor, t: float) -> Tensor:
-        """D, for the group's samples or several times as many: all of them, then all of them again."""
+        """D, for the group's samples or several times as many: all of them, then all of them again.
+
+        The denoiser gets a copy of x, and a copy of what it returns is given back: it may work in place, or return one
+        buffer again and again.
+        """
         cond = {} if self.label is None else {"label": self.label.repeat(len(x) // len(self))}
-        return at(self.denoiser, t)(x, float64(t), **cond).to(x.dtype)
+        x0 = at(self.denoiser, t)(x.clone(), float64(t), **cond)
+        return x0.to(x.dtype, copy=True)
 
 
 class Source:

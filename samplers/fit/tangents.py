@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
+from pfode.plans.rows import Sums, Terms, add
 from pfode.plans.table import Plan
 from pfode.plans.unrolled import matrix
 from pfode.process import Process
@@ -82,13 +83,12 @@ def lower(square: Tensor) -> Tensor:
 
 
 def end(numbers: Numbers, call: Call, y: Tensor) -> Tensor:
-    """The end point from y_0, shape (batch, ...)."""
-    made: list[Tensor] = []
-    for t, r, b in zip(numbers.t.tolist(), numbers.r.tolist(), numbers.b.tolist(), strict=True):
-        made.append(call(y, t))
-        y = r * y
-        for factor, x0 in zip(b, made, strict=False):
-            y = torch.add(y, x0, alpha=factor)
+    """The end point from y_0, both of shape (batch, ...)."""
+    sums: Sums = [None] * numbers.n
+    for t, (state, output) in zip(numbers.t.tolist(), _rows(numbers, y), strict=True):
+        add(sums, y, state)
+        add(sums, call(y, t), output)
+        y = _next(sums, y)
     return y
 
 
@@ -98,7 +98,8 @@ def tangents(
     """The end points from y_0, shape (batch, ...), and the tangents to p changes of the numbers, shape (p, batch, ...).
 
     The denoiser is differentiated by differences, so that any callable will do: along each tangent by a hundredth
-    (float64: a ten-thousandth) of the noise level.
+    (float64: a ten-thousandth) of the noise level. Tangents run through the same rows as states do: what a row adds to
+    states to come it adds to their tangents, too, and beside it the changes of its own numbers.
 
     Args:
         changes: of shape (p, ...), of the numbers that `numbers` has.
@@ -106,43 +107,62 @@ def tangents(
     """
     n, p = numbers.n, len(changes.vector)
     small = _STEPS[y.dtype]
+    sums: Sums = [None] * n
+    moved_sums: Sums = [None] * n
     moved = y.new_zeros(p, *y.shape)
-    live = torch.zeros(p, dtype=torch.bool, device="cpu")
-    made: list[Tensor] = []
-    moves: list[Tensor] = []
-    for k in range(n):
+    live = torch.zeros(p, dtype=torch.bool, device="cpu")  # of which changes the tangent is not 0 yet
+    for k, (state, output) in enumerate(_rows(numbers, y)):
         t = float(numbers.t[k])
-        x0 = call(y, t)
-        move = torch.zeros_like(moved)
+        x0, move = call(y, t), torch.zeros_like(moved)
         some = live.nonzero().flatten()
         if len(some):
             level = small * max(float(process.sigma(t)), _FLOOR)
             size = moved[some].flatten(2).pow(2).mean(2).sqrt().clamp_min(1e-30)
             h = (level / size).reshape(*size.shape, *[1] * (y.ndim - 1))
-            asked = torch.addcmul(y, h, moved[some])
-            many = max(1, batch // len(y))
-            told = [call(part.flatten(0, 1), t).reshape(part.shape) for part in asked.split(many)]
-            move[some] = (torch.cat(told) - x0) / h
+            move[some] = (_called(call, torch.addcmul(y, h, moved[some]), t, batch) - x0) / h
         timed = changes.t[:, k]
         if timed.any():
             h = small * t * (-1 if t * (1 + small) > process.t_max else 1)
-            slope = (call(y, t + h) - x0) / h
-            move += torch.einsum("p,...->p...", timed.to(y), slope)
-        live |= timed != 0
-        made.append(x0)
-        moves.append(move)
-        r, b = float(numbers.r[k]), numbers.b[k].tolist()
-        dr, db = changes.r[:, k], changes.b[:, k]
-        live |= (dr != 0) | (db != 0).any(1)
-        moved = r * moved + torch.einsum("p,...->p...", dr.to(y), y)
-        y = r * y
-        for j in range(k + 1):
-            y = torch.add(y, made[j], alpha=b[j])
-            moved = torch.add(moved, moves[j], alpha=b[j])
-        if (db != 0).any():
-            history = torch.stack(made).flatten(1)
-            moved += (db[:, : k + 1].to(y) @ history).reshape(moved.shape)
+            move += torch.einsum("p,...->p...", timed.to(y), (call(y, t + h) - x0) / h)
+        changed_state, changed_output = _terms(changes.r[:, k : k + 1], y, p), _terms(changes.b[:, k:, k], y, p)
+        add(sums, y, state)
+        add(sums, x0, output)
+        for value, terms in ((moved, state), (y, changed_state), (move, output), (x0, changed_output)):
+            add(moved_sums, value, terms)
+        live |= (timed != 0) | (changes.r[:, k] != 0) | (changes.b[:, k] != 0).any(1)
+        y, moved = _next(sums, y), _next(moved_sums, moved)
     return y, moved
+
+
+def _rows(numbers: Numbers, y: Tensor) -> list[tuple[Terms, Terms]]:
+    """What the state and the denoiser's output of every row add to the states to come."""
+    r, b = numbers.r[None], numbers.b[None]
+    return [(_terms(r[:, k : k + 1], y), _terms(b[:, k:, k], y)) for k in range(numbers.n)]
+
+
+def _terms(factors: Tensor, y: Tensor, p: int | None = None) -> Terms:
+    """Terms of factors, shape (p, rows): column j counts for the state after the next j rows.
+
+    Each is 0-d or, for p changes of states y, of shape (p, 1, ...).
+    """
+    shape = () if p is None else (p, *[1] * y.ndim)
+    columns = factors.to(y).unbind(1)
+    return [(j, column.reshape(shape)) for j, column in enumerate(columns) if factors[:, j].any()]
+
+
+def _next(sums: Sums, like: Tensor) -> Tensor:
+    """The state that a row ends with; 0 where nothing was added."""
+    state = sums.pop(0)
+    sums.append(None)
+    return torch.zeros_like(like) if state is None else state
+
+
+def _called(call: Call, asked: Tensor, t: float, batch: int) -> Tensor:
+    """The denoiser's outputs for several states of every sample, shape (p, batch, ...)."""
+    found, many = torch.empty_like(asked), max(1, batch // asked.shape[1])
+    for part, out in zip(asked.split(many), found.split(many), strict=True):
+        out.copy_(call(part.flatten(0, 1), t).reshape(part.shape))
+    return found
 
 
 def differences(make: Callable[[Tensor], Numbers], theta: Tensor, h: float = 1e-5) -> Numbers:
