@@ -24,8 +24,8 @@ from pfode.process import from_config
 from pfode.scores.io.shipped import WEIGHTS
 from pfode.scores.networks.unet import UNet
 from pfode.scores.training.checkpoints import checkpoints, read_checkpoint
+from pfode.scores.training.config import TrainConfig
 from pfode.scores.training.data import Data, emoji
-from pfode.scores.training.recipe import TrainConfig
 
 TRAIN = "train --data emoji --process edm --batch 64 --attention 8 --blocks 1,2,2 --amp"
 RECIPES = {

@@ -19,18 +19,14 @@ if TYPE_CHECKING:
     import torch
 
     from pfode.scores.networks.unet import UNetConfig
-    from pfode.scores.training.data import Data
-    from pfode.scores.training.trainer import TrainConfig, Trainer
+    from pfode.scores.training.config import TrainConfig
+    from pfode.scores.training.dataset import Data
+    from pfode.scores.training.trainer import Trainer
 
 PROCESSES = {
     "edm": "EDM", "vp": "VP", "flow": "Flow", "ve": "VE", "sub-vp": "SubVP", "vp-cosine": "VPCosine",
 }  # fmt: skip
 PREDICTIONS = ("edm", "x0", "eps", "v", "flow", "score")
-NETWORKS = {  # side of the pictures up to: widths, blocks, attention
-    12: ("24,48", "1,1", "4"),
-    32: ("32,96,128", "1,2,2", "8"),
-    64: ("32,64,128,192", "1,1,2,2", "8"),
-}
 SHEET_STEPS = 12
 FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 
@@ -121,18 +117,12 @@ def command(ctx: click.Context, **options: Any) -> None:
         if trainer.main:
             introduce(trainer, options, out)
         loss = train(trainer, options["sheet_every"], out)
+        if trainer.main:
+            path = trainer.export(model, card(data, loss))
+            done = {"out": str(path), "steps": trainer.step, "loss": loss}
+            out.emit({**done, "seconds": round(trainer.seconds, 1), "run": str(folder)}, str(path))
     finally:
         trainer.close()
-    if trainer.main:
-        path = trainer.export(model, card(data, loss))
-        summary = {
-            "out": str(path),
-            "steps": trainer.step,
-            "loss": loss,
-            "seconds": round(trainer.seconds, 1),
-            "run": str(folder),
-        }
-        out.emit(summary, str(path))
 
 
 def introduce(trainer: "Trainer", options: dict[str, Any], out: Output) -> None:
@@ -199,7 +189,8 @@ def configured(options: dict[str, Any], data: "Data", device: "torch.device") ->
         UsageError: a value out of range.
     """
     from pfode import process
-    from pfode.scores.training.trainer import TrainConfig
+    from pfode.scores.training.config import TrainConfig
+    from pfode.scores.training.trainer import fast_bfloat16
 
     channels, size, _ = data.shape
     flips = {None: tuple(data.card.get("flip", ())), True: ("*",), False: ()}
@@ -230,17 +221,17 @@ def network(options: dict[str, Any], size: int, channels: int, classes: int) -> 
     Raises:
         UsageError: a value out of range.
     """
-    from pfode.scores.networks.unet import UNetConfig
+    from pfode.scores.training.config import usual_network
 
-    standard = next((network for side, network in NETWORKS.items() if size <= side), NETWORKS[64])
-    widths = numbers("--widths", options["widths"] or standard[0])
-    blocks = numbers("--blocks", options["blocks"] or standard[1])
-    if options["blocks"] is None and len(widths) != len(blocks):
-        blocks = (1, *(2 for _ in widths[1:]))
-    attention = tuple(side for side in numbers("--attention", options["attention"] or standard[2]) if side)
-    attended = [width for level, width in enumerate(widths) if size >> level in attention]
-    head = next((h for h in (32, 24, 16, 8) if all(width % h == 0 for width in attended)), 8)
-    return UNetConfig(size, channels, classes, widths, blocks, attention, head, options["dropout"])
+    def given(name: str) -> tuple[int, ...] | None:
+        text = options[name]
+        return None if text is None else numbers(f"--{name}", text)
+
+    attention = given("attention")
+    if attention is not None:
+        attention = tuple(side for side in attention if side)
+    how: dict[str, Any] = {"widths": given("widths"), "blocks": given("blocks"), "attention": attention}
+    return usual_network(size, channels, classes, **how, dropout=options["dropout"])
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:
@@ -251,15 +242,6 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
 def fractions(name: str, text: str) -> tuple[float, ...]:
     """Numbers separated by commas."""
     return listed(name, text, float, "numbers", f"{name} 0.05,0.1")
-
-
-def fast_bfloat16(device: "torch.device") -> bool:
-    """Whether the device computes faster in bfloat16: CPUs with tile instructions, GPUs that have it."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def places(options: dict[str, Any]) -> tuple[Path, Path]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from pfode.denoiser import Preconditioning
 from pfode.process import from_config
 from pfode.scores.denoiser import Denoiser
+from pfode.scores.training.config import TrainConfig
 from pfode.scores.training.dataset import Data
-from pfode.scores.training.recipe import TrainConfig
 
 __all__ = ["Batch", "Problem", "problem", "unseen_classes"]
 

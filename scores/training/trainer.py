@@ -20,7 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType, broadcast_object_list
 from torch import Tensor
 
-from pfode.errors import FileError, MissingError, NumericalError, PfodeError, UsageError, unknown
+from pfode._torch import has_tiles
+from pfode.errors import FileError, MissingError, NumericalError, PfodeError, UsageError, did_you_mean, unknown
 from pfode.files import FolderLock, lock_folder, make_folder, shown
 from pfode.journal import Journal
 from pfode.scores.denoiser import Denoiser
@@ -28,11 +29,11 @@ from pfode.scores.io.save import save
 from pfode.scores.networks.unet import UNet
 from pfode.scores.training.averages import average
 from pfode.scores.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
+from pfode.scores.training.config import TrainConfig
 from pfode.scores.training.dataset import Data
 from pfode.scores.training.objective import Batch, problem, unseen_classes
-from pfode.scores.training.recipe import TrainConfig
 
-__all__ = ["METRICS", "Record", "TrainConfig", "Trainer"]
+__all__ = ["METRICS", "Record", "TrainConfig", "Trainer", "fast_bfloat16"]
 
 METRICS = "metrics.jsonl"
 OPTIMISER = "optimiser.safetensors"
@@ -81,42 +82,28 @@ class Trainer:
         device: str | None = None,
         trackers: tuple[str, ...] = (),
     ):
-        shape = (config.network.channels, config.network.size, config.network.size)
-        if shape != data.shape or config.network.classes != len(data.names):
-            raise UsageError(
-                f"training: a network for {shape} with {config.network.classes} classes does not fit "
-                f"data of {data.shape} with {len(data.names)}"
-            )
-        self.accelerator = _accelerator(device, trackers)
-        self.trackers = bool(trackers)
+        _check_fit(config, data)
+        self.config, self.data, self.save_every = config, data, save_every
+        self.accelerator, self.trackers = _accelerator(device, trackers), bool(trackers)
         processes, part = self.accelerator.num_processes, config.batch // config.accum
         if part % processes:
             parts = f"training: batch: {config.batch} in {config.accum} parts"
             raise UsageError(f"{parts} cannot be split over {processes} processes", f"a multiple of {processes}")
         self.share, self.first = part // processes, self.accelerator.process_index  # pictures of this process, its rank
-        self.config = config
-        self.data = data
-        self.folder = None if folder is None else Path(folder)
-        self.metrics = None if folder is None else Journal(Path(folder) / METRICS, "a training run's", "remove it")
-        self.save_every = save_every
         self.batch = Batch(config, data)
-        self.step = 0
-        self.seconds = 0.0
-
+        self.step, self.seconds = 0, 0.0
         torch.manual_seed(config.seed)
         self.net = UNet(config.network)
-        self.ema = {
-            width: {name: p.detach().clone() for name, p in self.net.named_parameters()} for width in config.ema
-        }
         self.model: Any = self.accelerator.prepare_model(self.net)
-        self.ema = {
-            w: {n: p.to(self.accelerator.device) for n, p in average.items()} for w, average in self.ema.items()
-        }
+        weights = {name: p.detach() for name, p in self.net.named_parameters()}
+        self.ema = {width: {name: value.clone() for name, value in weights.items()} for width in config.ema}
         self.optimiser = torch.optim.AdamW(
             self.net.parameters(), lr=config.rate, betas=(0.9, config.beta2), weight_decay=config.decay, fused=True
         )
         self.den = self._denoiser(self.model)
-        self.damaged: list[FileError] = []
+        self.folder = None if folder is None else Path(folder)
+        self.metrics = None if folder is None else Journal(Path(folder) / METRICS, "a training run's", "remove it")
+        self.damaged: list[FileError] = []  # checkpoints that were passed over
         self._locked = FolderLock(None)
         if self.folder is not None:
             try:
@@ -190,7 +177,8 @@ class Trainer:
         torch.manual_seed(hash((self.config.seed, self.step, self.first)))  # only dropout inside the network uses it
         self.model.train()
         parts = [self._learn(part) for part in range(self.config.accum)]
-        loss = float(self.accelerator.reduce(torch.stack(parts).sum(), reduction="mean"))
+        total: Any = self.accelerator.reduce(torch.stack(parts).sum(), reduction="mean")
+        loss = float(total)
         if not math.isfinite(loss):
             problem = f"training: the loss is {loss} at step {self.step + 1}"
             raise NumericalError(problem, "a smaller --lr, or a longer --warmup")
@@ -339,6 +327,28 @@ class Trainer:
             self.metrics.rewrite(line for line in self.metrics.read() if line["step"] <= self.step)
         else:
             self.metrics.remove()
+
+
+def _check_fit(config: TrainConfig, data: Data) -> None:
+    """Refuse a network that does not fit the data, and classes that the data do not have.
+
+    Raises:
+        UsageError: see above.
+    """
+    shape = (config.network.channels, config.network.size, config.network.size)
+    if shape != data.shape or config.network.classes != len(data.names):
+        network = f"training: a network for {shape} with {config.network.classes} classes"
+        raise UsageError(f"{network} does not fit data of {data.shape} with {len(data.names)}")
+    for name in config.flip:
+        if name != "*" and name not in data.names:
+            raise UsageError(f"training: flip: no class {name!r:.60}", did_you_mean(name, ("*", *data.names)))
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes faster in bfloat16: CPUs with tile instructions (AMX), and GPUs that have it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and has_tiles()
 
 
 def _accelerator(device: str | None, trackers: tuple[str, ...]) -> Accelerator:

@@ -11,7 +11,7 @@ import torch
 from pfode import _torch
 
 ROOT = Path(__file__).parents[2]
-PRIVATE = re.compile(r"torch\._|\._version\b|forward_ad\._|_functorch|_foreach")
+PRIVATE = re.compile(r"torch\._|torch\.cpu\._|\._version\b|forward_ad\._|_functorch|_foreach")
 
 
 def test_no_other_file_uses_private_names_of_torch():
@@ -93,6 +93,13 @@ def test_a_backward_pass_says_whether_it_keeps_the_graph(keep, monkeypatch):
     monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
     Ask.apply(torch.ones(2, requires_grad=True)).sum().backward(retain_graph=keep)
     assert seen == [keep, True]
+
+
+def test_tiles(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert _torch.has_tiles() is True
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert _torch.has_tiles() is False
 
 
 def test_averages_of_lists(monkeypatch):

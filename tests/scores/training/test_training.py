@@ -23,9 +23,9 @@ from pfode.scores.networks.unet import UNetConfig
 from pfode.scores.training import checkpoints as writing
 from pfode.scores.training.averages import ema_power
 from pfode.scores.training.checkpoints import checkpoints, read_checkpoint
+from pfode.scores.training.config import TrainConfig, usual_network
 from pfode.scores.training.data import Data, load_data
 from pfode.scores.training.objective import Batch, problem
-from pfode.scores.training.recipe import TrainConfig
 from pfode.scores.training.trainer import METRICS, Trainer
 from tests import problems
 
@@ -392,7 +392,18 @@ def test_recipes_are_json():
         TrainConfig.from_json({**CONFIG.to_json(), "step": 3})
 
 
+@pytest.mark.parametrize(("size", "levels"), [(4, 2), (8, 2), (12, 2), (16, 3), (32, 3), (64, 4), (128, 4)])
+def test_usual_networks(size, levels):
+    config = usual_network(size, 3, 0)
+    assert (config.size, len(config.widths), len(config.blocks)) == (size, levels, levels)
+    assert usual_network(size, 3, 0, widths=(8, 16)).blocks == (1, 1 if levels == 2 else 2)
+    with pytest.raises(UsageError, match="a size of 28 or 32"):
+        usual_network(30, 3, 0)
+
+
 def test_network_and_data_must_fit(data):
+    with pytest.raises(UsageError, match="no class 'seven'"):
+        Trainer(replace(CONFIG, flip=("seven",)), data, device="cpu")
     with pytest.raises(UsageError, match="does not fit"):
         Trainer(replace(CONFIG, network=replace(NETWORK, classes=3)), data, device="cpu")
 

@@ -1,4 +1,4 @@
-"""What a training run is: a `TrainConfig`, checked when it is made, kept with checkpoints and models."""
+"""The configuration of a training run, checked when it is made; kept with checkpoints and models."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -9,7 +9,7 @@ from pfode.prediction import PREDICTIONS
 from pfode.process import EDM, VE, Flow, Process, from_config
 from pfode.scores.networks.unet import UNetConfig
 
-__all__ = ["TrainConfig"]
+__all__ = ["TrainConfig", "usual_network"]
 
 SCHEDULES = ("cosine", "constant")
 LEVELS = ("lognormal", "uniform", "logit-normal")
@@ -21,6 +21,11 @@ REAL = {
     "sigma_data": (1e-6, 1e6), "level_mean": (-50.0, 50.0), "level_std": (1e-6, 50.0), "rate": (1e-12, 1e3),
     "clip": (1e-12, 1e12), "drop": (0.0, 1.0), "beta2": (0.0, 0.999999), "decay": (0.0, 1e3),
 }  # fmt: skip
+USUAL = {  # up to this side of the pictures: widths, blocks, sides with attention
+    12: ((24, 48), (1, 1), (4,)),
+    32: ((32, 96, 128), (1, 2, 2), (8,)),
+    64: ((32, 64, 128, 192), (1, 1, 2, 2), (8,)),
+}
 MAX_EMA = 16  # averages of the weights
 HINTS = {
     "rate": "rate=1e-3 (--lr 1e-3)",
@@ -36,23 +41,31 @@ class TrainConfig:
     """Everything that decides the result of a run, besides the data.
 
     Args:
-        network: of the `UNet`.
-        process: its configuration, `Process.config()`.
-        prediction: "edm", "x0", "eps", "score", "v" or "flow"; "" chooses by the process: edm, eps or flow.
-        levels: how noise levels are drawn: "lognormal" in sigma/alpha with `level_mean`, `level_std` (Karras et al.
-            2022), "uniform" in t, or "logit-normal" in t (Esser et al. 2024); "" chooses by the process.
-        steps: optimiser steps; the cosine rate ends there.
-        batch: pictures per step, over all processes and `accum` parts.
-        rate: the highest learning rate, after `warmup` steps.
-        schedule: "cosine" falls to 0 over the run; "constant" stays, but for the last `cooldown` steps, a line to 0.
-        ema: widths of the averages of the weights, relative to the run (Karras et al. 2024, power-function averages).
-        drop: share of the pictures whose class is hidden, for guidance.
-        flip: names of the classes shown mirrored half of the time; "*" for all pictures.
+        network: configuration of the `UNet`; see `usual_network`.
+        process: the noise process, as `Process.config()` gives it.
+        prediction: what the network returns: "edm", "x0", "eps", "score", "v" or "flow"; "" chooses by the process:
+            "edm" for EDM and VE, "flow" for Flow, else "eps".
+        sigma_data: standard deviation of the data, for the prediction "edm".
+        levels: how noise levels are drawn: "lognormal" in sigma/alpha (Karras et al. 2022, section 5), "uniform" in t,
+            or "logit-normal" in t (Esser et al. 2024); "" chooses by the process.
+        level_mean, level_std: of log(sigma/alpha), for "lognormal".
+        steps: optimiser steps; the cosine schedule ends there.
+        batch: pictures per step, over all processes and all `accum` parts.
+        accum: parts of a batch whose gradients are added up before a step; divides `batch`.
+        rate: the highest learning rate.
+        schedule: of the learning rate: "cosine" falls to 0 over the run; "constant" stays, but falls linearly to 0
+            over the last `cooldown` steps.
+        warmup: steps over which the learning rate rises linearly.
+        beta2, decay: second-moment factor and weight decay of AdamW; its first is 0.9.
+        ema: averages of the weights, by their widths relative to the run (Karras et al. 2024, section 3.1).
+        drop: share of the pictures whose class is hidden, for classifier-free guidance.
+        flip: names of the classes of which half of the pictures are mirrored; "*" for all pictures.
         clip: largest norm of the gradient.
-        amp: bfloat16 inside the network; weights, averages and optimiser stay float32.
+        seed: of every random number of the run.
+        amp: bfloat16 autocast inside the network; weights, averages and optimiser stay float32.
 
     Raises:
-        UsageError: a value out of range, named by its field.
+        UsageError: a value of another type or out of range, named by its field.
     """
 
     network: UNetConfig
@@ -125,6 +138,35 @@ class TrainConfig:
                 raise unknown("training field", key, known)
         plain = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
         return cls(**{**plain, "network": UNetConfig.from_json(value["network"])})
+
+
+def usual_network(
+    size: int,
+    channels: int,
+    classes: int,
+    *,
+    widths: tuple[int, ...] | None = None,
+    blocks: tuple[int, ...] | None = None,
+    attention: tuple[int, ...] | None = None,
+    dropout: float = 0.0,
+) -> UNetConfig:
+    """A network for pictures of a size, about as large as one CPU trains in minutes (8x8) to hours (64x64).
+
+    Args:
+        size, channels, classes: of the data.
+        widths, blocks, attention, dropout: see `UNetConfig`; those that are None are chosen by the size.
+
+    Raises:
+        UsageError: a value out of range, or a size that cannot be halved as often as there are widths.
+    """
+    standard = next(network for side, network in USUAL.items() if size <= side or side == max(USUAL))
+    widths = standard[0] if widths is None else widths
+    if blocks is None:
+        blocks = standard[1] if len(widths) == len(standard[1]) else (1, *(2 for _ in widths[1:]))
+    attention = standard[2] if attention is None else attention
+    attended = [width for level, width in enumerate(widths) if size >> level in attention]
+    head = next((h for h in (32, 24, 16, 8) if all(width % h == 0 for width in attended)), 8)
+    return UNetConfig(size, channels, classes, widths, blocks, attention, head, dropout)
 
 
 def _prediction(process: Process) -> str:
