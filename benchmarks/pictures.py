@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pfode
 from pfode.cli.images import to_pixels
-from pfode.files import read_header
+from pfode.header import read_header
 from pfode.scores.io.shipped import shipped
 
 SAMPLERS = ["euler", "dpm++2m", "ipndm3", "heun"]

@@ -120,7 +120,7 @@ def find_bed(name: str, options: dict[str, Any]) -> "Problem":
     Raises:
         UsageError, FileError: no such model, truth or features, or samples whose shape is not known.
     """
-    from pfode.files import read_header
+    from pfode.header import read_header
     from pfode.samplers.measure.problem import SEED, Problem
     from pfode.samplers.sampling import find_device
     from pfode.scores.io.find import model_path

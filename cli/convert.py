@@ -11,7 +11,7 @@ from pfode.cli.options import Command, FileName
 from pfode.cli.settings import DTYPES
 from pfode.cli.streams import output, printable
 from pfode.errors import UsageError
-from pfode.files import read_header
+from pfode.header import read_header
 from pfode.scores.io.find import model_path
 
 

@@ -15,7 +15,8 @@ from pfode.cli.options import Command, FileName, find_command, source
 from pfode.cli.settings import typed
 from pfode.cli.streams import output, table
 from pfode.errors import FileError, MissingError, UsageError
-from pfode.files import Header, open_regular, read_header
+from pfode.files import open_regular
+from pfode.header import Header, read_header
 from pfode.scores.io import kinds
 from pfode.scores.io.find import model_path
 from pfode.scores.io.shipped import shipped

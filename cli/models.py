@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pfode.errors import FileError
-from pfode.files import read_header
+from pfode.header import read_header
 
 CHUNK = 1 << 20
 

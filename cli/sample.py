@@ -34,7 +34,8 @@ from pfode.cli.settings import (
 )
 from pfode.cli.streams import Output, bar, output
 from pfode.errors import NumericalError, OtherModelWarning, UnsoundWarning, UsageError, WriteError, number
-from pfode.files import read_header, write_atomic
+from pfode.files import write_atomic
+from pfode.header import read_header
 from pfode.scores.io.find import model_path
 from pfode.scores.io.pictures import read_picture
 

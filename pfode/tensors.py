@@ -10,7 +10,10 @@ from torch.autograd import forward_ad
 
 from pfode._torch import is_transformed
 from pfode.errors import FileError, UsageError
-from pfode.files import Digest, Header, content_digest, pack, read_header, write_atomic
+from pfode.files import write_atomic
+from pfode.header import Digest, Header, content_digest, pack, read_header
+
+__all__ = ["DTYPES", "FLOATS", "NAMES", "raw", "read_tensors", "readable", "transformed", "write_tensors"]
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 DTYPES = FLOATS | {

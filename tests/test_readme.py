@@ -13,7 +13,7 @@ import pfode
 from pfode import errors
 from pfode.cli.__main__ import main
 from pfode.cli.options import COMMANDS, find_command
-from pfode.files import read_header
+from pfode.header import read_header
 from pfode.scores.io.shipped import shipped
 
 ROOT = Path(__file__).parents[1]

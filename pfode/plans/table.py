@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pfode.denoiser import Denoiser, fingerprint
 from pfode.errors import FileError, UsageError
-from pfode.files import read_header
 from pfode.grids import ROUNDING
+from pfode.header import read_header
 from pfode.prediction import prediction
 from pfode.process import Process, from_config
 from pfode.tensors import read_tensors, write_tensors

@@ -20,7 +20,7 @@ from typing import Any
 from pfode import grids
 from pfode.chart import CHARTS
 from pfode.errors import UsageError, unknown
-from pfode.files import read_header
+from pfode.header import read_header
 from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers import auto

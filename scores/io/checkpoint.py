@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pfode.errors import FileError, PfodeError, UsageError
-from pfode.files import read_header, shown
+from pfode.files import shown
+from pfode.header import read_header
 from pfode.plans.table import Plan
 from pfode.process import from_config
 from pfode.scores.denoiser import KNOWN, Denoiser

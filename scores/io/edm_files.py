@@ -9,7 +9,7 @@ import torch
 
 from pfode.errors import FileError, PfodeError
 from pfode.fields import FLAG, Field, checked, either, real, shown, whole
-from pfode.files import SIZES
+from pfode.header import SIZES
 from pfode.process import EDM, VP, Process, VPDiscrete
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io import pickles

@@ -13,7 +13,7 @@ from torch import Tensor
 from pfode.compat.schedules import Stated, stated
 from pfode.errors import FileError, PfodeError, UsageError
 from pfode.fields import shown
-from pfode.files import read_header
+from pfode.header import read_header
 from pfode.process import Flow, Process
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.layout import PIPELINES, parts, read_json, weight_files

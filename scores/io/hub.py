@@ -9,7 +9,8 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 
 from pfode.errors import PfodeError, WriteError
-from pfode.files import read_header, write_atomic
+from pfode.files import write_atomic
+from pfode.header import read_header
 from pfode.scores.io.save import architecture_of, save
 from pfode.scores.io.shipped import SELF_CONTAINED
 

@@ -1,6 +1,6 @@
 """What a safetensors file is that pfode did not write, told by the names of its tensors, without importing torch."""
 
-from pfode.files import Header
+from pfode.header import Header
 
 SINGLE_FILE = "pipe = diffusers.{}.from_single_file(FILE); den = pfode.from_pipeline(pipe, prompt=...)"
 FOLDER = "give the folder that diffusers saved, with its config.json"

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from pfode.errors import FileError
 from pfode.fields import shown
-from pfode.files import SIZES, read_file
+from pfode.files import read_file
+from pfode.header import SIZES
 
 MAX_BYTES = 1 << 34
 MAX_BITS = 128  # of an integer: the largest that torch writes has 77

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import pfode
-from pfode.files import read_header
+from pfode.header import read_header
 from tests.scores import pickled, tiny
 from tests.scores.io.test_pickles import call
 from tests.scores.tiny import diffusers

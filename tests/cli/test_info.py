@@ -3,7 +3,7 @@ import shlex
 import pytest
 
 import pfode
-from pfode.files import read_header
+from pfode.header import read_header
 from pfode.scores.io.shipped import shipped
 
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save
 
 from pfode.errors import FileError, UsageError
-from pfode.files import MAX_HEADER, content_digest, pack, parse_json, read_header
+from pfode.files import parse_json
+from pfode.header import MAX_HEADER, content_digest, pack, read_header
 from pfode.tensors import read_tensors, write_tensors
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import pfode
-from pfode.files import read_header
+from pfode.header import read_header
 from pfode.scores import save
 from tests.fuzz.engine import Files, Target
 from tests.scores.small import denoiser

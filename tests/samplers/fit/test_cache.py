@@ -60,7 +60,7 @@ def test_a_state_that_was_forged(tmp_path, change):
     with pytest.raises(KeyboardInterrupt):
         fit(cache=tmp_path, callback=interrupted)
     (file,) = tmp_path.glob("fit-*")
-    header = pfode.files.read_header(file)
+    header = pfode.header.read_header(file)
     tensors = {**pfode.tensors.read_tensors(header), **change}
     write_tensors(file, tensors, header.metadata)
     with pytest.raises(FileError, match=file.name):

@@ -116,7 +116,7 @@ def test_a_cache_that_was_forged(tmp_path, tensors, teacher):
     cache = Cache(tmp_path)
     cache.save_reference(problem(), False, torch.zeros(6, 1, 4, 4), {})
     (file,) = tmp_path.rglob("test.safetensors")
-    metadata = dict(pfode.files.read_header(file).metadata)
+    metadata = dict(pfode.header.read_header(file).metadata)
     write_tensors(file, tensors, {**metadata, "teacher": teacher})
     with pytest.raises(FileError, match=str(file)):
         cache.reference(problem(), False)

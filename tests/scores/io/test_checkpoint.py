@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import pfode
 from pfode.errors import FileError, UsageError, WriteError
-from pfode.files import content_digest, read_header
+from pfode.header import content_digest, read_header
 from pfode.scores import load, save
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.shipped import WEIGHTS, shipped
