@@ -2,15 +2,19 @@
 # make test     the whole suite
 # make check    lint, format, types
 # make test-oldest, make test-alone   the suite with the oldest versions; and the engine without diffusers and accelerate
-# Each makes .venv first and installs what it needs, pinned by constraints.txt; again only when that changed.
+# make sbom     sbom.json: a bill of materials of the environment (CycloneDX)
+# The first three make .venv and install the versions of .ci/lock, every file checked by its hash; again only when that
+# changed. What a build of torch for graphics cards asks for besides is not in it and comes without.
 
 PYTHON ?= python3
 BIN := .venv/bin
+LOCK := .ci/lock
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-export PIP_CONSTRAINT := constraints.txt
+LOCKED := $(INSTALL) --require-hashes --no-deps --requirement
+PFODE := $(INSTALL) --no-build-isolation --editable
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: sample test test-oldest test-alone check clean
+.PHONY: sample test test-oldest test-alone check sbom clean
 
 sample: .venv/.base
 	$(BIN)/pfode sample --steps 20
@@ -35,20 +39,31 @@ check: .venv/.check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+sbom: .venv/.sbom
+	.venv/sbom/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible \
+		--output-file sbom.json
+
 clean:
-	rm -rf .venv .venv-oldest .venv-alone build dist *.egg-info sheet.png
+	rm -rf .venv .venv-oldest .venv-alone build dist *.egg-info sheet.png sbom.json
 
-.venv/.base: pyproject.toml constraints.txt
+.venv/.base: pyproject.toml $(LOCK)/run.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --editable .
+	$(LOCKED) $(LOCK)/run.txt
+	$(PFODE) .
 	@touch $@
 
-# k-diffusion asks for torchvision, which would replace the pinned torch; tests/peers.py needs only its sampling.py
-.venv/.test: .venv/.base
-	$(INSTALL) --editable '.[test]'
-	$(INSTALL) --no-deps k-diffusion==0.1.1
+.venv/.test: .venv/.base $(LOCK)/test.txt
+	$(LOCKED) $(LOCK)/test.txt
+	$(PFODE) '.[test]'
 	@touch $@
 
-.venv/.check: .venv/.test
-	$(INSTALL) --editable '.[dev]'
+.venv/.check: .venv/.test $(LOCK)/check.txt
+	$(LOCKED) $(LOCK)/check.txt
+	$(PFODE) '.[dev]'
+	@touch $@
+
+.venv/.sbom: .venv/.base $(LOCK)/sbom.txt
+	$(PYTHON) -m venv .venv/sbom
+	.venv/sbom/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		--requirement $(LOCK)/sbom.txt
 	@touch $@
