@@ -4,9 +4,9 @@
     .venv/bin/python -m pip install --no-deps k-diffusion==0.1.1
     .venv/bin/python .ci/lock/renew.py
 
-run.txt has what pfode needs, test.txt what the tests need besides, check.txt what `make check` needs besides. The hashes
-are those of all files of a version, whatever the platform, as the index has them, and of torch's wheel for processors
-as well where one is at hand, which is not on the index.
+run.txt has what pfode needs, test.txt what the tests need besides, check.txt what `make check` needs besides. The
+hashes are those of all files of a version, whatever the platform, as the index has them, and of torch's wheel for
+processors as well where one is at hand, which is not on the index.
 """
 
 import hashlib
