@@ -173,18 +173,26 @@ class _Mixed(Method):
 class _Model:
     """A model of k-diffusion as a denoiser that knows its rows, with callback and progress."""
 
-    def __init__(self, model: Any, extra_args: dict[str, Any] | None, dtype: torch.dtype, plan: Plan | Adaptive):
+    def __init__(
+        self,
+        model: Any,
+        extra_args: dict[str, Any] | None,
+        dtype: torch.dtype,
+        plan: Plan | Adaptive,
+        shows: bool,
+    ):
         self.model, self.extra_args, self.dtype = model, extra_args or {}, dtype
-        self.process, self.row = plan.process, 0
+        self.process, self.row, self.shows = plan.process, 0, shows
         self.entered: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         k, x = self.row, x.to(self.dtype)
         self.row += 1
         sigma = t.to(self.dtype).expand(len(x)).contiguous()
+        told = x.clone() if self.shows else x  # the model may work on its input in place
         denoised = self.model(x, sigma, **self.extra_args)
         if self.entered is not None:
-            self.entered(k, x, t, denoised)
+            self.entered(k, told, t, denoised)
         return denoised
 
 
@@ -212,7 +220,7 @@ def _sample(
     room = 1.5 if options.get("churn") else 1.0  # noise may be added above the first sigma, too
     process = EDM(low if low < high else low / 2, room * high)
     plan = make_plan(found, process, grid=nodes, **options)
-    denoiser = _Model(model, extra_args, x.dtype, plan)
+    denoiser = _Model(model, extra_args, x.dtype, plan, callback is not None)
     step, first = plan.step.tolist(), plan.node.tolist()
 
     def report(k: int, x: Tensor, t: Tensor, denoised: Tensor) -> None:
@@ -392,7 +400,7 @@ def sample_dpm_adaptive(
         raise UsageError(f"order: got {order!r}", "order=2 or 3")
     made = make_adaptive(rows[order], EDM(low, high), rtol=rtol, atol=atol, final="stop")
 
-    denoiser = _Model(model, extra_args, x.dtype, made)
+    denoiser = _Model(model, extra_args, x.dtype, made, callback is not None)
 
     def report(k: int, x: Tensor, sigma: Tensor, denoised: Tensor) -> None:
         bar.update(1)
