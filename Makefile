@@ -48,6 +48,7 @@ clean:
 
 .venv/.base: pyproject.toml $(LOCK)/run.txt
 	$(PYTHON) -m venv .venv
+	$(LOCKED) $(LOCK)/torch-cpu.txt 2> /dev/null || $(LOCKED) $(LOCK)/torch.txt
 	$(LOCKED) $(LOCK)/run.txt
 	$(PFODE) .
 	@touch $@

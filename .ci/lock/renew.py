@@ -4,9 +4,9 @@
     .venv/bin/python -m pip install --no-deps k-diffusion==0.1.1
     .venv/bin/python .ci/lock/renew.py
 
-run.txt has what pfode needs, test.txt what the tests need besides, check.txt what `make check` needs besides. The
-hashes are those of all files of a version, whatever the platform, as the index has them, and of torch's wheel for
-processors as well where one is at hand, which is not on the index.
+torch.txt has torch, torch-cpu.txt its build for processors alone, which make takes where an index has it; run.txt what
+pfode needs besides, test.txt what the tests need besides, check.txt what `make check` does, sbom.txt what `make sbom`
+does. The hashes are those of all files of a version, whatever the platform, but for torch-cpu.txt.
 """
 
 import hashlib
@@ -61,27 +61,28 @@ def compiled(text: str, options: list[str]) -> str:
 def hashed(pins: dict[str, str]) -> str:
     """The lines of a lock file."""
     text = "".join(f"{name}=={version.split('+')[0]}\n" for name, version in sorted(pins.items()))
-    made = compiled(text, ["--no-deps"])
+    return compiled(text, ["--no-deps"])
+
+
+def on_processors(version: str) -> str:
+    """The line of torch's wheel for processors, which is on no index that has hashes, for this Python and system."""
     with tempfile.TemporaryDirectory() as folder:
-        if "torch" in pins:
-            version = pins["torch"].split("+")[0]
-            download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-            subprocess.run([*download, f"torch=={version}"], check=True)
-            for wheel in Path(folder).glob("torch-*+cpu*.whl"):
-                own = f"--hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}"
-                if own not in made:
-                    made = made.replace(f"torch=={version} \\\n", f"torch=={version} \\\n    {own} \\\n")
-    return made
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        subprocess.run([*download, f"torch=={version}+cpu"], check=True)
+        (wheel,) = Path(folder).glob("*.whl")
+        return f"torch=={version}+cpu --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
 
 
 def main() -> None:
-    taken: set[str] = set()
+    taken = {"torch"}
+    files = {"sbom.txt": compiled(SBOM, []), "torch.txt": hashed({"torch": importlib.metadata.version("torch")})}
+    files["torch-cpu.txt"] = on_processors(importlib.metadata.version("torch").split("+")[0])
     for file, extras in EXTRAS.items():
         pins = closure([*needs("pfode", extras), *BESIDES.get(file, [])])
-        head = f"# {file}: written by .ci/lock/renew.py, used by the Makefile and .ci/run.\n"
-        (HERE / file).write_text(head + hashed({name: v for name, v in pins.items() if name not in taken}))
+        files[file] = hashed({name: version for name, version in pins.items() if name not in taken})
         taken |= set(pins)
-    (HERE / "sbom.txt").write_text("# sbom.txt: written by .ci/lock/renew.py, for `make sbom`.\n" + compiled(SBOM, []))
+    for file, text in files.items():
+        (HERE / file).write_text(f"# {file}: written by renew.py; the Makefile says what it is for\n{text}")
 
 
 if __name__ == "__main__":
