@@ -9,6 +9,7 @@ from typing import Any, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from pfode._torch import in_place_changes
 from pfode.denoiser import Denoiser as DenoiserProtocol
 from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.denoiser import digest as digest_of
@@ -324,7 +325,7 @@ def stamp(network: nn.Module) -> Stamp | None:
             width = 8 if data.is_contiguous() and data.numel() * data.itemsize % 8 == 0 else data.itemsize
             bits = data.reshape(-1).view(INTEGERS[width]) if width == 8 else data.view(INTEGERS[width])
             sums.append(bits.sum(dtype=torch.int64))
-            places.append((data.data_ptr(), 0 if value.is_inference() else value._version))
+            places.append((data.data_ptr(), in_place_changes(value) or 0))
         except (RuntimeError, KeyError, NotImplementedError):
             return None
         names.append(name)

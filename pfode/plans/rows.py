@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pfode._torch import version
 from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.plans.table import Plan, takes_part
 from pfode.prediction import prediction
@@ -190,7 +191,7 @@ def folded(plan: Plan, net: Preconditioned, x: Tensor) -> Rows:
     pre = net.precondition(plan.t)
     if any(value.requires_grad for value in (*pre, plan.t, plan.r, plan.r_prev, plan.b, plan.c)):
         return _rows(plan, fold(plan, pre), pre.c_noise, x.dtype, x.device)
-    changes = [getattr(plan, name)._version for name in ("r", "r_prev", "b", "c")]
+    changes = [version(getattr(plan, name)) for name in ("r", "r_prev", "b", "c")]
     key = (torch.stack(pre).numpy().tobytes(), x.dtype, x.device, *changes)
     kept: dict[object, Rows] = plan.__dict__.setdefault("_folded", {})
     found = kept.get(key)

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pfode._torch import transformed
+from pfode._torch import keeps_graph, transformed
 from pfode.errors import UsageError
 from pfode.ode.control import PID
 from pfode.ode.loop import Course, End, Lanes, Move
@@ -400,7 +400,7 @@ class _Node(torch.autograd.Function):
         )
         with torch.no_grad(), solve.autocast():
             made = solve.tape.pull(solve.problem, inputs, given, solve.work)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
+        if not keeps_graph():
             solve.release()
         made = [g if n else None for g, n in zip(made, need, strict=True)]
         for i in range(2, 2 + solve.sources.declared):
