@@ -12,27 +12,11 @@ from typing import Any
 from pfode.cli import plot
 from pfode.files import write_atomic
 from pfode.samplers.measure import results
+from pfode.samplers.measure.comparison import DISTRIBUTION, END_POINT
 from pfode.samplers.measure.spec import Spec
 
 Result = dict[str, Any]
-METRICS = {  # key: title, what it is, where it has intervals and goes into the figure
-    "rms": ("RMS error", "root mean square distance of the end points from the converged ones"),
-    "median": ("median error", "median over samples of their own root mean square distance"),
-    "flipped": (
-        "flipped",
-        "share of samples farther from their converged end point than half the median distance between two of those: "
-        "landed in another mode, or another picture",
-    ),
-    "psnr": ("PSNR, dB", "of the end points, the peak being 2 for pictures and the span of the data otherwise"),
-    "energy": ("energy distance", "between the samples and as many held-out true ones, sqrt of the V-statistic"),
-    "sliced": ("sliced Wasserstein", "W2 over 64 directions, between the same"),
-    "frechet": ("Frechet distance", "between Gaussians fitted to the features of the two"),
-    "kid": ("kernel distance", "KID: unbiased squared MMD of the cubic kernel, in features"),
-    "precision": ("precision", "share of samples within the manifold of the true ones, 3 nearest neighbours"),
-    "recall": ("recall", "the other way round"),
-    "modes": ("mode weights", "total variation between how samples fall to the modes and the modes' weights"),
-    "log_prob": ("log-density", "mean exact log-density of the samples, in nats"),
-}
+METRICS = {**END_POINT, **DISTRIBUTION}
 IN_TABLES = ("rms", "median", "flipped", "energy", "sliced")
 SHOWN = 5  # samplers in a strip
 AT = (4, 6, 10)  # evaluations of the strips
@@ -100,7 +84,7 @@ def panels(result: Result, colours: dict[str, str]) -> list[plot.Panel]:
                 floors = [("the teacher's own error", teacher.get("error") or 0.0)]
             else:
                 floors = [("two sets of true samples", results.figure(truth, key) or 0.0)]
-            found.append(plot.Panel(bed, METRICS[key][0], curves, floors, 0.09 if key == "rms" else 0.035))
+            found.append(plot.Panel(bed, METRICS[key].title, curves, floors, 0.09 if key == "rms" else 0.035))
     return found
 
 
@@ -125,8 +109,8 @@ def markdown(result: Result, title: str) -> str:
         for key in IN_TABLES:
             head, rows = _rows(result, bed, key)
             if rows:
-                lines += [f"{METRICS[key][0]} by evaluations:", "", *_markdown(head, rows), ""]
-    lines += ["## What is measured", "", *(f"* **{name}**: {what}." for name, what in METRICS.values()), ""]
+                lines += [f"{METRICS[key].title} by evaluations:", "", *_markdown(head, rows), ""]
+    lines += ["## What is measured", "", *(f"* **{metric.title}**: {metric.about}." for metric in METRICS.values()), ""]
     return "\n".join(lines)
 
 
@@ -193,7 +177,7 @@ def page(out: Path, result: Result, title: str, figure: plot.Drawing) -> str:
         "<h2>Every figure</h2>",
         *(_details(result, bed) for bed in result["beds"]),
         "<h2>What is measured</h2>",
-        "<dl>" + "".join(f"<dt>{name}</dt><dd>{what}</dd>" for name, what in METRICS.values()) + "</dl>",
+        "<dl>" + "".join(f"<dt>{metric.title}</dt><dd>{metric.about}</dd>" for metric in METRICS.values()) + "</dl>",
         _made(result),
     ]
     head = (
@@ -272,7 +256,7 @@ def _details(result: Result, bed: str) -> str:
         lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
         lines += ["".join(_cell(cell, key) for cell in row) for row in rows]
         body = "".join(f"<tr>{line}</tr>" for line in lines)
-        tables.append(f'<div class="scroll"><table><caption>{METRICS[key][0]}</caption>{body}</table></div>')
+        tables.append(f'<div class="scroll"><table><caption>{METRICS[key].title}</caption>{body}</table></div>')
     chosen = _chosen(result, bed)
     about = html.escape(_about(settings))
     return f"<details><summary>{html.escape(bed)}</summary><p class=soft>{about}</p>{''.join(tables)}{chosen}</details>"

@@ -10,20 +10,19 @@ from torch import Tensor
 
 from pfode import grids
 from pfode.denoiser import fingerprint
-from pfode.errors import DenoiserError, NumericalError, PfodeError, UsageError
+from pfode.errors import DenoiserError, NumericalError, UsageError
 from pfode.plans.table import Plan
 from pfode.samplers.catalogue import make_plan
 from pfode.samplers.fit.search import Jumps, measure_jumps
 from pfode.samplers.measure import metrics, peers
-from pfode.samplers.measure.metrics import rounded
+from pfode.samplers.measure.comparison import compared, features_of
+from pfode.samplers.measure.metrics import rounded, triple
 from pfode.samplers.measure.problem import Problem, blamed, reference_solution
 from pfode.samplers.measure.results import Cache, Cell
 from pfode.samplers.measure.spec import Spec, load_plans
 
 __all__ = ["Measurer", "Variant"]
 
-PAIRS = 2048  # samples that metrics of all pairs look at
-NEIGHBOURS = 3  # of precision and recall
 JUMPS = 32  # trajectories of the grid search
 
 
@@ -213,7 +212,7 @@ class Measurer:
 
     def distribution(self, x: Tensor) -> dict[str, Any]:
         """Distances from held-out true samples; empty where there are none."""
-        return {} if self.truth is None else distances(self.problem, x, *self.truth)
+        return {} if self.truth is None else compared(self.problem, x, *self.truth)
 
     @functools.cached_property
     def truth(self) -> tuple[Tensor, Tensor] | None:
@@ -229,7 +228,7 @@ class Measurer:
             found["teacher"] = how | self.distribution(x)
         pair = self.problem.two_true()
         if pair is not None:
-            found["truth"] = distances(self.problem, pair[1], pair[0], features_of(self.problem, pair[0]))
+            found["truth"] = compared(self.problem, pair[1], pair[0], features_of(self.problem, pair[0]))
         return found
 
 
@@ -237,57 +236,8 @@ def end_points(x: Tensor, reference: Tensor, peak: float | None) -> dict[str, An
     """`metrics.end_point` as JSON."""
     found = metrics.end_point(x, reference, peak)
     psnr = {} if math.isinf(found.psnr) else {"psnr": rounded(found.psnr)}
-    return {"rms": _triple(found.rms), "median": _triple(found.median), **psnr, "flipped": _triple(found.flipped)}
-
-
-def features_of(problem: Problem, x: Tensor) -> Tensor:
-    """Samples in the problem's features, shape (n, d).
-
-    Raises:
-        UsageError: features of another shape, or none that are numbers.
-    """
-    if problem.features is None:
-        return x
-    try:
-        found = problem.features(x)
-    except (PfodeError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise DenoiserError.of(error, "the function of features") from error
-    real = isinstance(found, Tensor) and not found.is_complex()
-    if not real or found.ndim != 2 or len(found) != len(x) or found.shape[1] == 0:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise DenoiserError(f"features: need a tensor of shape ({len(x)}, d), got {got}", "x.flatten(1), say")
-    if not torch.isfinite(found).all():
-        raise DenoiserError("features: they are not finite", "a function whose values are, or leave features out")
-    return found
-
-
-def distances(problem: Problem, x: Tensor, truth: Tensor, seen: Tensor) -> dict[str, Any]:
-    """Every distribution metric that the problem has, as JSON; `seen` are the features of the truth."""
-    a, b, features = x[:PAIRS], truth[:PAIRS], features_of(problem, x)
-    found: dict[str, Any] = {
-        "energy": _triple(metrics.energy_distance(a, b)),
-        "sliced": _triple(metrics.sliced_wasserstein(a, b)),
-        "frechet": rounded(metrics.frechet_distance(features, seen)),
-        "kid": rounded(metrics.kernel_distance(features[:PAIRS], seen[:PAIRS])),
-    }
-    if min(len(features), len(seen)) > NEIGHBOURS:
-        precision, recall = metrics.precision_recall(features[:PAIRS], seen[:PAIRS], k=NEIGHBOURS)
-        found |= {"precision": rounded(precision), "recall": rounded(recall)}
-    denoiser = problem.denoiser
-    modes, weights = getattr(denoiser, "modes", None), getattr(denoiser, "weights", None)
-    if modes is not None and weights is not None and 1 < len(weights) <= len(x) / 10:
-        found["modes"] = rounded(metrics.mode_distance(modes(x), weights))
-    log_prob = getattr(denoiser, "log_prob", None)
-    if log_prob is not None:
-        found["log_prob"] = rounded(log_prob(x).mean().item())
-    return found
+    return {"rms": triple(found.rms), "median": triple(found.median), **psnr, "flipped": triple(found.flipped)}
 
 
 def _words(options: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in options.items())
-
-
-def _triple(estimate: metrics.Estimate) -> list[float]:
-    return [rounded(value) for value in estimate]

@@ -307,6 +307,11 @@ def rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
+def triple(estimate: Estimate) -> list[float]:
+    """A value and the ends of its interval, rounded."""
+    return [rounded(value) for value in estimate]
+
+
 def _estimate(value: Any, drawn: Tensor) -> Estimate:
     tail = (1 - LEVEL) / 2
     low, high = torch.quantile(drawn.double(), float64([tail, 1 - tail])).tolist()
