@@ -18,7 +18,7 @@ from pfode.tensors import readable
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-__all__ = ["class_index", "class_indices", "label_tensor", "listed", "warn_unseen"]
+__all__ = ["class_count", "class_index", "class_indices", "label_tensor", "listed", "warn_unseen"]
 
 
 def class_indices(denoiser: Any, label: Any, n: int) -> Tensor | None:

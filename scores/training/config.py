@@ -8,11 +8,11 @@ from pfode.errors import UsageError, unknown
 from pfode.prediction import PREDICTIONS
 from pfode.process import EDM, VE, Flow, Process, from_config
 from pfode.scores.networks.unet import UNetConfig
+from pfode.scores.training.levels import LEVELS, usual_levels
 
 __all__ = ["TrainConfig", "usual_network"]
 
 SCHEDULES = ("cosine", "constant")
-LEVELS = ("lognormal", "uniform", "logit-normal")
 WHOLE = {
     "steps": (1, 10**9), "batch": (1, 2**16), "accum": (1, 2**16), "warmup": (0, 10**9), "cooldown": (0, 10**9),
     "seed": (0, 2**63 - 1),
@@ -93,7 +93,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         process = from_config(self.process)
-        for name, value in (("prediction", _prediction(process)), ("levels", _levels(process))):
+        for name, value in (("prediction", _prediction(process)), ("levels", usual_levels(process))):
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
         if self.prediction != "edm" and self.prediction not in PREDICTIONS:
@@ -171,10 +171,6 @@ def usual_network(
 
 def _prediction(process: Process) -> str:
     return "edm" if isinstance(process, EDM | VE) else "flow" if isinstance(process, Flow) else "eps"
-
-
-def _levels(process: Process) -> str:
-    return "lognormal" if isinstance(process, EDM | VE) else "logit-normal" if isinstance(process, Flow) else "uniform"
 
 
 def _within(value: object, low: float, high: float) -> bool:

@@ -15,12 +15,18 @@ from pfode.process import from_config
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.training.config import TrainConfig
 from pfode.scores.training.dataset import Data
+from pfode.scores.training.levels import LEVELS
 
 __all__ = ["Batch", "Problem", "problem", "unseen_classes"]
 
 
 class Batch:
-    """The pictures and the noise of one step: a function of (config, data, step) and of nothing else."""
+    """The pictures and the noise of every step: a function of (config, data, step) and of nothing else.
+
+    Args:
+        config: seed, batch, noise levels, share of hidden classes, mirrored classes.
+        data: the pictures.
+    """
 
     def __init__(self, config: TrainConfig, data: Data):
         self.config = config
@@ -31,7 +37,16 @@ class Batch:
         self.order = (-1, np.empty(0, dtype=np.int64))
 
     def draw(self, step: int, indices: range) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x0 in [-1, 1], noise, t (all float64) and labels of the pictures `indices` of the batch of a step from 0."""
+        """Pictures of the batch of a step.
+
+        Args:
+            step: from 0.
+            indices: which pictures of the batch, from 0 to batch - 1.
+
+        Returns:
+            x0 in [-1, 1] and the noise, (n, channels, size, size); t, (n,); all float64. And the labels, int64 (n,),
+            where len(names) hides a class; None for data without classes.
+        """
         config, data = self.config, self.data
         chosen, clock, dropped, mirror, noise = [], [], [], [], []
         for i in indices:
@@ -52,17 +67,11 @@ class Batch:
             labels = torch.where(torch.tensor(dropped), len(data.names), labels)
         return x0, torch.from_numpy(np.stack(noise)), self.times(torch.tensor(clock, dtype=torch.float64)), labels
 
-    def times(self, clock: Tensor) -> Tensor:
-        """Quantiles in [0, 1) of the distribution of noise levels, as times of the process."""
-        config, process = self.config, self.process
-        low, high = process.t_min, process.t_max
-        if config.levels == "uniform":
-            return low + (high - low) * clock
-        normal = torch.special.ndtri(clock.clamp(1e-12, 1 - 1e-12))
-        if config.levels == "logit-normal":
-            return torch.sigmoid(normal).clamp(low, high)
-        ratio = torch.exp(config.level_mean + config.level_std * normal)  # sigma / alpha
-        return process.time(-2 * torch.log(ratio)).clamp(low, high)
+    def times(self, quantiles: Tensor) -> Tensor:
+        """Times of the process at quantiles in [0, 1) of the distribution of noise levels, of their shape."""
+        config = self.config
+        inner = quantiles.clamp(1e-12, 1 - 1e-12)  # a normal distribution has no ends
+        return LEVELS[config.levels](self.process, inner, config.level_mean, config.level_std)
 
     def _chosen(self, position: int) -> int:
         """The picture at a position: every epoch is a new permutation of the data."""
