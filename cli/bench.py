@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from pfode.cli.options import Command, FileName
+from pfode.cli.progress import CellBar
 from pfode.cli.settings import listed
-from pfode.cli.streams import Output, bar, output
+from pfode.cli.streams import output
 from pfode.cli.trust import CodeOption, calling, import_name, names_code, trust_option
 from pfode.errors import UsageError
 
@@ -100,7 +101,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     evals = sorted(set(listed("--nfe", options["nfe"], int, "whole numbers", f"--nfe {EVALS}")))
     beds = [(find_bed(name, options), options["sampler"]) for name in dict.fromkeys(options["model"])]
     folder = Path(options["out"])
-    with Progress(out) as progress:
+    with CellBar(out) as progress:
         result = bench.bench(beds, folder, evals, overwrite=options["overwrite"], progress=progress)
     files = [*report.write(folder, result), str(folder / results.RESULTS)]
     skipped = [cell for cell in result["cells"] if "skipped" in cell]
@@ -192,22 +193,3 @@ def find_features(name: str) -> "tuple[Features, str]":
     if not callable(found):
         raise UsageError(f"--features {name}: {type(found).__name__} cannot be called", "a function (n, ...) -> (n, d)")
     return cast("Features", found), name
-
-
-class Progress:
-    """A bar over the cells, with what is being measured; the callback of `bench`."""
-
-    def __init__(self, out: Output):
-        self.out, self.bar = out, bar(out, 0, unit=" cells")
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        self.bar.total = total
-        self.bar.set_postfix_str(what, refresh=False)
-        self.bar.update(done - self.bar.n)
-        self.bar.refresh()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

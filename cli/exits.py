@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from pfode.cli.machine import memory_limit
 from pfode.cli.options import source
 from pfode.cli.streams import Output, printable
-from pfode.errors import PfodeError, nearly
+from pfode.errors import MemoryLimitError, PfodeError, nearly
 
 __all__ = ["KINDS", "end", "fail"]
 
@@ -103,6 +103,8 @@ def _describe(error: BaseException) -> _End:
 
 def _scarce(error: BaseException) -> _End | None:
     """What the process ran out of, be it memory or file descriptors, however the error was wrapped on its way."""
+    if isinstance(error, MemoryLimitError):
+        return None  # which says it better
     torch = sys.modules.get("torch")
     for cause in _chain(error):
         number = cause.errno if isinstance(cause, OSError) else None

@@ -9,14 +9,14 @@ import click
 
 import pfode
 from pfode.cli.options import Command, FileName
+from pfode.cli.progress import FitBar
 from pfode.cli.settings import DTYPES, listed
-from pfode.cli.streams import Output, bar, output, table
+from pfode.cli.streams import output, table
 from pfode.errors import FileError, UsageError
 from pfode.files import lock_folder, make_folder
 
 if TYPE_CHECKING:
     from pfode.plans.table import Plan
-    from pfode.samplers import Progress
 
 LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
 
@@ -94,7 +94,7 @@ def command(ctx: click.Context, **options: Any) -> None:
         file = folder / f"{path.stem}.plan-{nfe}.safetensors"
         plan = pfode.Plan.load(file) if file.exists() and not options["overwrite"] else None
         kept = plan is not None
-        with Bar(out, nfe) as progress:
+        with FitBar(out, nfe) as progress:
             plan = plan or pfode.fit_plan(net, nfe, start=start, callback=progress, **how)
         if kept:
             check_same(file, plan, net, how | {"begun": stated(start, how["grid"], how["chart"])})
@@ -110,30 +110,6 @@ def command(ctx: click.Context, **options: Any) -> None:
         for p in done
     ]  # fmt: skip
     out.emit({"out": str(folder), "plans": done}, table(("NFE", "rms", "of start", "median", "of start", "file"), rows))
-
-
-class Bar:
-    """The callback of `pfode.fit_plan`: a bar over the samples of the teacher, then over the iterations."""
-
-    def __init__(self, out: Output, nfe: int):
-        self.out, self.nfe, self.stage, self.bar = out, nfe, "", bar(out, 0)
-
-    def __call__(self, progress: "Progress") -> None:
-        if progress.stage != self.stage:
-            self.bar.close()
-            self.stage = progress.stage
-            unit = " samples" if progress.stage == "teacher" else " iterations"
-            self.bar = bar(self.out, progress.total, unit=unit, desc=f"NFE {self.nfe}, {progress.stage}")
-        if progress.stage == "fit":
-            ratios = progress.rms / progress.start_rms, progress.median / progress.start_median
-            self.bar.set_postfix_str(f"rms {ratios[0]:.3f}, median {ratios[1]:.3f} of the start", refresh=False)
-        self.bar.update(progress.done - self.bar.n)
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
 
 
 def find_start(name: str) -> "str | Plan":

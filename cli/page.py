@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pfode.cli.samplers import ADAPTIVE_GROUP, GROUPS, OF_AUTO, adaptive_figures, choices, figures, group, options
+from pfode.cli.figures import ADAPTIVE_GROUP, GROUPS, OF_AUTO, adaptive_figures, choices, figures, group, options
 
 if TYPE_CHECKING:
     from pfode.samplers import AdaptiveRecipe, Recipe

@@ -1,15 +1,25 @@
 """pfode samplers: the catalogue and the adaptive samplers as tables, one in full, or the page docs/samplers.md."""
 
-import functools
 import inspect
-import itertools
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from pfode.cli.figures import (
+    ADAPTIVE_GROUP,
+    GROUPS,
+    OF_AUTO,
+    adaptive_figures,
+    choices,
+    figures,
+    group,
+    measured,
+    options,
+    order,
+)
 from pfode.cli.options import Command
 from pfode.cli.settings import format_set
 from pfode.cli.streams import output, table
@@ -17,15 +27,6 @@ from pfode.errors import UsageError
 
 if TYPE_CHECKING:
     from pfode.samplers import AdaptiveRecipe, Recipe
-
-ADAPTIVE_GROUP = "adaptive"
-OF_AUTO = ("process", "guidance", "NFE", "sampler", "grid", "chart")
-MANY = 100  # denoiser calls from which on nothing changes
-GROUPS: dict[str, "Callable[[Recipe], bool]"] = {
-    "deterministic": lambda recipe: not recipe.stochastic and not recipe.method.pair,
-    "exactly invertible": lambda recipe: not recipe.stochastic and recipe.method.pair,
-    "stochastic": lambda recipe: recipe.stochastic,
-}
 
 
 @click.command(cls=Command, name="samplers")
@@ -73,32 +74,6 @@ def _adaptive_data(row: "AdaptiveRecipe") -> dict[str, Any]:
     return found | {"adaptive": True, "charts": list(row.charts), "options": {"rtol": row.rtol, "atol": row.atol}}
 
 
-def options(recipe: "Recipe") -> dict[str, Any]:
-    """What can be set, and what it is if it is not."""
-    return {name: getattr(recipe.method, name) for name in recipe.method.options}
-
-
-def group(name: str) -> "list[Recipe]":
-    """The recipes of a group."""
-    from pfode.samplers import CATALOGUE
-
-    return [recipe for recipe in CATALOGUE.values() if GROUPS[name](recipe)]
-
-
-def choices() -> list[list[str]]:
-    """What auto takes by process and guidance, a row per range of NFE."""
-    from pfode.process import EDM, VP, Flow
-    from pfode.samplers.auto import choose
-
-    rows = []
-    for process, guided in itertools.product((VP(), EDM(), Flow()), (False, True)):
-        for chosen, run in itertools.groupby(range(1, MANY + 1), functools.partial(choose, process, guided=guided)):
-            nfe = [*run]
-            calls = f"{nfe[0]} on" if nfe[-1] == MANY else f"{nfe[0]} to {nfe[-1]}"
-            rows.append([type(process).__name__, "yes" if guided else "no", calls, *chosen])
-    return rows
-
-
 def _listing() -> str:
     """A table per group, their columns in line, cut to the width of a terminal."""
     from pfode.samplers import ADAPTIVE
@@ -116,40 +91,13 @@ def _listing() -> str:
     return "\n".join(line if len(line) <= width else f"{line[: width - 1]}…" for line in text.splitlines())
 
 
-def figures(recipe: "Recipe") -> list[str]:
-    """Name, order, measured order, NFE per step and charts."""
-    return [recipe.name, _order(recipe), _measured(recipe), f"{recipe.nfe_per_step}", _charts(recipe)]
-
-
-def adaptive_figures(row: "AdaptiveRecipe") -> list[str]:
-    """Name, order, default tolerance, NFE per attempted step and charts."""
-    return [row.name, f"{row.order}", f"{row.rtol:g}", f"{row.nfe_per_step}", _charts(row)]
-
-
-def _charts(recipe: "Recipe | AdaptiveRecipe") -> str:
-    from pfode.chart import CHARTS
-
-    return f"{recipe.charts[0]} or any" if set(recipe.charts) == set(CHARTS) else " ".join(recipe.charts)
-
-
-def _order(recipe: "Recipe") -> str:
-    own = recipe.order_as_shipped
-    return f"{recipe.order}" if own == recipe.order else f"{recipe.order} ({own})"
-
-
-def _measured(recipe: "Recipe") -> str:
-    starts = ["weak"] if recipe.stochastic else ["exact", "shipped"]
-    first, *own = [f"{recipe.measured[start]:.2f}" if start in recipe.measured else "-" for start in starts]
-    return first if recipe.order_as_shipped == recipe.order else f"{first} ({own[0]})"
-
-
 def _full(recipe: "Recipe") -> str:
     """One sampler with all that is known of it."""
     memory, pair, given = recipe.method.memory, recipe.method.pair, options(recipe)
     eta = [f"--eta {given['eta']}"] if "eta" in given else []
     rows = {
         "source": recipe.source,
-        "order": f"{'weak ' if recipe.stochastic else ''}{_order(recipe)}, measured {_measured(recipe)}",
+        "order": f"{'weak ' if recipe.stochastic else ''}{order(recipe)}, measured {measured(recipe)}",
         "NFE per step": f"{recipe.nfe_per_step}",
         "charts": " ".join(recipe.charts),
         "options": " ".join([*eta, *(f"--set {word}" for word in format_set(given))]) or "none",

@@ -68,8 +68,6 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
         options["nfe"] = None
     if min(ranks["seed"], ranks["n"]) < ranks["seeds"]:
         options["seeds"] = None
-    if ranks["n"] == _DEFAULT:
-        options["n"] = None
     return options
 
 

@@ -3,18 +3,14 @@
 import contextlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import click
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-__all__ = ["Output", "bar", "open_standard_streams", "output", "printable", "table"]
+__all__ = ["Output", "open_standard_streams", "output", "printable", "table"]
 
 
 @dataclass
@@ -94,15 +90,6 @@ def printable(text: str) -> str:
     """A text in one line, without anything that a terminal would obey."""
     words = " ".join(text.split())
     return words if words.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
-
-
-def bar(out: Output, total: int | None = None, **options: Any) -> "tqdm[Any]":
-    """A progress bar on stderr, hidden where that is no terminal or the run is quiet."""
-    from tqdm import tqdm
-
-    columns, rows = shutil.get_terminal_size()  # sound also where the terminal claims to have no size
-    hidden = out.quiet or sys.stderr is None or not sys.stderr.isatty()
-    return tqdm(total=total, disable=hidden, leave=False, ncols=min(columns, 100), nrows=rows, **options)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,6 +4,7 @@ Every line, and every JSON file of `sealed`, carries the sha256 of what it says:
 line is read again.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -21,18 +22,19 @@ LIMIT = 2**30  # bytes of a journal that are read
 Line = dict[str, Any]
 
 
-def sealed(value: Line) -> Line:
-    """The JSON object with the digest of all else that it says, as its last entry."""
-    rest = {key: item for key, item in value.items() if key != DIGEST}
+def sealed(value: Line, name: str = DIGEST) -> Line:
+    """The JSON object with the digest of all else that it says, as its last entry, under `name`."""
+    rest = {key: item for key, item in value.items() if key != name}
     text = json.dumps(rest, sort_keys=True, allow_nan=False)
-    return {**rest, DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+    return {**rest, name: hashlib.sha256(text.encode()).hexdigest()}
 
 
-def opened(raw: bytes, where: str, what: str, hint: str) -> Line:
+def opened(raw: bytes, where: str, what: str, hint: str, name: str = DIGEST) -> Line:
     """The JSON object that was sealed, without its digest.
 
     Args:
         where: the file, and what in it; what: whose it should be; hint: what to do; all for the error's message.
+        name: of the digest.
 
     Raises:
         FileError: no JSON object, no digest, or another one than the object's.
@@ -40,12 +42,12 @@ def opened(raw: bytes, where: str, what: str, hint: str) -> Line:
     found, sound = None, False
     try:
         found = json.loads(raw)
-        sound = isinstance(found, dict) and sealed(found) == found
+        sound = isinstance(found, dict) and sealed(found, name) == found
     except (ValueError, RecursionError):
         pass
     if found is None or not sound:
-        raise FileError(f"{where}: damaged, or not {what}: its {DIGEST} is missing or differs", hint)
-    return {key: value for key, value in found.items() if key != DIGEST}
+        raise FileError(f"{where}: damaged, or not {what}: its {name} is missing or differs", hint)
+    return {key: value for key, value in found.items() if key != name}
 
 
 class Journal:
@@ -54,13 +56,18 @@ class Journal:
     Args:
         path: of the file, made by the first line.
         what: whose it is, as "a benchmark's". hint: what to do where it is damaged or cannot be written.
+        digest: the entry that holds the digest of a line, if lines say something else under "sha256".
     """
 
-    def __init__(self, path: str | os.PathLike[str], what: str, hint: str):
-        self.path, self.what, self.hint = Path(path), what, hint
+    def __init__(self, path: str | os.PathLike[str], what: str, hint: str, digest: str = DIGEST):
+        self.path, self.what, self.hint, self.digest = Path(path), what, hint, digest
 
-    def read(self) -> list[Line]:
+    def read(self, skip: bool = False) -> list[Line]:
         """The lines, oldest first. A last line that a kill left unfinished is cut off, so that nothing is added to it.
+
+        Args:
+            skip: leave damaged lines out, where what they stand for can be made again, and change nothing: another
+                process may be writing.
 
         Raises:
             FileError: it cannot be read, or a line is not as it was written; the message names file and line.
@@ -71,8 +78,16 @@ class Journal:
         lines = read_file(self.path, LIMIT, "a journal").splitlines(keepends=True)
         if lines and not _finished(lines[-1]):
             lines.pop()
-            self._cut(sum(map(len, lines)))
-        return [opened(raw, f"{self.path}: line {i}", self.what, self.hint) for i, raw in enumerate(lines, 1)]
+            if not skip:
+                self._cut(sum(map(len, lines)))
+        found = []
+        for i, raw in enumerate(lines, 1):
+            try:
+                found.append(opened(raw, f"{self.path}: line {i}", self.what, self.hint, self.digest))
+            except FileError:
+                if not skip:
+                    raise
+        return found
 
     def add(self, line: Line, sync: bool = True) -> None:
         """Write a line; it is on the disk when this returns.
@@ -85,7 +100,9 @@ class Journal:
         """
         try:
             with open(self.path, "ab", buffering=0) as file:
-                file.write(_text(line))
+                text = self._text(line)
+                if file.write(text) != len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if sync:
                     os.fsync(file.fileno())
         except OSError as error:
@@ -97,11 +114,14 @@ class Journal:
         Raises:
             WriteError: the file cannot be written; what it had is kept.
         """
-        write_atomic(self.path, b"".join(map(_text, lines)))
+        write_atomic(self.path, b"".join(map(self._text, lines)))
 
     def remove(self) -> None:
         """Delete the file, where there is one."""
         self.path.unlink(missing_ok=True)
+
+    def _text(self, line: Line) -> bytes:
+        return json.dumps(sealed(line, self.digest), allow_nan=False).encode() + b"\n"
 
     def _cut(self, length: int) -> None:
         try:
@@ -111,10 +131,6 @@ class Journal:
 
     def _unwritable(self, error: OSError) -> WriteError:
         return WriteError(f"{self.path}: cannot be written: {error.strerror or error}", self.hint)
-
-
-def _text(line: Line) -> bytes:
-    return json.dumps(sealed(line), allow_nan=False).encode() + b"\n"
 
 
 def _finished(raw: bytes) -> bool:

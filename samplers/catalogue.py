@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pfode import grids
+from pfode import defaults, grids
 from pfode.chart import CHARTS, Node
 from pfode.chart import chart as find_chart
 from pfode.errors import UsageError, integer, number, unknown
@@ -45,7 +45,7 @@ from pfode.samplers.names import FAMILIES, squeezed
 from pfode.samplers.stochastic import Ancestral, AncestralMidpoint, Churn, ErSde, Reverse, SaSolver
 from pfode.samplers.tape import Linear, Tape
 
-DEFAULT_STEPS = 20
+DEFAULT_STEPS = defaults.STEPS
 EVERY = tuple(CHARTS)
 FLAT = tuple(name for name, chart in CHARTS.items() if chart.density is None)
 

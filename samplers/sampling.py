@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pfode import noise
+from pfode import defaults, noise
 from pfode.denoiser import Denoiser, forwards
 from pfode.errors import (
     MemoryLimitError,
@@ -31,7 +31,7 @@ from pfode.process import Process
 from pfode.samplers.adaptive import ADAPTIVE, Adaptive, AdaptiveRecipe, Stopped, find_adaptive, make_adaptive
 from pfode.samplers.catalogue import DEFAULT_STEPS, Recipe, make_plan, recipe
 
-DEFAULT_BATCH = 64
+DEFAULT_BATCH = defaults.BATCH
 EACH = ("nfe", "evals", "steps", "rejected")  # what samples of an adaptive sampler differ in
 MAX_GUIDANCE = 1e4
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -465,7 +465,7 @@ def _seeds(n: int | None, seed: int, seeds: Sequence[int] | None, x: Tensor | No
         except TypeError as error:
             raise UsageError(f"seeds: need integers, got {seeds!r:.60}", "seeds=[0, 1, 2]") from error
     else:
-        count = len(x) if x is not None else 16 if n is None else n
+        count = len(x) if x is not None else defaults.SAMPLES if n is None else n
         first = integer("seed", seed, 0, 2**64 - 1)
         chosen = noise.check_seeds(range(first, first + integer("n", count, 1)))
     counts = {"n": n, "seeds": None if seeds is None else len(chosen), "x": None if x is None else len(x)}

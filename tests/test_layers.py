@@ -16,10 +16,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {"samplers", "scores", "cli"}
 MAY_IMPORT = {"pfode": set(), "samplers": set(), "scores": set(), "cli": {"samplers", "scores"}}
 NAMES_OF_ROOMS = {"make_plan", "sample", "load"}  # reached as pfode.<name>; they live in samplers and scores
-CIRCLES = {  # those still to be cut; no other may come
-    ("pfode.cli.page", "pfode.cli.samplers"),
-    ("pfode.cli.many", "pfode.cli.sample"),
-}
+CIRCLES: set[tuple[str, ...]] = set()  # none is left, and none may come
 HEAVY = ("diffusers", "accelerate", "PIL", "matplotlib", "huggingface_hub")
 
 

@@ -1,0 +1,120 @@
+"""What `pfode sample` writes, the contact sheet and the animation, and what it says of pictures that it lost."""
+
+import contextlib
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pfode
+from pfode.cli.job import Cost, Job, settings
+from pfode.errors import NumericalError, UsageError, WriteError
+from pfode.files import write_atomic
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["check_outputs", "flaw", "flaws", "non_finite", "write", "write_film", "write_sheet"]
+
+
+def check_outputs(out: str, trajectory: str | None, separate: str | None) -> None:
+    """Find out before sampling whether the results can be written.
+
+    Raises:
+        UsageError: a name that no output can have. WriteError: a folder that takes no file.
+    """
+    if Path(out).suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: the sheet is a PNG", "--out sheet.png")
+    if trajectory is not None:
+        suffix = Path(trajectory).suffix.lower()
+        if suffix not in (".gif", ".png", ".apng", ".webp"):
+            raise UsageError(f"--trajectory {trajectory}: unknown kind {suffix!r}", "use .gif, .png or .webp")
+        if os.path.realpath(trajectory) == os.path.realpath(out):
+            raise UsageError(f"--trajectory and --out are the same file {out}", "give them different names")
+    if separate is not None:
+        for name in filter(None, (out, trajectory)):
+            if _within(name, separate) and re.fullmatch(r"\d+\.png", Path(name).name):
+                raise UsageError(f"{name} has the name of a picture of --separate", "give it another name")
+        _check_writable(separate, "--separate", made=True)
+    for option, name in (("--out", out), ("--trajectory", trajectory)):
+        if name is not None:
+            _check_writable(name, option, made=separate is not None and _within(name, separate))
+        if name is not None and os.path.isdir(name):
+            raise WriteError(f"{name}: is a folder", f"give {option} the name of a file")
+
+
+def _within(name: str, folder: str) -> bool:
+    return os.path.realpath(os.path.dirname(name) or ".") == os.path.realpath(folder)
+
+
+def _check_writable(name: str, option: str, made: bool) -> None:
+    """Whether a file `name` can be made; `made`: the folders above it will be, where they are missing."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(f"{name}.temporary")  # too long a name?
+        folder = Path(name).parent
+        while made and not os.path.exists(folder):
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WriteError(f"{name}: cannot be written: {error.strerror}", f"give {option} another place") from error
+
+
+def flaw(job: Job, seed: int, step: int, t: float, why: str | None = None) -> str:
+    """Where a picture was lost, and, of an adaptive sampler, why."""
+    of = f" of {job.plan.steps}" if isinstance(job.plan, pfode.Plan) else ""
+    return f"seed {seed} after step {step}{of}, t = {t:.6g}" + (f": {why}" if why else "")
+
+
+def flaws(job: Job, result: Any) -> list[str]:
+    """The same of every picture that a result lost."""
+    return [flaw(job, result.seeds[bad.index], bad.step, bad.time, bad.why) for bad in result.bad]
+
+
+def non_finite(lost: list[str], job: Job, hint: str) -> NumericalError:
+    """The error that names the first few pictures that are not finite."""
+    more = [f"and {len(lost) - 3} more"] if len(lost) > 3 else []
+    return NumericalError(f"{len(lost)} of {len(job.seeds)} pictures not finite: {'; '.join(lost[:3] + more)}", hint)
+
+
+def write(job: Job, result: Any) -> list[str]:
+    """Write everything that was asked for; the sheet comes first in the list and last on the disk."""
+    films = [write_film(job, result)] if job.options["trajectory"] is not None else []
+    return [write_sheet(job, job.pixels(result.x), Cost.of(result)), *films]
+
+
+def write_sheet(job: Job, pixels: "np.ndarray", cost: Cost) -> str:
+    """Write the contact sheet of all pictures of the job."""
+    from pfode.cli import images
+
+    sheet = images.contact_sheet(pixels, job.scale, job.columns)
+    write_atomic(job.options["out"], images.encode_png(sheet, settings(job, cost)))
+    return job.options["out"]
+
+
+def write_film(job: Job, result: Any) -> str:
+    """Write the animation of a result with its trajectory."""
+    from pfode.cli import images
+
+    path = job.options["trajectory"]
+    frames = [_frame(job, result, k) for k in range(len(result.trajectory))]
+    write_atomic(path, images.encode_animation(frames, Path(path).suffix.lower()))
+    return path
+
+
+def _frame(job: Job, result: Any, k: int) -> "np.ndarray":
+    """Sheet of the states at node k, brought to the variance of the data, beside what the denoiser sees in them."""
+    import numpy as np
+
+    from pfode.cli import images
+
+    plan: Any = job.plan
+    level = math.hypot(*(float(level[plan.node][k]) for level in (plan.alpha, plan.sigma)))
+    seen = result.preview[k] if k < len(result.preview) else result.x
+    pixels = [job.pixels(x) for x in (result.trajectory[k] / level, seen)]
+    views = [images.contact_sheet(part, job.scale, job.columns) for part in pixels]
+    between = np.full_like(views[0][:, : 4 * images.GAP], 255)
+    return np.concatenate([views[0], between, views[1]], axis=1)
