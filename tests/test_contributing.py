@@ -5,9 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import pfode
 from pfode.plans.table import Plan
 from pfode.samplers import CATALOGUE, Recipe, make_plan
+from pfode.scores.training.config import TrainConfig, usual_network
+from pfode.scores.training.data import load_data
+from pfode.scores.training.levels import LEVELS
+from pfode.scores.training.trainer import Trainer
 from tests import problems
 from tests.samplers.test_orders import measured
 
@@ -57,6 +63,24 @@ def test_it_has_the_order_it_states(names, name, process):
         assert all(order > recipe.order_as_shipped - 0.25 for order in found["shipped"]), found
 
 
+def test_its_noise_levels_are_those_that_it_names(names):
+    """Quantiles of the Laplace distribution, and a network that is trained on them."""
+    process = pfode.EDM()
+    quantiles = torch.tensor([0.1, 0.3, 0.5, 0.8], dtype=torch.float64)
+    found = names["laplace"](process, quantiles, -1.0, 0.5).log()
+    density = torch.distributions.Laplace(
+        torch.tensor(-1.0, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    )
+    torch.testing.assert_close(found, density.icdf(quantiles))
+    try:
+        config = TrainConfig(
+            usual_network(8, 1, 10, widths=(8, 16)), process.config(), levels="laplace", steps=1, batch=4
+        )
+        assert [record.step for record in Trainer(config, load_data("digits"), device="cpu").run()] == [1]
+    finally:
+        del LEVELS["laplace"]
+
+
 @pytest.mark.parametrize("path", re.findall(r"`((?:\w+/)+\w+\.\w+|test_\w+\.py)`", TEXT))
 def test_files_it_names_are_there(path):
-    assert any((ROOT / folder / path).is_file() for folder in (".", "tests/samplers"))
+    assert any((ROOT / folder / path).is_file() for folder in (".", "tests/samplers", "scores/training"))
