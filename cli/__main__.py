@@ -16,7 +16,9 @@ import pfode
 from pfode.cli.exits import end, fail
 from pfode.cli.options import COMMANDS, EPILOG, find_command
 from pfode.cli.streams import Output, open_standard_streams
-from pfode.errors import PfodeWarning, unknown
+from pfode.errors import PfodeWarning, UsageError, unknown
+
+ELSEWHERE = {"help": "--help", "version": "--version", "generate": "sample", "draw": "sample", "list": "samplers"}
 
 
 class Group(click.Group):
@@ -30,6 +32,8 @@ class Group(click.Group):
             return find_command(cmd_name)
         if cmd_name.startswith("-") or ctx.resilient_parsing:
             return None
+        if cmd_name in ELSEWHERE:
+            raise UsageError(f"unknown command {cmd_name!r}", f"`pfode {ELSEWHERE[cmd_name]}`")
         raise unknown("command", cmd_name, COMMANDS)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

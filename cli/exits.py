@@ -22,6 +22,14 @@ KINDS = {
     INTERNAL: "internal", USAGE: "usage", FILE: "file", MISSING: "missing", NUMERICAL: "numerical", MEMORY: "memory",
     WRITE: "write", INTERRUPTED: "interrupted", READER_GONE: "pipe", TERMINATED: "terminated",
 }  # fmt: skip
+ELSEWHERE = {  # what other programs call the options
+    "cfg": "--guidance", "cfg-scale": "--guidance", "guidance-scale": "--guidance", "scheduler": "--sampler",
+    "num-inference-steps": "--steps", "epochs": "--steps", "num-steps": "--steps", "n-samples": "--n", "count": "--n",
+    "num-images": "--n", "class": "--label", "class-label": "--label", "output": "--out", "outdir": "--separate",
+    "batch-size": "--batch", "learning-rate": "--lr", "checkpoint": "--model", "ckpt": "--model", "image": "--init",
+    "init-image": "--init", "denoising-strength": "--strength", "negative-prompt": "--negative", "schedule": "--grid",
+    "network": "--model", "dataset": "--data", "resolution": "--size", "precision": "--dtype",
+}  # fmt: skip
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 NO_MEMORY += ("failed to map segment", "cannot create thread", "can't start new thread")
@@ -137,6 +145,9 @@ def _describe_click(error: click.ClickException) -> _End:
         known = [
             word for param in ctx.command.params for word in (*param.opts, *param.secondary_opts) if word[:2] == "--"
         ]
+        elsewhere = ELSEWHERE.get(error.option_name.lstrip("-").replace("_", "-"))
+        if elsewhere in known:
+            return _End(USAGE, f"no such option {error.option_name}", f"here it is called {elsewhere}")
         return _End(USAGE, f"no such option {error.option_name}", nearly(error.option_name, known) or hint)
     if ctx and param and param.name:
         where = source(ctx, param.name)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from click.core import ParameterSource
 from pfode.cli import trust
 from pfode.cli.machine import check_machine
 from pfode.cli.streams import output
-from pfode.errors import FileError, did_you_mean, nearly
+from pfode.errors import FileError, PfodeError, did_you_mean, nearly
 from pfode.files import read_file
 
 COMMANDS = {
@@ -79,7 +80,11 @@ class Command(click.Command):
         trust.check_sources(ctx)
         if self.name != "info":  # which answers without torch
             check_machine()
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except PfodeError as error:
+            error.hint = as_flags(self, error.hint)
+            raise
 
 
 def _switch(names: list[str], text: str) -> click.Option:
@@ -106,6 +111,20 @@ class Finite(click.types.FloatParamType):
             limits = "".join(text for text, end in zip(ends, (self.low, self.high), strict=True) if math.isfinite(end))
             self.fail(f"{value} is not a finite number{limits}.", param, ctx)
         return number
+
+
+def as_flags(command: click.Command, hint: str) -> str:
+    """The hint of an error, which names arguments of Python (steps=20), with the flags of a command (--steps 20)."""
+    known = _config_options(command)
+
+    def flagged(match: re.Match[str]) -> str:
+        name, _, value = match.groups()
+        option = known.get(name)
+        if option is None or not isinstance(option, click.Option) or option.is_flag:
+            return match[0]
+        return f"{option.opts[0]} {value}"
+
+    return re.sub(r"(?<![\w.-])([a-z_]+)=(\"?)([\w.+-]+)\2", flagged, hint)
 
 
 # ---- configuration files and variables

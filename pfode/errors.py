@@ -6,6 +6,7 @@ Every class carries the exit code of the command line, so that `pfode` needs no 
 import difflib
 import math
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -96,10 +97,16 @@ FEW = 10  # names that are listed where none is near
 
 def nearly(name: object, known: Iterable[str]) -> str:
     """The question after the one to three known names that are nearly the given one; empty where none is."""
-    like = {one: difflib.SequenceMatcher(None, str(name)[:100].lower(), one.lower()).ratio() for one in known}
+    given = _plain(str(name)[:100])
+    like = {one: difflib.SequenceMatcher(None, given, _plain(one)).ratio() for one in known}
     best = max(like.values(), default=0.0)
     near = sorted((one for one in like if like[one] >= max(NEAR, best - 0.12)), key=lambda one: (-like[one], one))
     return "did you mean " + " or ".join(repr(one) for one in near[:3]) + "?" if near else ""
+
+
+def _plain(name: str) -> str:
+    """A name without what people write in different ways: case, spaces, underscores, `pp` for `++`."""
+    return re.sub(r"[\s_-]+", "", name.lower()).replace("pp", "++")
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -140,7 +140,6 @@ def test_a_misspelt_variable_is_said(cli, monkeypatch):
         (("sample", "--lable", 3), "did you mean '--label'?"),
         (("sample", "--qwertyuiop", 3), "`pfode sample --help` lists the options"),
         (("sample", "--sampler", "DPM++2M-SDE-x"), "did you mean 'dpm++2m-sde'"),
-        (("train", "--learning-rate", "1"), "`pfode train --help` lists the options"),
         (("xyz",), "known: bench, convert, fit, info, sample, samplers, train"),
     ],
 )
