@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pfode.errors import FileError
 from pfode.files import open_regular, parse_json, shown
@@ -225,7 +225,7 @@ def _entry(file: str, name: str, value: Any, data_size: int) -> Entry:
     return Entry(dtype, tuple(shape), start, stop)
 
 
-def _whole(values: Any, most: int) -> bool:
+def _whole(values: object, most: int) -> TypeGuard[list[int]]:
     """Whether this is a list of at most that many integers, none negative."""
     return isinstance(values, list) and len(values) <= most and all(type(n) is int and n >= 0 for n in values)
 

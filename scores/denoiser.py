@@ -1,15 +1,12 @@
 """A network and its preconditioning, seen as a denoiser: D(x, t) = c_skip x + c_out F(c_in x, c_noise)."""
 
 import copy
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self, TypeGuard
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from pfode._torch import in_place_changes
 from pfode.denoiser import Denoiser as DenoiserProtocol
 from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.denoiser import digest as digest_of
@@ -20,12 +17,13 @@ from pfode.prediction import PREDICTIONS, Coefficient, Pair
 from pfode.process import VP, Process, VPCosine, VPDiscrete, need_process
 from pfode.scores.guidance import guide
 from pfode.scores.io.published import Published
+from pfode.scores.networks.introspection import Stamp, compute_dtype, stamp
 from pfode.tensors import readable
+
+__all__ = ["KNOWN", "Denoiser"]
 
 VARIANCE_PRESERVING = (VP, VPCosine, VPDiscrete)
 KNOWN = ("edm", "ve", *PREDICTIONS)
-DEPTH = 4  # of functions that name functions, in which modules are looked for
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
 class Denoiser(Preconditioned, Published):
@@ -40,20 +38,23 @@ class Denoiser(Preconditioned, Published):
     variance at one, an input scaled by 1/hypot(alpha, sigma); "flow" networks see x itself.
 
     Args:
-        network: called with x in the dtype of its parameters and c_noise of shape (batch,).
+        network: a torch module or any function, called with x and c_noise of shape (batch,), and label= where there is
+            one. Its dtype is found where that is possible (`compute_dtype`): x is then cast to it, and c_noise to
+            float32, or to float64 for a network in that.
         process: the noise process it was trained for.
         prediction: "edm", "ve", "x0", "eps", "score", "v" or "flow".
         sigma_data: standard deviation of the data ("edm" only), which the denoiser then declares as its `data_std`.
         shape: of one sample, without the batch.
         labels: names of the classes; the network then takes label= of shape (batch,), where len(labels) means none.
         time_scale: factor from t to what the network is given (1000 for networks trained on a thousand steps).
-        digest: of the weights, where it is known; `fingerprint` is it, else made of the parameters as they are.
+        digest: of the weights as they are now, where it is known; the `fingerprint` until they change.
         plans: fitted to these weights, by their number of calls.
         unseen: classes that never came up in training, by number; len(labels) among them where no label was ever
             hidden: to draw or to guide with these warns.
 
     Raises:
-        UsageError: an unknown prediction or values out of range.
+        UsageError: what is no network or no process (a class or a name instead of an instance), an unknown prediction,
+            values out of range, or weights of 8 bits, in which nothing is computed.
     """
 
     evals = 1
@@ -98,7 +99,8 @@ class Denoiser(Preconditioned, Published):
         self.digest = digest
         self.plans: Mapping[int, Plan] = {} if plans is None else plans
         self._hashed: tuple[Stamp | None, str] | None = None
-        weight = next((p for p in network.parameters() if p.is_floating_point()), None) if _is_module(network) else None
+        weights = network.parameters() if isinstance(network, nn.Module) else ()
+        weight = next((p for p in weights if p.is_floating_point()), None)
         self.device = None if weight is None else weight.device
         self.dtype = compute_dtype(network)
         self._time_dtype = torch.promote_types(self.dtype or torch.float32, torch.float32)
@@ -106,9 +108,14 @@ class Denoiser(Preconditioned, Published):
             self._hashed = stamp(network), digest
 
     def precondition(self, t: Tensor) -> Preconditioning:
+        """c_in, c_noise, c_skip and c_out at times t, each of the shape and dtype of t.
+
+        Raises:
+            UsageError: alpha = 0 at one of them (pure noise), where the network's output says nothing about the data.
+        """
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        blind = self.prediction in ("edm", "ve") or PREDICTIONS[self.prediction].blind
-        if blind and readable(t) and bool((alpha == 0).any()):
+        undefined = self.prediction in ("edm", "ve") or PREDICTIONS[self.prediction].blind
+        if undefined and readable(t) and bool((alpha == 0).any()):
             raise UsageError(
                 f"prediction {self.prediction!r} says nothing about the data where alpha = 0 (t = {float(t.max()):g})",
                 "use a network with prediction 'flow', 'v' or 'x0', or a grid that starts at alpha > 0",
@@ -240,94 +247,3 @@ def sides(shape: object) -> tuple[Any, ...]:
     if not isinstance(shape, list | tuple):
         raise UsageError(f"shape: expected the sides of one sample, got {shape!r:.60}", "shape=(3, 32, 32)")
     return tuple(shape)
-
-
-def _is_module(network: object) -> TypeGuard[nn.Module]:
-    return isinstance(network, nn.Module)
-
-
-# ---- what a network computes in, and whether its weights changed
-
-
-def compute_dtype(network: object) -> torch.dtype | None:
-    """The dtype that a network takes: that of its first floating-point parameter of 16 bits or more.
-
-    For something else that can be called, of the modules that it holds or names (an object's attributes, the arguments
-    of a `functools.partial`, what a function closes over), where these agree.
-
-    Returns:
-        None where no dtype is known: the network then gets the dtype of the state.
-
-    Raises:
-        UsageError: all its weights have 8 bits, in which nothing is computed.
-    """
-    found: set[torch.dtype] = set()
-    for module in modules(network):
-        floats = [p.dtype for p in module.parameters() if p.is_floating_point()]
-        wide = next((dtype for dtype in floats if dtype.itemsize > 1), None)
-        own = getattr(module, "dtype", None)  # of diffusers' models that keep 8 bits and compute in more
-        if wide is None and isinstance(own, torch.dtype) and own.is_floating_point and own.itemsize > 1:
-            wide = own
-        if floats and wide is None:
-            raise UsageError(
-                f"network: its weights are {floats[0]}, in which nothing is computed", "network.to(torch.bfloat16)"
-            )
-        found |= set() if wide is None else {wide}
-    return found.pop() if len(found) == 1 else None
-
-
-def modules(network: object) -> list[nn.Module]:
-    """The torch modules that something callable is or holds, down to functions named by functions."""
-    found: list[nn.Module] = []
-    left, seen = [(network, 0)], set()
-    while left:
-        value, depth = left.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module):
-            found.append(value)
-        elif depth < DEPTH:
-            left += [(inner, depth + 1) for inner in _held(value)]
-    return found
-
-
-def _held(value: object) -> list[Any]:
-    """What a callable stands on."""
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if inspect.ismethod(value):
-        return [value.__self__]
-    if inspect.isfunction(value):
-        try:
-            names = inspect.getclosurevars(value)
-        except ValueError:  # a name that it closes over has no value yet
-            return []
-        return [inner for inner in (*names.nonlocals.values(), *names.globals.values()) if callable(inner)]
-    return [] if isinstance(value, type) or not callable(value) else [*getattr(value, "__dict__", {}).values()]
-
-
-Stamp = tuple[tuple[str, int, int, int], ...]
-
-
-def stamp(network: nn.Module) -> Stamp | None:
-    """What changes when the weights do: place, version and sum of the bits of each; a few per cent of hashing them.
-
-    Returns:
-        None where a weight has none of these (on the meta device, in a dtype of its own): it counts as changed.
-    """
-    names, places, sums = [], [], []
-    for name, value in network.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor) or value.is_meta:
-            return None
-        data = value.detach()
-        try:
-            width = 8 if data.is_contiguous() and data.numel() * data.itemsize % 8 == 0 else data.itemsize
-            bits = data.reshape(-1).view(INTEGERS[width]) if width == 8 else data.view(INTEGERS[width])
-            sums.append(bits.sum(dtype=torch.int64))
-            places.append((data.data_ptr(), in_place_changes(value) or 0))
-        except (RuntimeError, KeyError, NotImplementedError):
-            return None
-        names.append(name)
-    totals = [total.item() for total in sums]
-    return tuple((name, *place, int(total)) for name, place, total in zip(names, places, totals, strict=True))

@@ -18,6 +18,8 @@ from pfode.scores.io.weights import fill
 from pfode.scores.networks import edm
 from pfode.tensors import DTYPES
 
+__all__ = ["load_pickle"]
+
 NETWORKS = {"SongUNet": "SongUNet", "DhariwalUNet": "DhariwalUNet", "UNet": "EDM2UNet"}  # their names and ours
 DEPTH = 32  # of modules within modules
 MAX_NAME = 1000  # characters of the name of a tensor

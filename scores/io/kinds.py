@@ -2,6 +2,8 @@
 
 from pfode.header import Header
 
+__all__ = ["kind"]
+
 SINGLE_FILE = "pipe = diffusers.{}.from_single_file(FILE); den = pfode.from_pipeline(pipe, prompt=...)"
 FOLDER = "give the folder that diffusers saved, with its config.json"
 # beginnings of names that are there, what the file is then, and what to do with it; the first that fits

@@ -21,10 +21,13 @@ from pfode.fields import shown
 from pfode.files import read_file
 from pfode.header import SIZES
 
-MAX_BYTES = 1 << 34
+__all__ = ["Refused", "Storage", "Stored", "Tensor", "numbers", "read"]
+
+MAX_BYTES = 1 << 34  # of a file
 MAX_BITS = 128  # of an integer: the largest that torch writes has 77
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before its zip files
 HINT = "nothing of it was executed; take the weights as .safetensors, or a network pickle of the EDM or EDM2 repository"
+_BY_BYTE = {opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes}
 STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
@@ -61,6 +64,7 @@ class Storage:
 
     @property
     def numel(self) -> int:
+        """How many numbers there are."""
         return len(self.data) // SIZES[self.dtype]
 
 
@@ -75,6 +79,7 @@ class Tensor:
 
     @property
     def numel(self) -> int:
+        """How many numbers it shows."""
         return math.prod(self.shape)
 
 
@@ -148,7 +153,7 @@ class Machine:
         """Name, argument and place of every opcode; the argument of one that no network pickle needs is not read."""
         while code := self.stream.read(1):
             place = self.stream.tell() - 1
-            opcode = pickletools.code2op.get(code.decode("latin1"))
+            opcode = _BY_BYTE.get(code)
             if opcode is None:
                 raise Refused(f"truncated or no pickle (byte {place})")
             if opcode.name != "STOP" and opcode.name not in OPCODES:
@@ -197,6 +202,7 @@ class Machine:
         self.stack.append(tuple(reversed(values)))
 
     def append(self, values: list[Any]) -> None:
+        """Append values to the list on top."""
         target = self.stack[-1]
         if type(target) is not list:
             raise TypeError
@@ -211,12 +217,14 @@ class Machine:
             target[_key(key)] = value
 
     def add(self, values: list[Any]) -> None:
+        """Add values to the set on top."""
         target = self.stack[-1]
         if type(target) is not set:
             raise TypeError
         target.update(map(_key, values))
 
     def reduce(self) -> None:
+        """Call one of the functions of the table with the arguments on top."""
         arguments, function = self.pop(), self.pop()
         if type(function) is not Name or function not in self.calls:
             raise Refused(f"it calls {str(function) if type(function) is Name else type(function).__name__!r:.100}")
@@ -228,12 +236,14 @@ class Machine:
         self.stack.append(self.calls[function](arguments))
 
     def newobj(self) -> None:
+        """Make an empty object of one of the classes of the table."""
         arguments, cls = self.pop(), self.pop()
         if type(cls) is not Name or cls not in self.classes or type(arguments) is not tuple or arguments:
             raise Refused(f"it makes a {str(cls) if type(cls) is Name else type(cls).__name__!r:.100}")
         self.stack.append({} if cls in DICTS else Stored(str(cls)))
 
     def build(self) -> None:
+        """Give the object on top its state."""
         state, target = self.pop(), self.stack[-1]
         if type(target) is Stored:
             target.state = state if type(state) is dict else {"state": state, "arguments": target.state}
@@ -241,9 +251,11 @@ class Machine:
             raise TypeError
 
     def remember(self, index: int) -> None:
+        """Keep the value on top under a number, for `BINGET`."""
         self.memo[index] = self.stack[-1]
 
     def persist(self) -> None:
+        """Replace the identifier on top by what it stands for."""
         if self.persistent is None:
             raise Refused("it uses a persistent id")
         self.stack.append(self.persistent(self.pop()))

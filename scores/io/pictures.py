@@ -18,6 +18,8 @@ from pfode.files import open_regular, read_file
 if TYPE_CHECKING:
     from PIL import Image
 
+__all__ = ["FORMATS", "MAX_FILE", "MAX_PIXELS", "SUFFIXES", "opened", "read_picture"]
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # AVIF and WEBP where Pillow was built with them
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 MAX_FILE = 64 << 20  # bytes of one picture file

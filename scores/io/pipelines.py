@@ -14,6 +14,8 @@ from pfode.errors import UsageError, integer, number
 from pfode.scores.latent import Autoencoder, LatentDenoiser
 from pfode.scores.networks.diffusers import Adapter
 
+__all__ = ["PipelineDenoiser", "Prompted", "from_pipeline"]
+
 Conditions = Mapping[str, Tensor]
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
@@ -202,17 +204,7 @@ def from_pipeline(
             hint = "label= and guidance= are given to pfode.sample" if kind is _dit else "leave prompt and guidance out"
             raise UsageError(f"{name} takes no prompt", hint)
         return kind(pipe)
-    for key, value in given.items():
-        if not isinstance(value, Tensor) or len(value) != 1:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise UsageError(f"{key}: need the embeddings of one prompt, shape (1, ...), got {got}")
-    for key, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if value is not None and not isinstance(value, str):
-            raise UsageError(f"{key}: need one string, got {value!r:.60}", "one denoiser for each prompt")
-    if prompt is None and prompt_embeds is None:
-        raise UsageError(f"{name} needs a prompt", "from_pipeline(pipe, prompt='a cat') or prompt_embeds=")
-    if prompt is not None and prompt_embeds is not None:
-        raise UsageError("prompt and prompt_embeds exclude each other", "give one of them")
+    _check_prompts(name, prompt, negative_prompt, given)
     scale = inspect.signature(pipe.__call__).parameters["guidance_scale"].default if guidance is None else guidance
     factor = pipe.vae_scale_factor * (2 if kind is _flux else 1)
     sides = {"height": height or _side(pipe, 0), "width": width or _side(pipe, 1)}
@@ -221,6 +213,25 @@ def from_pipeline(
             raise UsageError(f"{key}: need a multiple of {factor}, got {side}")
     scale, true_cfg = number("guidance", scale), number("true_cfg", true_cfg)
     return kind(Job(pipe, prompt, negative_prompt, scale, true_cfg, sides["height"], sides["width"], given, options))
+
+
+def _check_prompts(name: str, prompt: object, negative: object, embeds: Mapping[str, object]) -> None:
+    """Prompts are single strings, or embeddings of one prompt, and there is one.
+
+    Raises:
+        UsageError: they are not; it is named.
+    """
+    for key, value in embeds.items():
+        if not isinstance(value, Tensor) or len(value) != 1:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UsageError(f"{key}: need the embeddings of one prompt, shape (1, ...), got {got}")
+    for key, value in (("prompt", prompt), ("negative_prompt", negative)):
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"{key}: need one string, got {value!r:.60}", "one denoiser for each prompt")
+    if prompt is None and "prompt_embeds" not in embeds:
+        raise UsageError(f"{name} needs a prompt", "from_pipeline(pipe, prompt='a cat') or prompt_embeds=")
+    if prompt is not None and "prompt_embeds" in embeds:
+        raise UsageError("prompt and prompt_embeds exclude each other", "give one of them")
 
 
 def _side(pipe: Any, axis: int) -> int:

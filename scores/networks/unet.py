@@ -18,6 +18,8 @@ from torch.nn import functional
 from pfode.errors import UsageError, unknown
 from pfode.tensors import transformed
 
+__all__ = ["UNet", "UNetConfig", "attend"]
+
 MAX_PARAMETERS = 200_000_000
 
 
@@ -98,7 +100,8 @@ class UNetConfig:
         for key in value:
             if key not in known:
                 raise unknown("network field", key, known)
-        return cls(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+        given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+        return cls(**given)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:

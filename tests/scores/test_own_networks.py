@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import pfode
 from pfode.errors import UsageError
 from pfode.scores import Empirical, Gaussian, GaussianMixture
 from pfode.scores import denoiser as denoisers
-from pfode.scores.denoiser import Denoiser, compute_dtype, stamp
+from pfode.scores.denoiser import Denoiser
+from pfode.scores.networks.introspection import compute_dtype, stamp
 
 
 class Net(nn.Module):
@@ -34,8 +36,8 @@ BRAIN = Net().bfloat16().requires_grad_(False)
 class Holder:
     """A callable object around a network."""
 
-    def __init__(self, net):
-        self.net = net
+    def __init__(self, net: Any):
+        self.net: Any = net
 
     def __call__(self, x, t):
         return self.net(x, t)
@@ -114,7 +116,7 @@ def test_eight_bit_weights():
     net.last = nn.Linear(4, 2).bfloat16()  # norms and the like stay wider
     assert Denoiser(net, pfode.VP()).dtype == torch.bfloat16
     net.last = nn.Linear(4, 2).to(torch.float8_e4m3fn)
-    net.dtype = torch.float16  # as models of diffusers say it, with casts of their own in every layer
+    net.__dict__["dtype"] = torch.float16  # as models of diffusers say it, with casts of their own in every layer
     assert Denoiser(net, pfode.VP()).dtype == torch.float16
 
 
@@ -143,11 +145,13 @@ def test_weights_on_the_meta_device():
     ],
 )
 def test_what_is_no_process_is_refused_where_it_is_given(process, hint):
+    wrong: Any = process
+    given: Any = "?" if process is None else process  # None is the default of the exact ones
     for make in (
-        lambda: Denoiser(NET, process),
-        lambda: GaussianMixture(torch.zeros(2, 2), std=0.3, process=process or "?"),
-        lambda: Gaussian([0.0], 1.0, process=process or "?"),
-        lambda: Empirical(torch.zeros(2, 2), process=process or "?"),
+        lambda: Denoiser(NET, wrong),
+        lambda: GaussianMixture(torch.zeros(2, 2), std=0.3, process=given),
+        lambda: Gaussian([0.0], 1.0, process=given),
+        lambda: Empirical(torch.zeros(2, 2), process=given),
     ):
         with pytest.raises(UsageError, match="process: expected a noise process, got") as caught:
             make()
