@@ -176,7 +176,10 @@ def find_truth(source: str, denoiser: "Denoiser") -> "Tensor":
     from pfode.scores.training.data import load_data
 
     shape = tuple(getattr(denoiser, "shape", None) or ())
-    images = load_data(source, size=shape[-1] if shape else 32).images
+    data = load_data(source, size=shape[-1] if shape else 32)
+    images, out = data.images, output(click.get_current_context())
+    for reason, count in data.left_out.items():
+        out.note(f"--truth {source}: left out: {count} {reason}")
     if tuple(images.shape[1:]) != shape:
         raise UsageError(f"--truth {source}: pictures of shape {tuple(images.shape[1:])}, the model has {shape}")
     return images.float() / 127.5 - 1

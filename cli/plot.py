@@ -1,7 +1,7 @@
-"""Curves against evaluations on log axes, drawn once and written as SVG or PNG.
+"""Curves against network evaluations on logarithmic axes, drawn once and written as SVG or PNG.
 
-A drawing is a list of marks with colours by name: the SVG takes them from a style sheet, one for light and one for dark
-surroundings, the PNG from the light one.
+A drawing is a list of marks whose colours have names. PNG, and SVG in a file of its own, take the light colours; SVG
+inside a page takes the page's variables, which follow the light or dark surroundings.
 """
 
 import html
@@ -42,22 +42,26 @@ class Mark:
 
 @dataclass
 class Drawing:
-    """Marks on a surface."""
+    """Marks on a surface of `width` by `height` units, later ones on top."""
 
     width: float
     height: float
     marks: list[Mark] = field(default_factory=list)
 
     def line(self, points: Sequence[Point], colour: str, width: float = 1.0, **options: Any) -> None:
+        """Add a line through points; options: fields of `Mark`."""
         self.marks.append(Mark("line", points, colour, width, **options))
 
     def area(self, points: Sequence[Point], colour: str, opacity: float) -> None:
+        """Add a filled polygon."""
         self.marks.append(Mark("area", points, colour, opacity=opacity))
 
     def dot(self, at: Point, colour: str, radius: float, text: str = "") -> None:
+        """Add a disc; the text is shown to whoever points at it."""
         self.marks.append(Mark("dot", [at], colour, radius, text))
 
     def text(self, at: Point, text: str, colour: str = "ink", size: float = 12.0, **options: Any) -> None:
+        """Add a text at a point of its base line; options: fields of `Mark`."""
         self.marks.append(Mark("text", [at], colour, size, text, **options))
 
 
@@ -72,7 +76,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves of one metric on one bed, and its floors: (what, value)."""
+    """Curves of one metric on one problem, and its lower bounds (what, value)."""
 
     title: str
     what: str
@@ -119,6 +123,7 @@ def _arranged(legend: Sequence[tuple[str, str]], width: float) -> list[list[tupl
 
 
 def _panel(drawing: Drawing, panel: Panel, x: float, y: float) -> None:
+    """Draw a panel whose upper left corner is (x, y)."""
     counts = sorted({k for curve in panel.curves for k, *_ in curve.points})
     values = [v for curve in panel.curves for _, v, *_ in curve.points if v > 0]
     drawing.text((x, y + 13), panel.title, size=14, bold=True)
@@ -212,6 +217,7 @@ def _paint(what: str, colour: str, alone: bool) -> str:
 
 
 def _svg_mark(mark: Mark, alone: bool) -> str:
+    """One element of SVG."""
     title = f"<title>{html.escape(mark.text)}</title>" if mark.text and mark.kind != "text" else ""
     fill = _paint("fill", mark.colour, alone)
     if mark.kind == "text":

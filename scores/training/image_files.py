@@ -143,7 +143,7 @@ def archive(path: Path, *, size: int = 32) -> Data:
                     found.left_out[SPECIAL] += 1
         labels = [name for name in found.readers if PurePosixPath(name).name == LABELS]
         opened_archive.allow(labels, MAX_LABELS)
-        opened_archive.allow(list(found.readers), MAX_FILE)
+        opened_archive.allow([name for name in found.readers if name not in labels], MAX_FILE)
         return _pictures(path, found, size)
 
 

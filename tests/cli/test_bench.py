@@ -4,6 +4,7 @@ import io
 import re
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -279,3 +280,13 @@ def test_peers_on_a_float32_network_of_your_own(cli, tmp_path):
     done = cli("bench", "--model", "mine:Single", *samplers, "--n", 6, "--nfe", 5, "--out", "b", "--json")
     assert (done.code, done.json["cells"]) == (0, 4), done.err
     assert "left out" not in done.err
+
+
+def test_what_is_left_out_of_the_truth_is_counted(cli, tmp_path):
+    (tmp_path / "d").mkdir()
+    for name in ("1.png", "2.png", ".hidden.png"):
+        Image.fromarray(np.full((8, 8), 60000, np.uint16)).save(tmp_path / "d" / name)
+    (tmp_path / "d" / "notes.txt").write_text("")
+    done = cli("bench", "--model", "digits", "--truth", "d", "--n", 2, "--nfe", "1", "--sampler", "nothing")
+    assert "left out: 1 hidden" in done.err
+    assert "left out: 1 of other kinds" in done.err
