@@ -13,17 +13,16 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import LoggerType, broadcast_object_list
 from torch import Tensor
 
 from pfode._torch import has_tiles
 from pfode.errors import FileError, MissingError, NumericalError, PfodeError, UsageError, did_you_mean, unknown
 from pfode.files import FolderLock, lock_folder, make_folder, shown
 from pfode.journal import Journal
+from pfode.optional import optional_module
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.save import save
 from pfode.scores.networks.unet import UNet
@@ -32,6 +31,9 @@ from pfode.scores.training.checkpoints import checkpoints, read_checkpoint, writ
 from pfode.scores.training.config import TrainConfig
 from pfode.scores.training.dataset import Data
 from pfode.scores.training.objective import Batch, problem, unseen_classes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = ["METRICS", "Record", "TrainConfig", "Trainer", "fast_bfloat16"]
 
@@ -280,7 +282,7 @@ class Trainer:
                 self._locked = lock_folder(self.folder)
             except PfodeError as error:
                 problem = [error]
-        broadcast_object_list(problem)
+        optional_module("accelerate.utils", "training").broadcast_object_list(problem)
         if problem[0] is not None:
             raise problem[0]
 
@@ -351,20 +353,21 @@ def fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and has_tiles()
 
 
-def _accelerator(device: str | None, trackers: tuple[str, ...]) -> Accelerator:
+def _accelerator(device: str | None, trackers: tuple[str, ...]) -> "Accelerator":
     """accelerate's helper for devices and processes, with its trackers.
 
     Raises:
-        UsageError: an unknown tracker. MissingError: its package is not installed.
+        UsageError: an unknown tracker. MissingError: its package is not installed, or accelerate is not.
     """
-    known = sorted(str(kind) for kind in LoggerType if str(kind) != "all")
+    accelerate = optional_module("accelerate", "training")
+    known = sorted(str(kind) for kind in accelerate.utils.LoggerType if str(kind) != "all")
     for name in trackers:
         if name not in known:
             raise unknown("tracker", name, known)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*log_with")
         try:
-            accelerator = Accelerator(cpu=device == "cpu", log_with=list(trackers) or None)
+            accelerator = accelerate.Accelerator(cpu=device == "cpu", log_with=list(trackers) or None)
         except UserWarning as error:  # accelerate goes on without a tracker whose package is not there
             raise MissingError(f"trackers {', '.join(trackers)}: {error}", "pip install their packages") from error
     if trackers:

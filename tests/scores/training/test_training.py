@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pfode
-from pfode.errors import FileError, NumericalError, UsageError
+from pfode.errors import FileError, MissingError, NumericalError, UsageError
 from pfode.scores import load
 from pfode.scores.networks.unet import UNetConfig
 from pfode.scores.training import checkpoints as writing
@@ -186,6 +186,12 @@ def test_a_checkpoint_of_another_kind_with_good_digests(data, tmp_path):
             continue  # Adam's moments start at nothing, too
         with pytest.raises(FileError, match="of another kind"):
             Trainer(replace(CONFIG, steps=2), data, tmp_path, resume=True, device="cpu")
+
+
+def test_without_accelerate_it_is_named(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingError, match=r"training needs accelerate\nhint: pip install accelerate"):
+        Trainer(CONFIG, data, device="cpu")
 
 
 HOLD = """
