@@ -123,7 +123,7 @@ def find_bed(name: str, options: dict[str, Any]) -> "Problem":
     """
     from pfode.header import read_header
     from pfode.samplers.measure.problem import SEED, Problem
-    from pfode.samplers.sampling import find_device
+    from pfode.samplers.settle import find_device
     from pfode.scores.io.find import model_path
 
     device, digest = find_device(options["device"]), None

@@ -77,7 +77,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     import torch
 
     from pfode.samplers.fit.starts import stated
-    from pfode.samplers.sampling import find_device
+    from pfode.samplers.settle import find_device
     from pfode.scores.io.find import model_path
 
     path, device = model_path(options["model"]), find_device(options["device"])

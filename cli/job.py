@@ -163,7 +163,7 @@ def prepare(options: dict[str, Any]) -> Job:
     import torch
 
     from pfode.cli import images
-    from pfode.samplers.sampling import find_device
+    from pfode.samplers.settle import find_device
 
     device = find_device(options["device"])
     path = model_path(options["model"])
@@ -261,7 +261,7 @@ def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
 
 def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan | Adaptive, str | None]":
     """The plan or the adaptive sampler to run, and the digest of its file if it comes from one."""
-    from pfode.samplers.sampling import settled
+    from pfode.samplers.settle import settled
 
     name = options["sampler"]
     if not name.endswith(".safetensors"):
@@ -316,7 +316,7 @@ def guided(options: dict[str, Any], net: Any) -> Any:
     Raises:
         UsageError: no class to guide to, or guidance that cannot be.
     """
-    from pfode.samplers.sampling import MAX_GUIDANCE
+    from pfode.samplers.settle import MAX_GUIDANCE
     from pfode.scores import guide
 
     if options["guidance"] is None:

@@ -35,7 +35,7 @@ def draw(job: Job, out: Output) -> dict[str, Any] | None:
     Raises:
         PfodeError: as `pfode.sample`, or a folder that cannot be used; what is finished stays.
     """
-    from pfode.samplers.sampling import prepared
+    from pfode.samplers.settle import prepared
 
     share = Share.find(job.device)
     if share.device is not None and job.device.type == "cuda" and job.device.index is None:
@@ -47,7 +47,7 @@ def draw(job: Job, out: Output) -> dict[str, Any] | None:
 
 
 def _draw(job: Job, folder: Folder, share: Share, out: Output) -> dict[str, Any] | None:
-    from pfode.samplers.sampling import DEFAULT_BATCH
+    from pfode.samplers.settle import DEFAULT_BATCH
 
     share.agree(lambda: folder.open(bool(job.options["overwrite"])) if share.first else None)
     kept = folder.lines()

@@ -141,7 +141,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     stopped continues with --resume, bit for bit on a CPU. In several processes: `accelerate launch -m pfode.cli train`.
     """
     out = output(ctx)
-    from pfode.samplers.sampling import find_device
+    from pfode.samplers.settle import find_device
 
     device = find_device(options["device"])
     folder, model = places(options)

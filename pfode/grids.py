@@ -242,9 +242,12 @@ def flow_shift(
     """
     if kind not in ("exponential", "linear"):
         raise unknown("time shift", kind, ("exponential", "linear"))
-    longer = integer("flow_shift: max_seq_len", max_seq_len, integer("flow_shift: base_seq_len", base_seq_len, 1) + 1)
-    slope = (max_shift - base_shift) / (longer - base_seq_len)
-    mu = base_shift + slope * (integer("flow_shift: seq_len", seq_len, 1) - base_seq_len)
+    short = integer("flow_shift: base_seq_len", base_seq_len, 1, 2**31)
+    longer = integer("flow_shift: max_seq_len", max_seq_len, short + 1, 2**32)
+    low, high = (number("flow_shift: shift", shift, -100, 100) for shift in (base_shift, max_shift))
+    mu = low + (high - low) / (longer - short) * (integer("flow_shift: seq_len", seq_len, 1, 2**31) - short)
+    if abs(mu) > 100:
+        raise UsageError(f"flow_shift: mu = {mu:g} at {seq_len} tokens is no shift", "a shorter sequence")
     if kind == "linear" and mu <= 0:
         raise UsageError(f"flow_shift: mu = {mu:g} at {seq_len} tokens is no shift", 'kind="exponential"')
     return math.exp(mu) if kind == "exponential" else mu
@@ -454,7 +457,7 @@ def rising(
 def _given(rule: Tensor | Sequence[float]) -> list[float]:
     try:
         nodes = float64(rule).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         what = "a name, a grid or times"
         raise UsageError(f"grid: need {what}, got {rule!r:.60}", 'grid="karras" or grid=grids.karras()') from error
     if nodes.ndim != 1 or len(nodes) < 2:
@@ -470,8 +473,9 @@ def _placed(
     if final not in ("denoise", "stop"):
         raise unknown("final", final, ("denoise", "stop"))
     high = None if start is None else number("start", start)
+    stop = end_time(process, stop)
     if stop is not None and stop != process.t_data:
-        return _line_of(rule, process, high, number("stop", stop), steps)
+        return _line_of(rule, process, high, stop, steps)
     if stop is None and final == "stop":
         return _line_of(rule, process, high, process.t_min, steps)
     if rule.to_data and math.isfinite(process.t_data):
@@ -482,6 +486,17 @@ def _placed(
     if steps == 1:
         return torch.cat([float64([process.t_max if high is None else high]), data])
     return torch.cat([_line_of(rule, process, high, process.t_min, steps - 1), data])
+
+
+def end_time(process: Process, stop: Any) -> float | None:
+    """A time to end at: a number, or that of clean data, which may be infinite; None stays None.
+
+    Raises:
+        UsageError: no such time.
+    """
+    if stop is None or (isinstance(stop, float) and stop == process.t_data):
+        return stop
+    return number("stop", stop)
 
 
 def _line_of(rule: Grid, process: Process, start: float | None, low: float, n: int) -> Tensor:

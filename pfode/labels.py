@@ -59,7 +59,7 @@ def _index(names: Sequence[str] | None, count: int | None, label: Any) -> int:
     if count is not None:
         return class_index(names, label, count)
     number = _number(label)  # nothing is known of the classes
-    if number is None or number < 0:
+    if number is None or not 0 <= number < 2**63:
         raise UsageError(f"label: need an integer of at least 0, got {label!r:.60}", "label=3")
     return number
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pfode.errors import UsageError, integer, number
+from pfode.errors import UsageError, integer, number, shortened
 
 INITIAL = 0  # draw number of the initial noise; row k of a plan draws number k + 1
 DEPTH = 20  # a Brownian path is known at the multiples of 2^-DEPTH
@@ -29,8 +29,13 @@ def normal(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Standard normal noise of shape (len(seeds), *shape); row i depends on (seeds[i], draw) alone."""
-    return _tensor(_keyed(seeds, draw, math.prod(shape)), shape, dtype, device)
+    """Standard normal noise of shape (len(seeds), *shape); row i depends on (seeds[i], draw) alone.
+
+    Raises:
+        UsageError: seeds, a draw number or a shape that cannot be.
+    """
+    sides = [integer("shape", side, 0) for side in shape]
+    return _tensor(_keyed(seeds, draw, math.prod(sides)), sides, dtype, device)
 
 
 def brownian(
@@ -97,6 +102,16 @@ def _path(seeds: Sequence[int], t: int, size: int) -> NDArray[np.float64]:
 
 def _keyed(seeds: Sequence[int], word: int, size: int, kind: int = _FRESH, more: int = 0) -> NDArray[np.float64]:
     """Standard normal numbers of shape (len(seeds), size), keyed by (seed, word) and (more, kind)."""
+    try:
+        return _drawn(seeds, word, size, kind, more)
+    except (TypeError, ValueError, OverflowError) as error:  # not checked before: this is called for every row
+        given = f"seeds {shortened(seeds)}, draw {shortened(word)}, {shortened(size)} numbers each"
+        raise UsageError(
+            f"noise: {given}: {error}", "seeds and draw from 0 to 2**64 - 1, sizes of at least 1"
+        ) from error
+
+
+def _drawn(seeds: Sequence[int], word: int, size: int, kind: int, more: int) -> NDArray[np.float64]:
     out = np.empty((len(seeds), size))
     source = np.random.Philox(key=0)
     generator, state = np.random.Generator(source), source.state

@@ -219,7 +219,7 @@ class VPDiscrete(Process):
     def __init__(self, alphas_cumprod: Tensor | list[float] | tuple[float, ...]):
         try:
             values = float64(alphas_cumprod).flatten().tolist()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise UsageError(f"VPDiscrete: alphas_cumprod: need numbers, got {alphas_cumprod!r:.60}") from error
         falling = all(a > b for a, b in itertools.pairwise(values))
         _check(

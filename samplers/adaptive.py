@@ -18,6 +18,7 @@ from torch import Tensor
 from pfode.chart import CHARTS, Array, Chart
 from pfode.denoiser import Denoiser, forwards
 from pfode.errors import NumericalError, UsageError, integer, number, unknown
+from pfode.grids import end_time
 from pfode.ode import PID, SOLVERS, Solver, Status, Step, solve
 from pfode.ode.solver import Time, column
 from pfode.ode.state import Field
@@ -415,7 +416,8 @@ def make_adaptive(
             raise UsageError(f"{name}: need a positive number, got 0", f"{name}=1e-3")
     low, high, data = process.t_min, process.t_max, process.t_data
     first = high if start is None else number("start", start)
-    last = low if stop is None or stop == data else number("stop", stop)
+    stop = end_time(process, stop)
+    last = low if stop is None or stop == data else stop
     if not (low <= first <= high and low <= last <= high) or first == last:
         limits = f"from {first:g} to {last:g}, not between two times within [{low:g}, {high:g}]"
         raise UsageError(f"{row.name} would integrate {limits}", "leave start and stop out")

@@ -12,7 +12,7 @@ from torch import Tensor
 from pfode import defaults, grids
 from pfode.chart import CHARTS, Node
 from pfode.chart import chart as find_chart
-from pfode.errors import UsageError, integer, number, unknown
+from pfode.errors import UsageError, integer, number, shortened, unknown
 from pfode.plans.table import Plan
 from pfode.prediction import PREDICTIONS
 from pfode.process import Process
@@ -208,6 +208,8 @@ def recipe(name: str) -> Recipe:
     Raises:
         UsageError: unknown name, or an adaptive sampler.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"sampler: need a name or a recipe, got {shortened(name)}", 'sampler="auto"')
     found = CATALOGUE.get(name) or CATALOGUE.get(_SPELT.get(squeezed(name), ""))
     if found is None:
         from pfode.samplers.adaptive import ADAPTIVE
@@ -260,9 +262,12 @@ def make_plan(
     for name, given in (("steps", steps), ("nfe", nfe)):
         if given is not None:
             integer(name, given, 1, grids.MAX_STEPS)
+    for name, said in (("lower_order_final", lower_order_final), ("guided", guided)):
+        if not isinstance(said, bool):
+            raise UsageError(f"{name}: need True or False, got {shortened(said)}", f"{name}=True")
     count = nfe if steps is None else steps
     chosen = auto.choose(process, DEFAULT_STEPS if count is None else int(count), guided)
-    if sampler == "auto":
+    if isinstance(sampler, str) and sampler == "auto":
         sampler, chart = chosen.sampler, chosen.chart if chart is None else chart
     found = sampler if isinstance(sampler, Recipe) else recipe(sampler)
     options = {name: value for name, value in options.items() if value is not None}
@@ -316,7 +321,11 @@ def _with(found: Recipe, options: dict[str, Any]) -> Method:
             takers = [other for other, r in CATALOGUE.items() if name in r.method.options]
             if not takers:
                 raise unknown("option", name, sorted({o for r in CATALOGUE.values() for o in r.method.options}))
-            raise UsageError(f"{found.name} takes no {name} (got {value})", f"choose one of: {', '.join(takers)}")
+            raise UsageError(
+                f"{found.name} takes no {name} (got {shortened(value)})", f"choose one of: {', '.join(takers)}"
+            )
+        if isinstance(getattr(found.method, name), float):
+            options[name] = number(name, value)
     return replace(found.method, **options) if options else found.method  # type: ignore[type-var]
 
 
@@ -362,5 +371,6 @@ def _march(space: Space, method: Method, nodes: list[Node], lower: bool, afs: fl
 def _analytical(space: Space, node: Node, scale: float) -> Linear:
     """The prediction at x_T for Gaussian data: D = alpha scale^2 / (alpha^2 scale^2 + sigma^2) x."""
     gain = node.alpha * scale**2 / (node.alpha**2 * scale**2 + node.sigma**2)
-    p, q = (0.0, 1.0) if node.alpha == 0 else PREDICTIONS[space.chart.prediction].of_x0(node.alpha, node.sigma)
+    named = PREDICTIONS[space.chart.prediction]
+    p, q = (0.0, 1.0) if node.alpha == 0 and named.blind else named.of_x0(node.alpha, node.sigma)
     return Linear({("y", -1): p + q * gain})

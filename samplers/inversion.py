@@ -24,24 +24,16 @@ import torch
 from torch import Tensor
 
 from pfode.denoiser import Denoiser
-from pfode.errors import NumericalError, UsageError, integer
+from pfode.errors import NumericalError, UsageError
 from pfode.grids import Grid
-from pfode.labels import class_indices
 from pfode.plans.executor import Bad, run
 from pfode.plans.rows import row_affine
 from pfode.plans.table import Plan
 from pfode.process import float64
 from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, find_adaptive
 from pfode.samplers.catalogue import Recipe
-from pfode.samplers.sampling import (
-    DEFAULT_BATCH,
-    find_device,
-    non_finite,
-    prepared,
-    sample,
-    settled,
-    state_dtype,
-)
+from pfode.samplers.sampling import non_finite, sample
+from pfode.samplers.settle import batch_size, classes, find_device, prepared, sample_states, settled, state_dtype
 
 SPACING = 2.0**-40  # of the data
 MOST = 2.0**51  # multiples of a spacing that a float64 state tells apart, whatever the spacing
@@ -198,13 +190,14 @@ def _in_batches(
     walk: Walk, plan: Plan, denoiser: Denoiser, states: Sequence[Tensor], label: Any, batch: Any, device: Any
 ) -> list[Tensor]:
     """The last two states of a walk, the last of all at the end."""
-    fit = [x for x in states if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and len(x)]
-    if len(fit) < len(states) or len({x.shape for x in fit}) > 1:
-        raise UsageError(f"need floating-point tensors of one shape (n, ...), got {states!r:.90}")
+    states = [sample_states("states", x) for x in states]
+    if len({x.shape for x in states}) > 1:
+        raise UsageError(f"need states of one shape (n, ...), got {[tuple(x.shape) for x in states]}")
     n = len(states[0])
-    batch = DEFAULT_BATCH if batch is None else integer("batch", batch, 1)
-    labels = class_indices(denoiser, label, n)
-    where = find_device(device or getattr(denoiser, "device", None) or states[0].device)
+    batch = batch_size(batch)
+    labels = classes(denoiser, label, n)
+    where = device if device is not None else getattr(denoiser, "device", None)
+    where = find_device(states[0].device if where is None else where)
     ends: list[list[Tensor]] = []
     for i in range(0, n, batch):
         some = slice(i, i + batch)

@@ -1,5 +1,6 @@
 """`sample`: draw from a denoiser, batch by batch, every sample by its own seed."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,32 +10,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pfode import defaults, noise
+from pfode import noise
 from pfode.denoiser import Denoiser, forwards
 from pfode.errors import (
     MemoryLimitError,
-    MissingError,
     NumericalError,
     PfodeError,
     UnsoundWarning,
     UsageError,
-    integer,
-    number,
-    unknown,
 )
-from pfode.grids import Grid
-from pfode.labels import class_indices
+from pfode.labels import class_count
 from pfode.plans.executor import Bad, Point, find_bad, iterate, not_finite, replaced, run
 from pfode.plans.table import Plan
 from pfode.plans.unrolled import spread
-from pfode.process import Process
-from pfode.samplers.adaptive import ADAPTIVE, Adaptive, AdaptiveRecipe, Stopped, find_adaptive, make_adaptive
-from pfode.samplers.catalogue import DEFAULT_STEPS, Recipe, make_plan, recipe
+from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, Stopped
+from pfode.samplers.catalogue import Recipe
+from pfode.samplers.settle import (
+    DEFAULT_BATCH,
+    DEFAULT_N,
+    MAX_BYTES,
+    batch_size,
+    classes,
+    data_std,
+    data_to_begin_from,
+    find_device,
+    need_denoiser,
+    prepared,
+    sample_shape,
+    sample_states,
+    seed_list,
+    settled,
+    start_time,
+    state_dtype,
+)
 
-DEFAULT_BATCH = defaults.BATCH
 EACH = ("nfe", "evals", "steps", "rejected")  # what samples of an adaptive sampler differ in
-MAX_GUIDANCE = 1e4
-DEVICES = ("auto", "cpu", "cuda", "mps")
 WIDE, MANY = 3.0, 100  # how wide what a plan draws may be, in plans of at most so many calls
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # in the RuntimeErrors of torch
 
@@ -86,6 +96,7 @@ def sample(
     plan: Plan | Adaptive | None = None,
     label: int | str | Sequence[int | str | None] | Tensor | None = None,
     guidance: float | None = None,
+    strength: float | None = None,
     start: float | None = None,
     stop: float | None = None,
     final: str = "denoise",
@@ -105,15 +116,17 @@ def sample(
 
     Args:
         denoiser: `(x, t, **cond) -> x0` with a process.
-        n: how many (16 if nothing says otherwise); sample i has seed `seed + i`, or `seeds[i]`.
+        n: how many (16 if nothing says otherwise, one per class of label="all"); sample i has seed `seed + i`, or
+            `seeds[i]`.
         steps, nfe, sampler, grid, start, stop, final, options (eta, chart, lower_order_final, ...): of the plan, see
             `make_plan` (20 steps when none is given); or plan: a ready one. Adaptive samplers ("rk45", ...) choose the
             steps of every sample by itself: sampler, start, stop, final, options (rtol, atol, chart, max_steps), see
             `make_adaptive`.
         x: states at the first time, shape (n, *shape), instead of noise.
-        init: data to begin from, shape `shape` or (n, *shape), noised to the first time: image-to-image with `start`.
+        init: data to begin from, shape `shape` or (n, *shape), noised to the first time: image-to-image with
+            `strength`, the share of noise, sigma / (alpha + sigma), at the first time (1 is all noise), or `start`.
         shape: of one sample, where the denoiser does not say.
-        label: a class (number or name), or one per sample, where None is no class; passed on to the denoiser.
+        label: a class (number or name), one per sample, where None is no class, or "all", every class in turn.
         guidance: scale of classifier-free guidance.
         afs: make the first step without a call, as if the data were Gaussian of mean 0 and this standard deviation;
             True: the denoiser's `data_std`.
@@ -133,10 +146,17 @@ def sample(
     """
     if nan not in ("raise", "flag"):
         raise UsageError(f"nan: got {nan!r}", 'nan="raise" or nan="flag"')
-    seeds = _seeds(n, seed, seeds, x)
-    batch = DEFAULT_BATCH if batch is None else integer("batch", batch, 1)
+    need_denoiser(denoiser)
+    x = None if x is None else sample_states("x", x)
+    every = (class_count(denoiser) or None) if isinstance(label, str) and label == "all" else None
+    seeds = seed_list(n, seed, seeds, x, every or DEFAULT_N)
+    batch = batch_size(batch)
+    if strength is not None:
+        if init is None or start is not None:
+            raise UsageError("strength: says how much noise init= gets, in place of start=", "give init= and no start=")
+        start = start_time(denoiser.process, strength)
     denoiser = prepared(denoiser, guidance, device, compile)
-    options |= {"nfe": nfe, "grid": grid, "start": start, "stop": stop, "afs": _data_std(denoiser, afs)}
+    options |= {"nfe": nfe, "grid": grid, "start": start, "stop": stop, "afs": data_std(denoiser, afs)}
     if plan is None:
         plan = settled(denoiser, sampler, steps, fitted=fitted, final=final, **options)
     elif not isinstance(plan, Plan | Adaptive):
@@ -184,40 +204,6 @@ def sample(
     )
 
 
-def settled(
-    denoiser: Denoiser,
-    sampler: str | Recipe | AdaptiveRecipe = "auto",
-    steps: int | None = None,
-    *,
-    fitted: bool = False,
-    **options: Any,
-) -> Plan | Adaptive:
-    """What a sampler is for a denoiser: adaptive, or a plan, of 20 steps where nothing says how many.
-
-    Args:
-        fitted: let "auto" take a `fitted_plan`.
-        options: of `make_adaptive` or `make_plan`.
-
-    Raises:
-        UsageError: as they do; the options of one for the other.
-    """
-    row = find_adaptive(sampler)
-    if row is not None:
-        return make_adaptive(row, denoiser.process, steps=steps, **options)
-    for name in ("rtol", "atol", "max_steps"):
-        if options.pop(name, None) is not None:
-            taken = sampler if sampler == "auto" else recipe(sampler).name if isinstance(sampler, str) else sampler.name
-            hint = f"leave it out, or an adaptive sampler: {', '.join(ADAPTIVE)}"
-            raise UsageError(f"{name}: the steps of {taken} lie on a grid, whatever their errors", hint)
-    found = fitted_plan(denoiser, steps, **options) if fitted and sampler == "auto" else None
-    if found is not None:
-        return found
-    if steps is None and options.get("nfe") is None and isinstance(options.get("grid"), str | Grid | None):
-        steps = DEFAULT_STEPS
-    guided = getattr(denoiser, "evals", 1) > 1
-    return make_plan(sampler, denoiser.process, steps, guided=guided, **options)  # type: ignore[arg-type]
-
-
 def unsound(plan: Plan | Adaptive) -> str | None:
     """What to say of a plan whose errors grow from step to step, of few steps mostly; None of a sound one."""
     if not isinstance(plan, Plan) or plan.nfe > MANY:
@@ -230,20 +216,6 @@ def unsound(plan: Plan | Adaptive) -> str | None:
         f"plan {plan.name!r}: its {plan.nfe} calls are too few: what it draws is about {ratio:.0f} times too wide; "
         f'more steps, {chart}, another grid, or sampler "auto"'
     )
-
-
-def fitted_plan(
-    denoiser: Denoiser, steps: int | None = None, *, nfe: int | None = None, final: str = "denoise", **options: Any
-) -> Plan | None:
-    """The plan fitted to a denoiser that has exactly the calls asked for, where nothing else of a plan is settled.
-
-    Args:
-        steps or nfe: the number of calls. final, options: as for `make_plan`; any of them given leaves no choice.
-    """
-    plans, count = getattr(denoiser, "plans", None), nfe if steps is None else steps
-    if not plans or count not in plans or (steps is not None and nfe is not None) or final != "denoise":
-        return None
-    return plans[count] if all(value is None or value is False for value in options.values()) else None
 
 
 def batches(
@@ -277,10 +249,12 @@ def batches(
         raise UsageError(f"brownian: {plan.name} draws no noise", "leave brownian out, or a stochastic sampler")
     dtype = state_dtype(dtype, x)
     shape = sample_shape(denoiser, x, shape)
-    init = _init(init, x, shape, len(seeds))
-    labels = class_indices(denoiser, label, len(seeds))
-    where = device or getattr(denoiser, "device", None) or (x.device if x is not None else "cpu")
-    where = find_device(where)
+    if len(seeds) * math.prod(shape) > MAX_BYTES // 4:
+        raise UsageError(f"n: {len(seeds)} samples of shape {shape} are more than 1 TB", "draw them in parts")
+    init = data_to_begin_from(init, x, shape, len(seeds))
+    labels = classes(denoiser, label, len(seeds))
+    where = device if device is not None else getattr(denoiser, "device", None)
+    where = find_device(where if where is not None else x.device if x is not None else "cpu")
     done = 0
     while done < len(seeds):
         began = time.perf_counter()
@@ -409,109 +383,3 @@ def _first(
         raise UsageError(f"the plan starts at {level}", "give init=, the data, or x=, the noised data at that time")
     x = sigma * noise.normal(seeds, noise.INITIAL, shape, dtype, device)
     return x if data is None else x + alpha * data.to(device, dtype)
-
-
-def _init(init: Tensor | None, x: Tensor | None, shape: tuple[int, ...], n: int) -> Tensor | None:
-    """The data to begin from, shape (n, *shape)."""
-    if init is None:
-        return None
-    if x is not None:
-        raise UsageError("init and x exclude each other", "init= takes data, x= what is noised already")
-    if not isinstance(init, Tensor) or init.shape not in (shape, (n, *shape)):
-        got = f"shape {tuple(init.shape)}" if isinstance(init, Tensor) else f"{init!r:.60}"
-        raise UsageError(f"init: need a tensor of shape {shape} or {(n, *shape)}, got {got}")
-    return init.expand(n, *shape)
-
-
-def _data_std(denoiser: Denoiser, afs: bool | float | None) -> float | None:
-    """The standard deviation that the analytical first step is to use."""
-    if afs is None or afs is False:
-        return None
-    if afs is not True:
-        return number("afs", afs, 0)
-    declared = getattr(denoiser, "data_std", None)
-    if declared is None:
-        raise UsageError("afs: this denoiser does not say how its data are spread", "afs=0.5, their standard deviation")
-    return declared
-
-
-def state_dtype(dtype: torch.dtype | None, x: Tensor | None) -> torch.dtype:
-    if dtype is None:
-        return torch.float32 if x is None else torch.promote_types(x.dtype, torch.float32)
-    if dtype not in (torch.float32, torch.float64):
-        hint = "lower the network's instead: net.to(dtype=...)"
-        raise UsageError(f"dtype: the state is float32 or float64, got {dtype}", hint)
-    return dtype
-
-
-def sample_shape(denoiser: Denoiser, x: Tensor | None, shape: Sequence[int] | None) -> tuple[int, ...]:
-    """The shape of one sample."""
-    own = getattr(denoiser, "shape", None)
-    wanted = tuple(x.shape[1:]) if x is not None else own if shape is None else shape
-    if not isinstance(wanted, tuple | list) or not wanted:
-        raise UsageError(f"shape: need that of one sample, got {wanted!r}", "shape=(3, 32, 32)")
-    sides = tuple(integer("shape", side, 1) for side in wanted)
-    if own is not None and sides != tuple(own):
-        raise UsageError(f"shape: the denoiser makes samples of shape {tuple(own)}, got {sides}", "leave shape= out")
-    return sides
-
-
-def _seeds(n: int | None, seed: int, seeds: Sequence[int] | None, x: Tensor | None) -> list[int]:
-    if x is not None and (not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2):
-        raise UsageError(f"x: need a floating-point tensor of shape (n, ...), got {x!r:.60}")
-    if seeds is not None:
-        try:
-            chosen = noise.check_seeds(seeds)
-        except TypeError as error:
-            raise UsageError(f"seeds: need integers, got {seeds!r:.60}", "seeds=[0, 1, 2]") from error
-    else:
-        count = len(x) if x is not None else defaults.SAMPLES if n is None else n
-        first = integer("seed", seed, 0, 2**64 - 1)
-        chosen = noise.check_seeds(range(first, first + integer("n", count, 1)))
-    counts = {"n": n, "seeds": None if seeds is None else len(chosen), "x": None if x is None else len(x)}
-    given = {name: count for name, count in counts.items() if count is not None}
-    if not chosen or len(set(given.values())) > 1:
-        raise UsageError(f"n, seeds and x disagree, or are empty: {given}", "give one of them")
-    return chosen
-
-
-def find_device(name: torch.device | str) -> torch.device:
-    """A device that is there: "cpu", "cuda", "cuda:1", "mps", or "auto", which is CUDA where it is there, else the CPU.
-
-    Raises:
-        UsageError: no such kind of device. MissingError: it is not on this machine.
-    """
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        count = torch.get_device_module(device).device_count()
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise unknown("device", name, DEVICES) from error
-    if not 0 <= (device.index or 0) < count:
-        seen = f"this torch sees {count} {device.type.upper()} devices"
-        raise MissingError(f"device {str(name)!r}: {seen}", 'device="cpu"')
-    return device
-
-
-def prepared(denoiser: Denoiser, guidance: float | None, device: Any = None, compile: bool = False) -> Denoiser:
-    """The denoiser on its device, guided and compiled as asked."""
-    if not isinstance(denoiser, Denoiser) or not isinstance(denoiser.process, Process):
-        raise UsageError(
-            f"denoiser: need a callable (x, t) -> x0 with a process, got {type(denoiser).__name__}",
-            "pfode.load(...), or wrap a network: pfode.scores.Denoiser(network, process, prediction)",
-        )
-    if device is not None and hasattr(denoiser, "to"):  # one without parameters follows x
-        denoiser = denoiser.to(find_device(device))  # type: ignore[attr-defined]
-    if compile:
-        denoiser = _method(denoiser, "compiled", "wrap its network in torch.compile yourself")()
-    if guidance is not None:
-        scale = number("guidance", guidance, -MAX_GUIDANCE, MAX_GUIDANCE)
-        if scale != 1 or hasattr(denoiser, "guided"):
-            denoiser = _method(denoiser, "guided", "wrap it yourself: pfode.scores.guide")(scale)
-    return denoiser
-
-
-def _method(denoiser: Denoiser, name: str, hint: str) -> Callable[..., Denoiser]:
-    found = getattr(denoiser, name, None)
-    if found is None:
-        raise UsageError(f"{type(denoiser).__name__} has no .{name}(...)", hint)
-    return found

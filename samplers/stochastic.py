@@ -12,6 +12,8 @@ from pfode.errors import UsageError, integer, number
 from pfode.samplers.methods import Integrator, Method, PredictorCorrector, Space, Trail
 from pfode.samplers.tape import Linear
 
+LOUDEST = 100.0  # eta and tau: how much noise a step may add, where 1 is that of the usual reverse SDE
+
 
 @dataclass(frozen=True)
 class Noisy(Method):
@@ -22,7 +24,7 @@ class Noisy(Method):
     options: ClassVar[tuple[str, ...]] = ("eta",)
 
     def __post_init__(self) -> None:
-        number("eta", self.eta, 0)
+        number("eta", self.eta, 0, LOUDEST)
 
     @property
     def memory(self) -> int:
@@ -76,7 +78,7 @@ class AncestralMidpoint(Method):
     options: ClassVar[tuple[str, ...]] = ("eta",)
 
     def __post_init__(self) -> None:
-        number("eta", self.eta, 0)
+        number("eta", self.eta, 0, LOUDEST)
         number("r", self.r, 1e-3, 1)
 
     @property
@@ -155,7 +157,7 @@ class SaSolver(Reverse):
     options: ClassVar[tuple[str, ...]] = ("predictor", "corrector", "tau", "between")
 
     def __post_init__(self) -> None:
-        number("tau", self.tau, 0)
+        number("tau", self.tau, 0, LOUDEST)
         try:
             low, high = map(float, self.between)
         except (TypeError, ValueError):

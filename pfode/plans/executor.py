@@ -4,7 +4,7 @@ import functools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch.utils import checkpoint as rematerialise
 
 from pfode import noise
 from pfode.denoiser import Bare, Denoiser, Preconditioned, at, preconditioned
-from pfode.errors import OtherModelWarning, UsageError
+from pfode.errors import OtherModelWarning, UsageError, shortened
 from pfode.plans.rows import Row, Sums, add, folded, used
 from pfode.plans.table import Plan, foreign, takes_part
 
@@ -186,8 +186,8 @@ def as_state(x: Any, dimensions: int = 1) -> Tensor:
         raise UsageError(
             f"x: need a floating-point tensor of shape (batch, ...), got {got}", "x=sigma * torch.randn(n, ...)"
         )
-    if x.layout != torch.strided or len(x) == 0:
-        lacks = "no samples" if len(x) == 0 else f"layout {x.layout}"
+    if x.layout != torch.strided or x.numel() == 0:
+        lacks = "no numbers" if x.layout == torch.strided else f"layout {x.layout}"
         raise UsageError(f"x: need a batch of samples, got {x.dtype} of shape {tuple(x.shape)} with {lacks}", hint)
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -220,6 +220,11 @@ def _walk(
     change: no state that others hold, or that is needed after the call, is handed to it, and its output is used up
     before it is called again.
     """
+    if not isinstance(plan, Plan):
+        raise UsageError(f"plan: need a Plan, got {shortened(plan)}", "make_plan(...) or Plan.load(path)")
+    if not callable(denoiser) or not hasattr(denoiser, "process"):
+        problem = f"denoiser: need a callable (x, t) -> x0 with a process, got {shortened(denoiser)}"
+        raise UsageError(problem, "pfode.load(...), or pfode.scores.Denoiser(network, process, prediction)")
     if plan.process != denoiser.process:
         raise UsageError(
             f"plan {plan.name!r} was made for {plan.process}, the denoiser has {denoiser.process}",
@@ -327,8 +332,10 @@ def _noise_source(plan: Plan, x: Tensor, seeds: Seeds, brownian: bool) -> Callab
         return lambda k: x
     if callable(seeds):
         return seeds
-    if seeds is None or len(seeds) != len(x):
-        got = "none" if seeds is None else f"{len(seeds)}"
+    if isinstance(seeds, Tensor):
+        seeds = seeds.tolist() if seeds.ndim == 1 else None
+    if not isinstance(seeds, Sized) or len(seeds) != len(x):
+        got = "none" if seeds is None else f"{len(seeds)}" if isinstance(seeds, Sized) else shortened(seeds)
         raise UsageError(
             f"plan {plan.name!r} is stochastic: needs one seed per sample, got {got} for {len(x)}", "seeds=[0, 1, ...]"
         )

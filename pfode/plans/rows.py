@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pfode._torch import version
+from pfode._torch import transformed, version
 from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.plans.table import Plan, takes_part
 from pfode.prediction import prediction
@@ -189,7 +189,9 @@ def folded(plan: Plan, net: Preconditioned, x: Tensor) -> Rows:
     They are kept with the plan, by the values of the preconditioning, so that only the first run of a plan folds them.
     """
     pre = net.precondition(plan.t)
-    if any(value.requires_grad for value in (*pre, plan.t, plan.r, plan.r_prev, plan.b, plan.c)):
+    if transformed() is not None or any(
+        value.requires_grad for value in (*pre, plan.t, plan.r, plan.r_prev, plan.b, plan.c)
+    ):
         return _rows(plan, fold(plan, pre), pre.c_noise, x.dtype, x.device)
     changes = [version(getattr(plan, name)) for name in ("r", "r_prev", "b", "c")]
     key = (torch.stack(pre).numpy().tobytes(), x.dtype, x.device, *changes)

@@ -28,7 +28,7 @@ from pfode.samplers.fit.losses import LOSSES, PHASES
 from pfode.samplers.fit.parameters import Parameters
 from pfode.samplers.fit.samples import CHECK, FIT, GROUP, Group, Source
 from pfode.samplers.fit.starts import starts, stated
-from pfode.samplers.sampling import DEFAULT_BATCH
+from pfode.samplers.settle import DEFAULT_BATCH
 
 __all__ = ["Progress", "fit_plan"]
 

@@ -17,7 +17,7 @@ from pfode.plans.executor import run
 from pfode.process import float64
 from pfode.samplers.catalogue import make_plan
 from pfode.samplers.fit.cache import Cache
-from pfode.samplers.sampling import find_device, prepared, sample_shape, state_dtype
+from pfode.samplers.settle import find_device, prepared, sample_shape, state_dtype
 
 __all__ = ["CHECK", "FIT", "GROUP", "Group", "Source"]
 

@@ -12,7 +12,8 @@ from pfode.errors import UsageError, integer, number, unknown
 from pfode.grids import Grid
 from pfode.plans.table import Plan
 from pfode.samplers.catalogue import make_plan
-from pfode.samplers.sampling import DEFAULT_BATCH, batches, prepared
+from pfode.samplers.sampling import batches
+from pfode.samplers.settle import DEFAULT_BATCH, prepared
 
 METRICS = ("l2", "dev")
 MAX_NODES, MAX_TRAJECTORIES = 2001, 2**20

@@ -19,7 +19,8 @@ from pfode.plans.table import Plan
 from pfode.samplers import auto
 from pfode.samplers.catalogue import make_plan
 from pfode.samplers.measure.metrics import RESAMPLES, Features, rounded
-from pfode.samplers.sampling import batches, sample_shape
+from pfode.samplers.sampling import batches
+from pfode.samplers.settle import sample_shape
 from pfode.tensors import raw
 
 __all__ = ["Problem", "blamed", "reference_solution"]

@@ -10,7 +10,7 @@ import torch
 import pfode
 from pfode.errors import NumericalError, UnsoundWarning, UsageError
 from pfode.samplers import CATALOGUE
-from pfode.samplers.sampling import find_device
+from pfode.samplers.settle import find_device
 from tests import problems
 
 MIX = problems.mixture(pfode.EDM())
