@@ -219,135 +219,261 @@ def advance(
     Args:
         field, solver, control, course: what, how, at which steps, from where to where.
         y: the flat state.
-        lanes: whether steps are chosen jointly or per sample.
+        lanes: the batching mode: whether steps are chosen jointly or per sample.
         probe: (t0, y0, t1, y1, accepted) -> a 1-d tensor to be read together with the loop's own facts: `Move.tried`;
-            in joint lanes it is called before the verdict, accepted = None and y1 the state tried.
+            in joint mode it is called before the verdict, accepted = None and y1 the state tried.
     """
-    where, no, adaptive = lanes.where, lanes.no, course.norm is not None
-    stops, last_stop, sign = course.stops, len(course.stops) - 1, course.sign
-    jumps = torch.tensor(course.jumps, device=y.device) if lanes.per_sample else course.jumps
-    jumping = any(course.jumps)
-    floor = FLOOR[clock(y.device)]
-    never, zero = lanes.fill(0, course.start) != 0, lanes.fill(0, course.start)
-
-    t, at, here = course.start, zero, zero - 1  # `at` is the stop ahead, `here` the one that t is, or -1
-    course.inform(field)
-    units = _units(course, y) if adaptive else None
-    h, slope, status = _first_step(field, solver, control, course, lanes, y, units)
-    u0 = course.lift(t, here) if course.lift else t
-    carry = solver.init(field, u0, y, slope)
-    counts = Counts(zero, zero, (zero + field.calls) * (status != Status.SUCCESS), zero, zero)
-    memory = (lanes.fill(1.0, t), lanes.fill(1.0, t), never)
-    read = torch.no_grad()(_read) if field.pure else _read
-    size_of_y = y.detach().abs() if adaptive else y
-    differentiable = field.pure and torch.is_grad_enabled() and adaptive
-    solved: Any = None  # on fixed grids: whether all steps solved their equations, read at the end
-    failures, behind = zero, never  # tries in a row that were not finite or not solved; whether t is a jump
-    alive = bool((status == Status.RUNNING).any()) if lanes.per_sample else status == Status.RUNNING
-    watched = lanes.per_sample or field.pure or not adaptive or course.lift or probe
-    go_ahead = None if watched else getattr(solver, "ahead", None)
-    tries, counting = 0, True  # `counting`: of samples on a fixed grid, those that met no event yet
-    while alive and tries < course.max_steps:
-        if go_ahead and field.until is not None and not behind:  # attempts that nobody looks at
-            calls, stop = field.calls, stops[at]
-            most, closes = course.max_steps - tries, not jumping and (field.until - stop) * sign >= 0
-            went = go_ahead(field, control, Ahead(t, h, memory, y, carry), stop, closes, sign, most)
-            if went:
-                (t, h, memory, y, carry), made, passed = went
-                tries, size_of_y = tries + made, y.abs()
-                failures, here = (zero, zero - 1) if passed else (failures, here)
-                steps, nfe = counts.steps + made, counts.nfe + field.calls - calls
-                counts = counts._replace(steps=steps, accepted=counts.accepted + passed, nfe=nfe)
-                if closes and t == stop:
-                    status = Status.SUCCESS if at == last_stop else status
-                    here, at, alive = at, min(at + 1, last_stop), at < last_stop
-                    yield Move(t, t, t, t, y, y, True, Step(y, None, _unseen), [], counts, carry)
-                if (closes and t == stop) or tries == course.max_steps:
-                    continue
-        tries += 1
-        live = status == Status.RUNNING
-        counted = live if lanes.per_sample else counting
-        stop = lanes.pick(stops, at)
-        left = (stop - t) * sign
-        last = where(left <= control.max_step, h * STRETCH, h) >= left
-        size = where(last, left, h)
-        t1 = where(live, where(last, stop, t + h * sign), t)
-        there = where(last & live, at, zero - 1)
-        u0, u1 = (course.lift(t, here), course.lift(t1, there)) if course.lift else (t, t1)
-        if jumping:
-            ahead = last & lanes.pick(jumps, at)
-            u0, u1 = _nudged(u0, u1, sign, behind, field), _nudged(u1, u0, -sign, ahead, field)
-        calls = field.calls
-        step = solver.step(field, u0, u1, y, carry)
-
-        attempt = probe and (lambda y=y, t=t, t1=t1, y1=step.y1: probe(t, y, t1, y1, None))
-        error, ok, tried, size_of_y1 = read(units, lanes, step, size_of_y, attempt)
-        if not adaptive and step.ok is not None:
-            solved = step.ok if solved is None else solved & step.ok
-        fine = (error < math.inf) & ok
-        accepted = live & fine & (error <= 1)
-        if control.force:
-            accepted = accepted | (live & fine & (size <= control.min_step))
-        y0, y = y, lanes.merge(accepted, step.y1, y)
-        if step.measured is None:
-            size_of_y = lanes.merge(accepted, size_of_y1, size_of_y)
-        carry0, carry = carry, lanes.merge(accepted, step.carry, carry if step.again is None else step.again)
-        hit = accepted & last
-        t0, t = t, where(accepted, t1, t)
-        spent = field.calls - calls if step.nfe is None else step.nfe
-        counts = Counts(
-            counts.steps + counted,
-            counts.accepted + (accepted & counted),
-            counts.nfe + counted * spent,
-            counts.jacobians + counted * step.jacobians,
-            counts.iterations + counted * step.iterations,
-        )
-        if adaptive:
-            factor, memory = control.factor(
-                lanes, where(fine, error, lanes.fill(math.inf, error)), accepted, memory, solver.error_order
-            )
-            wanted = lanes.low(lanes.high(size * factor, control.min_step), control.max_step)
-            # a step cut short by a stop says little about the next one
-            h = where(hit & (wanted < h), h, wanted)
-            failures = where(fine, zero, failures + 1)
-            least = lanes.high(abs(t) * floor, control.min_step)
-            stuck = no(accepted) & ((failures >= _TRIES) | (h < least) | (size <= control.min_step))
-            cause = where(
-                fine, zero + Status.MIN_STEP, where(ok, zero + Status.NON_FINITE, zero + Status.NEWTON_FAILED)
-            )
-            status = where(live & stuck, cause, status)
-        status = where(hit & (at == last_stop), zero + Status.SUCCESS, status)
-        behind = (hit & lanes.pick(jumps, at)) | (behind & no(accepted)) if jumping else never
-        here, at = where(accepted, there, here), lanes.low(at + hit, last_stop)
-        if lanes.per_sample:
-            facts = [(status == Status.RUNNING).any()[None], (behind & hit).any()[None]]
-            facts += [(live & no(fine)).any()[None]] if differentiable else []
-            facts += [probe(t0, y0, t, y, accepted)] if probe else []
-            alive, restart, *tried = torch.cat([fact.double() for fact in facts]).tolist()
-            if differentiable and tried.pop(0):  # zero times the derivative of what is not finite is not zero
-                again = solver.step(field, u0, where(fine, u1, u0), y0, carry0)
-                y, carry = lanes.merge(accepted, again.y1, y0), lanes.merge(accepted, again.carry, carry0)
-                step = again
-        else:
-            alive, restart = status == Status.RUNNING, behind and hit
-        calls = field.calls
-        reply = yield Move(t0, t1, u0, u1, y0, y, accepted, step, tried, counts, carry)
-        reply = Reply() if reply is None else reply
-        if field.calls > calls:  # for dense output
-            counts = counts._replace(nfe=counts.nfe + (accepted & counted & reply.looked) * (field.calls - calls))
-        counting = counting if reply.live is None else reply.live
-        if reply.halt is not None:
-            status = where(reply.halt, zero + Status.EVENT, status)
-            alive = bool((status == Status.RUNNING).any()) if lanes.per_sample else status == Status.RUNNING
-        if restart and alive:
-            u0 = course.lift(t, here) if course.lift else t
+    state = LoopState(field, solver, control, course, y, lanes, probe)
+    while state.alive and state.attempts < course.max_steps:
+        record = state.leap()
+        if record is None and (not state.alive or state.attempts == course.max_steps):
+            continue
+        if record is None:
+            attempt = state.propose()
             calls = field.calls
-            carry = lanes.merge(behind & hit, solver.init(field, _nudged(u0, None, sign, behind, field), y), carry)
-            counts = counts._replace(nfe=counts.nfe + (behind & hit) * (field.calls - calls))
-    status = where(status == Status.RUNNING, zero + Status.MAX_STEPS, status)
-    if not adaptive:
-        status, t = _verdict(field, status, t, y, solved)
-    return End(status, t, y, counts)
+            step = solver.step(field, attempt.u0, attempt.u1, state.y, state.carry)
+            verdict = state.judge(attempt, step)
+            record = state.commit(attempt, step, verdict, field.calls - calls)
+        calls = field.calls
+        reply = yield record
+        state.answer(record, reply or Reply(), field.calls - calls)
+    return state.end()
+
+
+class _Attempt(NamedTuple):
+    """A step to try: from t0 to t1, as the solver is given them u0 to u1; whether it ends at the stop ahead (`last`),
+    and that stop's index, else -1 (`reached`)."""
+
+    t0: Any
+    t1: Any
+    u0: Any
+    u1: Any
+    last: Any
+    reached: Any
+
+
+class _Verdict(NamedTuple):
+    """Of an attempt: its error in units of the tolerance, whether its equations were solved, whether both are fine and
+    it is accepted; what was probed; |y1|."""
+
+    error: Any
+    ok: Any
+    fine: Any
+    accepted: Any
+    tried: list[float]
+    size_of_y: Tensor
+
+
+class LoopState:
+    """Where a solve is between two attempts: `propose` says the next one, `judge` what it is worth, `commit` moves on.
+
+    Everything but y and carry is a float, int or boolean in joint mode and has shape (batch,) per sample.
+
+    Attributes:
+        t, y, carry: time, flat state and what the solver keeps for (t, y).
+        h, memory: the size of the next step, and the controller's memory.
+        at, here: the index of the stop ahead, and of the one that t is, or -1.
+        behind: whether t is a jump, beyond which the carry is not made yet.
+        status, alive: how far the solve is, and whether it goes on.
+        failures: attempts in a row that were not finite or not solved.
+        counts, attempts: work so far; attempts of the whole batch.
+        counting: which samples of a fixed grid still count: True, or shape (batch,).
+    """
+
+    def __init__(
+        self, field: Field, solver: Solver, control: PID, course: Course, y: Tensor, lanes: Lanes, probe: Probe | None
+    ):
+        self.field, self.solver, self.control, self.course = field, solver, control, course
+        self.lanes, self.probe, self.adaptive = lanes, probe, course.norm is not None
+        self.never, self.zero = lanes.fill(0, course.start) != 0, lanes.fill(0, course.start)
+        self.jumps: Any = torch.tensor(course.jumps, device=y.device) if lanes.per_sample else course.jumps
+        self.jumping, self.last_stop = any(course.jumps), len(course.stops) - 1
+        self.floor = FLOOR[clock(y.device)]
+        course.inform(field)
+        self.units = _units(course, y) if self.adaptive else None
+        self.read = torch.no_grad()(_read) if field.pure else _read
+        self.differentiable = field.pure and torch.is_grad_enabled() and self.adaptive and lanes.per_sample
+
+        self.t, self.y = course.start, y
+        self.at, self.here, self.behind = self.zero, self.zero - 1, self.never
+        self.h, slope, self.status = _first_step(field, solver, control, course, lanes, y, self.units)
+        self.carry = solver.init(field, course.lift(self.t, self.here) if course.lift else self.t, y, slope)
+        self.memory = (lanes.fill(1.0, self.t), lanes.fill(1.0, self.t), self.never)
+        self.size_of_y = y.detach().abs() if self.adaptive else y
+        self.solved: Tensor | None = None  # on fixed grids: whether all steps solved their equations, read at the end
+        self.failures, self.attempts, self.counting = self.zero, 0, True
+        self.restart: Any = False  # where a jump was reached just now
+        started = (self.zero + field.calls) * (self.status != Status.SUCCESS)
+        self.counts = Counts(self.zero, self.zero, started, self.zero, self.zero)
+        self._look()
+        watched = lanes.per_sample or field.pure or not self.adaptive or course.lift or probe
+        self.ahead = None if watched else getattr(solver, "ahead", None)
+
+    def _look(self) -> None:
+        """Whether anything is still on its way."""
+        running = self.status == Status.RUNNING
+        self.alive = bool(running.any()) if self.lanes.per_sample else running
+
+    def leap(self) -> Move | None:
+        """Attempts that nobody looks at, in one call of a solver that can (`Compiled.ahead`), up to the stop if that is
+        looked at next: its record. None where an attempt is to be made by itself, or no more are allowed.
+        """
+        field, course, until = self.field, self.course, self.field.until
+        if not self.ahead or until is None or self.behind:
+            return None
+        calls, stop = field.calls, course.stops[self.at]
+        closes = not self.jumping and (until - stop) * course.sign >= 0
+        here = Ahead(self.t, self.h, self.memory, self.y, self.carry)
+        went = self.ahead(field, self.control, here, stop, closes, course.sign, course.max_steps - self.attempts)
+        if not went:
+            return None
+        (self.t, self.h, self.memory, self.y, self.carry), made, passed = went
+        self.attempts, self.size_of_y = self.attempts + made, self.y.abs()
+        if passed:
+            self.failures, self.here = self.zero, self.zero - 1
+        steps, accepted, nfe = self.counts.steps + made, self.counts.accepted + passed, field.calls - calls
+        self.counts = self.counts._replace(steps=steps, accepted=accepted, nfe=self.counts.nfe + nfe)
+        if not closes or self.t != stop:
+            return None
+        self.alive = self.at < self.last_stop
+        self.status = self.status if self.alive else Status.SUCCESS
+        self.here, self.at = self.at, min(self.at + 1, self.last_stop)
+        t, y = self.t, self.y
+        return Move(t, t, t, t, y, y, True, Step(y, None, _unseen), [], self.counts, self.carry)
+
+    def propose(self) -> _Attempt:
+        """The step to try next: of the size wanted, or to the stop ahead where that is as near."""
+        course, where, t, h, sign = self.course, self.lanes.where, self.t, self.h, self.course.sign
+        live = self.status == Status.RUNNING
+        stop = self.lanes.pick(course.stops, self.at)
+        left = (stop - t) * sign
+        last = where(left <= self.control.max_step, h * STRETCH, h) >= left
+        self.size = where(last, left, h)
+        t1 = where(live, where(last, stop, t + h * sign), t)
+        reached = where(last & live, self.at, self.zero - 1)
+        u0, u1 = (course.lift(t, self.here), course.lift(t1, reached)) if course.lift else (t, t1)
+        if self.jumping:
+            ahead = last & self.lanes.pick(self.jumps, self.at)
+            near = _nudged(u0, u1, sign, self.behind, self.field)
+            u0, u1 = near, _nudged(u1, near, -sign, ahead, self.field)
+        self.attempts += 1
+        return _Attempt(t, t1, u0, u1, last, reached)
+
+    def judge(self, attempt: _Attempt, step: Step) -> _Verdict:
+        """Whether a step is good enough: one read-back in joint mode."""
+        t, y, probe = self.t, self.y, self.probe
+        asked = probe and (lambda: probe(t, y, attempt.t1, step.y1, None))
+        error, ok, tried, size_of_y = self.read(self.units, self.lanes, step, self.size_of_y, asked)
+        fine = (error < math.inf) & ok
+        accepted = (self.status == Status.RUNNING) & fine & (error <= 1)
+        if self.control.force:
+            accepted = accepted | ((self.status == Status.RUNNING) & fine & (self.size <= self.control.min_step))
+        return _Verdict(error, ok, fine, accepted, tried, size_of_y)
+
+    def commit(self, attempt: _Attempt, step: Step, verdict: _Verdict, calls: int) -> Move:
+        """Move on where the step was accepted, choose the next size, count; `calls` is what the step evaluated."""
+        lanes, where, accepted = self.lanes, self.lanes.where, verdict.accepted
+        before = self.y, self.carry, self.status == Status.RUNNING
+        self._count(step, accepted, calls)
+        if not self.adaptive and step.ok is not None:
+            self.solved = step.ok if self.solved is None else self.solved & step.ok
+        self.y = lanes.merge(accepted, step.y1, self.y)
+        if step.measured is None:
+            self.size_of_y = lanes.merge(accepted, verdict.size_of_y, self.size_of_y)
+        self.carry = lanes.merge(accepted, step.carry, self.carry if step.again is None else step.again)
+        self.t = where(accepted, attempt.t1, self.t)
+        hit = accepted & attempt.last
+        if self.adaptive:
+            self._resize(verdict, hit)
+        self.status = where(hit & (self.at == self.last_stop), self.zero + Status.SUCCESS, self.status)
+        if self.jumping:
+            jumped = hit & lanes.pick(self.jumps, self.at)
+            self.behind = jumped | (self.behind & lanes.no(accepted))
+        self.here, self.at = where(accepted, attempt.reached, self.here), lanes.low(self.at + hit, self.last_stop)
+        self.restart, tried = self.behind & hit, verdict.tried
+        if lanes.per_sample:
+            step, tried = self._settle(attempt, step, verdict, before)
+        else:
+            self.alive = self.status == Status.RUNNING
+        t0, t1, u0, u1, *_ = attempt
+        return Move(t0, t1, u0, u1, before[0], self.y, accepted, step, tried, self.counts, self.carry)
+
+    def _count(self, step: Step, accepted: Any, calls: int) -> None:
+        """Add the work of an attempt, of the samples that it was made for."""
+        counted = self.status == Status.RUNNING if self.lanes.per_sample else self.counting
+        steps, passed, nfe, jacobians, iterations = self.counts
+        self.counts = Counts(
+            steps + counted,
+            passed + (accepted & counted),
+            nfe + counted * (calls if step.nfe is None else step.nfe),
+            jacobians + counted * step.jacobians,
+            iterations + counted * step.iterations,
+        )
+
+    def _resize(self, verdict: _Verdict, hit: Any) -> None:
+        """The size of the next step, and whether it is too small to go on with."""
+        lanes, where, control, fine = self.lanes, self.lanes.where, self.control, verdict.fine
+        error = where(fine, verdict.error, lanes.fill(math.inf, verdict.error))
+        order = self.solver.error_order
+        factor, self.memory = control.factor(lanes, error, verdict.accepted, self.memory, order)
+        wanted = lanes.low(lanes.high(self.size * factor, control.min_step), control.max_step)
+        # a step cut short by a stop says little about the next one
+        self.h = where(hit & (wanted < self.h), self.h, wanted)
+        self.failures = where(fine, self.zero, self.failures + 1)
+        least = lanes.high(abs(self.t) * self.floor, control.min_step)
+        stuck = (self.failures >= _TRIES) | (self.h < least) | (self.size <= control.min_step)
+        cause = where(verdict.ok, self.zero + Status.NON_FINITE, self.zero + Status.NEWTON_FAILED)
+        cause = where(fine, self.zero + Status.MIN_STEP, cause)
+        running = self.status == Status.RUNNING
+        self.status = where(running & lanes.no(verdict.accepted) & stuck, cause, self.status)
+
+    def _settle(
+        self, attempt: _Attempt, step: Step, verdict: _Verdict, before: tuple[Tensor, Any, Tensor]
+    ) -> tuple[Step, list[float]]:
+        """Per sample: read what the host must know, and what was probed. Where an attempt that is to be differentiated
+        was not fine it is made again without these samples, as zero times the derivative of NaN is not zero.
+        """
+        y0, carry0, live = before
+        lanes, accepted = self.lanes, verdict.accepted
+        facts = [(self.status == Status.RUNNING).any()[None], self.restart.any()[None]]
+        facts += [(live & lanes.no(verdict.fine)).any()[None]] if self.differentiable else []
+        facts += [self.probe(attempt.t0, y0, self.t, self.y, accepted)] if self.probe else []
+        self.alive, restarts, *tried = torch.cat([fact.double() for fact in facts]).tolist()
+        self.restart = self.restart if restarts else False
+        if self.differentiable and tried.pop(0):
+            u1 = lanes.where(verdict.fine, attempt.u1, attempt.u0)
+            step = self.solver.step(self.field, attempt.u0, u1, y0, carry0)
+            self.y, self.carry = lanes.merge(accepted, step.y1, y0), lanes.merge(accepted, step.carry, carry0)
+        return step, tried
+
+    def answer(self, record: Move, reply: Reply, calls: int) -> None:
+        """What came back for a record, of which dense output took so many evaluations: samples that end there. Beyond a
+        jump the carry is made anew."""
+        if calls:
+            looked = record.accepted & self.counting & reply.looked
+            self.counts = self.counts._replace(nfe=self.counts.nfe + looked * calls)
+        if reply.live is not None:
+            self.counting = reply.live
+        if reply.halt is not None:
+            self.status = self.lanes.where(reply.halt, self.zero + Status.EVENT, self.status)
+            self._look()
+        restart, self.restart = self.restart, False
+        if restart is False or not self.jumping or not self.alive:
+            return
+        field, course = self.field, self.course
+        u0 = course.lift(self.t, self.here) if course.lift else self.t
+        calls = field.calls
+        fresh = self.solver.init(field, _nudged(u0, None, course.sign, self.behind, field), self.y)
+        self.carry = self.lanes.merge(restart, fresh, self.carry)
+        self.counts = self.counts._replace(nfe=self.counts.nfe + restart * (field.calls - calls))
+
+    def end(self) -> End:
+        """How it ended; on a fixed grid that is read here."""
+        running = self.status == Status.RUNNING
+        status, t = self.lanes.where(running, self.zero + Status.MAX_STEPS, self.status), self.t
+        if not self.adaptive:
+            status, t = _verdict(self.field, status, t, self.y, self.solved)
+        return End(status, t, self.y, self.counts)
 
 
 def _unseen(theta: Tensor) -> Tensor:
