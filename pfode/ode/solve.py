@@ -498,7 +498,7 @@ def _stops(
             raise UsageError(problem, "in that order, each once")
         stops = nodes[1:]
     elif fixed and not whole:
-        stops = [t for t in floats if t != first]
+        stops = list(dict.fromkeys(t for t in floats if t != first))
     wanted: dict[float, bool] = {}
     for name in ("step_t", "jump_t"):
         if options.get(name) is not None:
