@@ -1,6 +1,8 @@
 """`load`: whatever names a model, as a denoiser. It stands on all other readers, and none of them on it."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -12,7 +14,9 @@ from pfode.scores.io.edm_files import load_pickle
 from pfode.scores.io.find import model_path
 from pfode.scores.io.folders import load_folder
 
-__all__ = ["load"]
+__all__ = ["READERS", "load"]
+
+READERS: dict[str, Callable[[Path], Denoiser]] = {".pkl": load_pickle}  # by a file's ending; others: `load_file`
 
 
 def load(
@@ -44,6 +48,6 @@ def load(
     elif process is not None or prediction is not None:
         raise UsageError(f"{path}: the file says what its process and its prediction are", "leave them out")
     else:
-        den = load_pickle(path) if path.suffix == ".pkl" else load_file(path)
+        den = READERS.get(path.suffix, load_file)(path)
     network = den.net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     return den.with_network(network.eval().requires_grad_(False), den.digest, den.plans)
