@@ -22,7 +22,7 @@ __getattr__, __dir__ = lazy(
 )
 
 if TYPE_CHECKING:  # the same names for type checkers
-    from pfode.samplers import kdiffusion as kdiffusion
+    from pfode.samplers.adapters import kdiffusion as kdiffusion
     from pfode.samplers.adapters.scheduler import PFODEScheduler as PFODEScheduler
     from pfode.samplers.adaptive import ADAPTIVE as ADAPTIVE
     from pfode.samplers.adaptive import Adaptive as Adaptive
