@@ -83,9 +83,10 @@ class Plan:
             value = getattr(self, key)
             if value is None and key in ("first", "span"):
                 value = self._default(key)
-            value = (value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")).to(
-                "cpu", _WHOLE.get(key, torch.float64)
-            )
+            value = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+            if value.is_complex():
+                raise UsageError(f"plan: {key}: expected real numbers, got {value.dtype}")
+            value = value.to("cpu", _WHOLE.get(key, torch.float64))
             object.__setattr__(self, key, value.clone())
             self._check(key, len(self.t))
         if not isinstance(self.name, str) or not self.name.isprintable() or not isinstance(self.meta, dict):
