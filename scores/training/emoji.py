@@ -10,7 +10,7 @@ import torch
 
 from pfode.errors import FileError, MissingError
 from pfode.files import read_file
-from pfode.scores.training.dataset import Data
+from pfode.scores.training.dataset import Data, checked_names
 
 __all__ = ["EMOJI_FONT", "EMOJI_LIST", "emoji"]
 
@@ -61,7 +61,7 @@ def emoji(font: Path = EMOJI_FONT, listing: Path = EMOJI_LIST, *, size: int = 32
             groups.append(group)
     if not pictures:
         raise FileError(f"{listing}: no emoji found that {font} draws", "apt-get install unicode-data")
-    names = tuple(dict.fromkeys(groups))
+    names = checked_names(str(listing), dict.fromkeys(groups))
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     card = {
         "name": "emoji",
@@ -88,7 +88,7 @@ def _listed_emoji(listing: Path) -> Iterator[tuple[str, str]]:
                 codes = [int(code, 16) for code in match[1].split()]
                 if not any(code in COMPONENTS for code in codes):
                     yield "".join(map(chr, codes)), group
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise FileError(f"{listing}: not a list of emoji ({error})", "apt-get install unicode-data") from error
 
 

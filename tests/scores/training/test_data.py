@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from pfode.errors import FileError, MissingError, UsageError
 from pfode.scores.training.data import EMOJI_FONT, EMOJI_LIST, Data, emoji, load_data
@@ -71,6 +71,20 @@ def test_emoji_files_that_are_broken(tmp_path):
     broken.write_text("# group: Flags\nnothing\n")
     with pytest.raises(FileError, match="no emoji found"):
         emoji(listing=broken)
+
+
+@pytest.mark.parametrize(
+    "line", ["110000 ; fully-qualified # x", "F" * 40 + " ; fully-qualified # x", "0041 ; fully-qualified"]
+)
+def test_lists_that_are_no_lists_of_emoji(tmp_path, line):
+    """Code points that are none, and emoji outside of any group."""
+    (tmp_path / "font").write_bytes(b"")
+    (tmp_path / "list").write_text(line + "\n")
+    face = ImageFont.load_default(20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFont, "truetype", lambda *_: face)
+        with pytest.raises(FileError, match="list"):
+            emoji(tmp_path / "font", tmp_path / "list")
 
 
 def test_a_folder_with_classes(tmp_path):
