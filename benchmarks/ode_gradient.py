@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pfode.errors import PfodeError
 from pfode.ode import solve
-from pfode.ode.adjoints.replay import Checkpoint, Reversible
+from pfode.ode.adjoints.checkpoint import Checkpoint
+from pfode.ode.adjoints.reversible import Reversible
 from tests.ode.memory import peak
 
 TARGETS = {"time": 0.35, "error": 0.1, "memory over 4x the steps": 2.2, "reversible": 1.1}

@@ -12,9 +12,10 @@
     outputs   which output times a step passes, and the states there (outputs.py).
     events    zeros of functions along the solution (events.py): signs are compared in the loop's own read-back, a
               crossing is located on the dense output; its time and state have gradients.
-    adjoint   how gradients are made (adjoint.py): values that hand out a tape, which sees the moves and pulls gradients
-              back. Every step can be taken again from (t0, t1, y0, carry): replay.py stores some of these, or computes
-              them backwards; continuous.py solves the adjoint equation; fixed.py is for fixed points; Direct keeps the
+    adjoint   how gradients are made (adjoints/): values that hand out a tape, which observes the steps and pulls
+              gradients back. Every step can be taken again from (t0, t1, y0, carry): Checkpoint stores some of these,
+              Reversible computes them backwards; Backsolve and Interpolated solve the adjoint equation; Implicit is for
+              fixed points; Direct keeps the
               graph. All but Direct end in one autograd node.
     solve     looks everything up, checks it and runs it (solve.py); `steps` yields accepted steps instead.
 
@@ -30,11 +31,12 @@ the state or for every sample by itself.
 A new method is a tableau, or one file with `init` and `step`, and a line in `solve.SOLVERS`.
 """
 
-from pfode.ode.adjoints.adjoint import Direct as Direct
+from pfode.ode.adjoints.checkpoint import Checkpoint as Checkpoint
 from pfode.ode.adjoints.continuous import Backsolve as Backsolve
 from pfode.ode.adjoints.continuous import Interpolated as Interpolated
-from pfode.ode.adjoints.replay import Checkpoint as Checkpoint
-from pfode.ode.adjoints.replay import Reversible as Reversible
+from pfode.ode.adjoints.implicit import Implicit as Implicit
+from pfode.ode.adjoints.problem import Direct as Direct
+from pfode.ode.adjoints.reversible import Reversible as Reversible
 from pfode.ode.control import PI as PI
 from pfode.ode.control import PID as PID
 from pfode.ode.control import I as I
@@ -42,7 +44,6 @@ from pfode.ode.events import Event as Event
 from pfode.ode.events import Hits as Hits
 from pfode.ode.loop import Status as Status
 from pfode.ode.methods.explicit import RungeKutta as RungeKutta
-from pfode.ode.methods.fixed import Implicit as Implicit
 from pfode.ode.methods.tableau import Tableau as Tableau
 from pfode.ode.solve import SOLVERS as SOLVERS
 from pfode.ode.solve import Solution as Solution

@@ -14,29 +14,20 @@ from torch import Tensor
 from pfode._torch import transformed
 from pfode.errors import NumericalError, UsageError, integer, number, unknown
 from pfode.ode import checks
-from pfode.ode.adjoints.adjoint import (
-    PLAIN,
-    Adjoint,
-    Attached,
-    Direct,
-    Problem,
-    Sighting,
-    Sources,
-    Tape,
-    Work,
-    attach,
-    detached,
-    sources,
-)
+from pfode.ode.adjoints.attach import Attached, attach
+from pfode.ode.adjoints.checkpoint import Checkpoint, CheckpointTape
 from pfode.ode.adjoints.continuous import Backsolve, Interpolated
-from pfode.ode.adjoints.replay import Checkpoint, CheckpointTape, Reversible, lift
+from pfode.ode.adjoints.implicit import Implicit
+from pfode.ode.adjoints.problem import NOTHING, Adjoint, Direct, Problem, Tape, Work, detached
+from pfode.ode.adjoints.replay import lift
+from pfode.ode.adjoints.reversible import Reversible
+from pfode.ode.adjoints.sources import FirstCall, Sources, sources
 from pfode.ode.compiled import Compiled
 from pfode.ode.control import PID
 from pfode.ode.events import Events, Hits, Watch
 from pfode.ode.loop import Counts, Course, End, Joint, Lanes, Move, PerSample, Reply, Status, advance
 from pfode.ode.methods import tables
 from pfode.ode.methods.explicit import RungeKutta
-from pfode.ode.methods.fixed import Implicit
 from pfode.ode.methods.implicit import ImplicitRungeKutta, implicit_solvers
 from pfode.ode.methods.multistep import ADAMS
 from pfode.ode.methods.reversible import Coupled, ReversibleHeun
@@ -201,14 +192,14 @@ def solve(
             return solution if watch is None else dataclasses.replace(solution, events=watch.result())
     with torch.no_grad():
         bare = _bare(setup, found.places, how.pure)
-        tape, sight = how.tape(bare), Sighting(f)
+        tape, sight = how.tape(bare), FirstCall(f)
         known = any(t.requires_grad for t in (setup.y, *found.tensors))
         tape.recording = tape.recording and known and not setup.ts.requires_grad
         if found.searched and not tape.recording:
             bare.field.f = sight
         out, end = _run(bare, None, tape)
         bare.field.f = f
-    made = attach(bare, tape, found, tape.seen or sight.seen, setup.y, setup.ts, out.detach(), end.y.detach())
+    made = attach(bare, tape, found, tape.found or sight.found, setup.y, setup.ts, out.detach(), end.y.detach())
     return _finish(setup, ts, made.ys, end._replace(y=made.end), throw, made)
 
 
@@ -332,7 +323,7 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
     while True:
         if isinstance(out, JointOutputs) and not seen:
             field.until = out.next
-        with tape.making() if tape else PLAIN:
+        with tape.recording_context() if tape else NOTHING:
             try:
                 move = moves.send(reply)
             except StopIteration as stop:
@@ -347,12 +338,12 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
                 looked = out.add(move, passed, between)
                 looked = False if looked is None else looked
         if tape:
-            tape.add(move, passed)
+            tape.observe(move, passed)
         reply = Reply(looked=looked)
         if watch:
             reply = watch.add(move, move.tried[2 * passing :])
             reply = reply._replace(looked=reply.looked | looked)
-    with torch.enable_grad() if tape else PLAIN:  # of steps made with their graphs
+    with torch.enable_grad() if tape else NOTHING:  # of steps made with their graphs
         ys = out.result()
     if tape:
         tape.finish(ys, end)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pfode.errors import NumericalError, UsageError
 from pfode.ode import PID, SOLVERS, Status, solve, steps
+from pfode.ode.adjoints.checkpoint import Checkpoint
 from pfode.ode.adjoints.continuous import Backsolve, Interpolated
-from pfode.ode.adjoints.replay import Checkpoint, Reversible
+from pfode.ode.adjoints.reversible import Reversible
 from pfode.ode.methods.implicit import ImplicitRungeKutta
 from tests.ode.memory import peak
 

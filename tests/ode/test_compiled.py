@@ -8,7 +8,7 @@ import torch
 
 from pfode.errors import MissingError, UsageError
 from pfode.ode import PID, Event, Status, solve
-from pfode.ode.adjoints.replay import Checkpoint
+from pfode.ode.adjoints.checkpoint import Checkpoint
 from tests.ode import problems
 
 f64 = torch.float64

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pfode._torch import version
 from pfode.errors import NumericalError, UsageError, number
-from pfode.ode.adjoints.adjoint import Cotangents, Inputs, Problem, Tape, Work, again, refuse_unknown
+from pfode.ode.adjoints.problem import Cotangents, Inputs, Problem, Tape, Work, replay_field
+from pfode.ode.adjoints.sources import refuse_unknown
 from pfode.ode.control import PID
 from pfode.ode.loop import Course, End, Joint, Move, Status, advance
 from pfode.ode.solver import Solver
@@ -85,7 +86,7 @@ class _Continuous(Tape):
     def finish(self, ys: Tensor, end: End) -> None:
         self.ys, self.end, self.version = ys, end, version(ys)
 
-    def pull(self, problem: Problem, inputs: Inputs, given: Cotangents, work: Work) -> list[Tensor | None]:
+    def pull_back(self, problem: Problem, inputs: Inputs, given: Cotangents, work: Work) -> list[Tensor | None]:
         if version(self.ys) != self.version:
             raise UsageError("adjoint: the states at the output times were changed in place", "ys.clone()")
         times, sign = problem.ts.tolist(), problem.course.sign
@@ -133,7 +134,7 @@ class _Along(_Continuous):
         self.ends: list[float] = []
         self.sign = problem.course.sign
 
-    def add(self, move: Move, passed: int) -> None:
+    def observe(self, move: Move, passed: int) -> None:
         if move.accepted:
             self.moves.append(move)
             self.ends.append(move.t1 * self.sign)
@@ -153,7 +154,7 @@ class _System:
 
     def __init__(self, tape: _Continuous, problem: Problem, inputs: Inputs):
         self.tape, self.problem, self.inputs, self.how = tape, problem, inputs, tape.how
-        self.field = again(problem, inputs.args, pure=True)
+        self.field = replay_field(problem, inputs.args, pure=True)
         self.steps, self.checked = 0, False
 
     def along(self, t: float, y: Tensor, cotangent: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pfode.errors import NumericalError, UsageError, number
-from pfode.ode.adjoints.adjoint import Cotangents, Inputs, Problem, Tape, Work, again, refuse_unknown
+from pfode.ode.adjoints.problem import Cotangents, Inputs, Problem, Tape, Work, replay_field
+from pfode.ode.adjoints.sources import refuse_unknown
 from pfode.ode.loop import End
 from pfode.ode.methods.newton import jacobian
 
@@ -44,10 +45,10 @@ class _FixedPoint(Tape):
     def finish(self, ys: Tensor, end: End) -> None:
         self.end = end
 
-    def pull(self, problem: Problem, inputs: Inputs, given: Cotangents, work: Work) -> list[Tensor | None]:
+    def pull_back(self, problem: Problem, inputs: Inputs, given: Cotangents, work: Work) -> list[Tensor | None]:
         if len(given.ys) < 2 or given.ys[1:-1].any():
             raise UsageError('adjoint="implicit": only the last state has a gradient', "ts=(t0, t1), and sol.ys[-1]")
-        field = again(problem, inputs.args, pure=True)
+        field = replay_field(problem, inputs.args, pure=True)
         y, t = self.end.y, field.time(self.end.t)
         rows, blocks = jacobian(field, t, y)
         with torch.enable_grad():
