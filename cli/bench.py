@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from pfode import defaults
 from pfode.cli.options import Command, FileName
 from pfode.cli.progress import CellBar
 from pfode.cli.settings import listed
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pfode.samplers.measure.problem import Problem
 
 SAMPLERS = ("auto", "ddim", "dpm++2m?grid=best", "ipndm3?grid=best", "unipc2?chart=dpm++/flow&grid=best")
-EVALS = "3,4,5,6,8,10,15,20"
+EVALS = ",".join(map(str, defaults.Bench.EVALS))
 
 
 @click.command(cls=Command, name="bench")
@@ -31,11 +32,10 @@ EVALS = "3,4,5,6,8,10,15,20"
     runs=names_code,
     type=FileName(),
     multiple=True,
-    default=("emoji",),
-    show_default=True,
+    default=(defaults.MODEL,),
     metavar="NAME|FILE|MODULE:NAME",
-    help="A model, guided: emoji@2; an exact one: gaussian-16, mixture-64-vp, mixture-64~0.1, digits-ideal; or a "
-    "denoiser of your own, or a function that makes one.",
+    help="Model, guided as in emoji@2; an exact problem: gaussian-16, mixture-64-vp, mixture-64~0.1, digits-ideal; "
+    "or a denoiser of your own, or a function that makes one.",
 )
 @click.option(
     "--sampler",
@@ -46,22 +46,25 @@ EVALS = "3,4,5,6,8,10,15,20"
     help="A sampler with options, alternatives between strokes: 'ipndm3?chart=ddim/trig&grid=best'; "
     "'ipndm3?grid=gits'; a plan file or a folder of them; diffusers:CLASS; k-diffusion:sample_NAME.",
 )
-@click.option("--nfe", default=EVALS, show_default=True, metavar="LIST", help="Network evaluations per sample.")
-@click.option("--n", type=click.IntRange(2), default=256, show_default=True, metavar="N", help="Samples.")
-@click.option("--seed", type=click.IntRange(0), metavar="N", help="Of the first sample; by default a far one.")
+@click.option("--nfe", default=EVALS, metavar="LIST", help="Numbers of network evaluations per sample.")
+@click.option("--n", type=click.IntRange(2), default=defaults.Bench.SAMPLES, metavar="N", help="Number of samples.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Seed of the first sample.  [default: 1000000000]",
+)
 @click.option(
     "--validation",
     type=click.IntRange(2),
-    default=64,
-    show_default=True,
+    default=defaults.Bench.VALIDATION,
     metavar="N",
-    help="Samples, others, on which alternatives are chosen.",
+    help="Number of other samples, on which alternatives are chosen.",
 )
 @click.option(
     "--teacher",
     type=click.IntRange(0),
-    default=512,
-    show_default=True,
+    default=defaults.Bench.TEACHER,
     metavar="N",
     help="Most evaluations of the converged solution; 0: compare no end points.",
 )
@@ -77,17 +80,22 @@ EVALS = "3,4,5,6,8,10,15,20"
     help="Of the distribution distances: a TorchScript Inception, a function.",
 )
 @trust_option
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute.")
-@click.option("--batch", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Samples at a time.")
+@click.option("--device", default=defaults.DEVICE, metavar="auto|cpu|cuda|mps", help="Device to compute on.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    default=defaults.Bench.BATCH,
+    metavar="N",
+    help="Samples at a time.",
+)
 @click.option(
     "--out",
     type=FileName(),
     default="bench",
-    show_default=True,
     metavar="DIR",
-    help="The folder; goes on with what it has.",
+    help="Folder of the report; what it has already is kept.",
 )
-@click.option("--overwrite", is_flag=True, help="Start anew instead of going on.")
+@click.option("--overwrite", is_flag=True, help="Start anew instead of continuing.")
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:
     """Measure how near samplers come to the converged solution, and to the truth, by network evaluations.

@@ -1,4 +1,4 @@
-"""Exit codes: what each means, and the way every error leaves the process, in one line with its hint."""
+"""The way every error leaves the process: its exit code, one line, and a hint."""
 
 import errno
 import os
@@ -9,19 +9,25 @@ from typing import NamedTuple, NoReturn
 import click
 from click.core import ParameterSource
 
+from pfode.cli.codes import (
+    CODES,
+    FILE,
+    INTERNAL,
+    INTERRUPTED,
+    MEMORY,
+    MISSING,
+    READER_GONE,
+    TERMINATED,
+    USAGE,
+    WRITE,
+)
 from pfode.cli.machine import memory_limit
 from pfode.cli.options import source
 from pfode.cli.streams import Output, printable
 from pfode.errors import MemoryLimitError, PfodeError, nearly
 
-__all__ = ["KINDS", "end", "fail"]
+__all__ = ["end", "fail"]
 
-INTERNAL, USAGE, FILE, MISSING, NUMERICAL, MEMORY, WRITE = range(1, 8)
-INTERRUPTED, READER_GONE, TERMINATED = 130, 141, 143
-KINDS = {
-    INTERNAL: "internal", USAGE: "usage", FILE: "file", MISSING: "missing", NUMERICAL: "numerical", MEMORY: "memory",
-    WRITE: "write", INTERRUPTED: "interrupted", READER_GONE: "pipe", TERMINATED: "terminated",
-}  # fmt: skip
 ELSEWHERE = {  # what other programs call the options
     "cfg": "--guidance", "cfg-scale": "--guidance", "guidance-scale": "--guidance", "scheduler": "--sampler",
     "num-inference-steps": "--steps", "epochs": "--steps", "num-steps": "--steps", "n-samples": "--n", "count": "--n",
@@ -64,7 +70,7 @@ def fail(error: BaseException, out: Output) -> NoReturn:
             hint = f"this is a bug: please report it {_log(trace)}"
     message, hint = printable(message), printable(hint)
     if out.json:
-        out.emit({"error": {"code": code, "kind": KINDS[code], "message": message, "hint": hint}}, "")
+        out.emit({"error": {"code": code, "kind": CODES[code][0], "message": message, "hint": hint}}, "")
     out.complain(f"pfode: error: {message}")
     if hint:
         out.complain(f"hint: {hint}")

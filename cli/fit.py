@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pfode
+from pfode import defaults
 from pfode.cli.options import Command, FileName
 from pfode.cli.progress import FitBar
 from pfode.cli.settings import DTYPES, listed
@@ -25,45 +26,74 @@ LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
 @click.option(
     "--model",
     type=FileName(),
-    default="emoji",
-    show_default=True,
+    default=defaults.MODEL,
     metavar="NAME|FILE",
-    help="`pfode info models`, or a file.",
+    help="Model to fit to: a name of `pfode info models`, or a file.",
 )
-@click.option("--nfe", default="4,6,8", show_default=True, metavar="LIST", help="Denoiser calls; a plan for each.")
+@click.option(
+    "--nfe",
+    default=",".join(map(str, defaults.Fit.CALLS)),
+    metavar="LIST",
+    help="Numbers of denoiser calls; a plan is fitted for each.",
+)
 @click.option(
     "--out",
     type=FileName(),
     default="plans",
-    show_default=True,
     metavar="DIR",
-    help="Where the plans go, and what is not done.",
+    help="Folder of the plans, and of fits that are not finished.",
 )
 @click.option(
     "--start",
     type=FileName(),
     multiple=True,
-    default=("auto",),
-    show_default=True,
+    default=(defaults.Fit.START,),
     metavar="NAME|PLAN",
-    help="A plan to begin with; of several the best. {nfe} in a file's name stands for the calls.",
+    help="Sampler or plan to begin with; of several the best. {nfe} in the name of a file stands for the calls.",
 )
-@click.option("--grid", metavar="NAME", help="Of --start.")
-@click.option("--chart", metavar="NAME", help="Of --start.")
-@click.option("--parameterisation", type=click.Choice(["general", "dyweight"]), default="general", show_default=True)
-@click.option("--time-only", is_flag=True, help="Fit times and query times, no coefficients.")
-@click.option("--loss", type=click.Choice(LOSSES), default=LOSSES[0], show_default=True, help="Of end-point errors.")
-@click.option("--iterations", type=click.IntRange(1), default=20, show_default=True, help="At most.")
-@click.option("--n", type=click.IntRange(1), default=256, show_default=True, help="Samples fitted on.")
-@click.option("--active", type=click.IntRange(1), default=96, show_default=True, help="Of them, in one iteration.")
-@click.option("--check", type=click.IntRange(1), default=128, show_default=True, help="Samples that choose.")
-@click.option("--teacher", type=click.IntRange(1), default=100, show_default=True, help="Steps of the fine solution.")
-@click.option("--label", default="all", show_default=True, metavar="NAME|all|none", help="Class, where there are any.")
-@click.option("--guidance", metavar="W|LO,HI", help="Classifier-free guidance scale, or a range to be good over.")
-@click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=0, show_default=True)
-@click.option("--dtype", type=click.Choice(["fp32", "fp64"]), default="fp32", show_default=True, help="Of the state.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute.")
-@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples per denoiser call.")
+@click.option("--grid", metavar="NAME", help="Grid of --start.")
+@click.option("--chart", metavar="NAME", help="Chart of --start.")
+@click.option(
+    "--parameterisation",
+    type=click.Choice(["general", "dyweight"]),
+    default=defaults.Fit.PARAMETERISATION,
+    help="Numbers to fit: all, or those of DyWeight.",
+)
+@click.option("--time-only", is_flag=True, help="Fit the times and query times, not the coefficients.")
+@click.option(
+    "--loss", type=click.Choice(LOSSES), default=defaults.Fit.LOSS, help="Loss on the errors of the end points."
+)
+@click.option("--iterations", type=click.IntRange(1), default=defaults.Fit.ITERATIONS, help="Most iterations.")
+@click.option("--n", type=click.IntRange(1), default=defaults.Fit.SAMPLES, help="Samples to fit on.")
+@click.option(
+    "--active",
+    type=click.IntRange(1),
+    default=defaults.Fit.ACTIVE,
+    help="Samples used in one iteration.",
+)
+@click.option(
+    "--check",
+    type=click.IntRange(1),
+    default=defaults.Fit.CHECK,
+    help="Other samples, which choose the best iteration.",
+)
+@click.option(
+    "--teacher",
+    type=click.IntRange(1),
+    default=defaults.Fit.TEACHER,
+    help="Steps of the fine solution that is the target.",
+)
+@click.option(
+    "--label",
+    default=defaults.Fit.LABEL,
+    metavar="NAME|all|none",
+    help="Class of the samples, if the model has classes.",
+)
+@click.option("--guidance", metavar="W|LO,HI", help="Scale of classifier-free guidance, or a range of scales.")
+@click.option("--seed", type=click.IntRange(0, 2**20 - 1), default=defaults.SEED, help="Seed of the samples.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp64"]), default="fp32", help="Precision of the state.")
+@click.option("--device", default=defaults.DEVICE, metavar="auto|cpu|cuda|mps", help="Device to compute on.")
+@click.option("--batch", type=click.IntRange(1), default=defaults.BATCH, help="Samples per denoiser call.")
 @click.option("--overwrite", is_flag=True, help="Replace plans that were fitted with other settings.")
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:

@@ -1,9 +1,7 @@
 """pfode info: what a file holds, read without torch; and what this installation is."""
 
 import json
-import platform
 import shlex
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +158,9 @@ def _config_arguments(ctx: click.Context) -> list[str]:
 
 
 def _env(ctx: click.Context) -> tuple[Any, str]:
+    import platform
+    from importlib import metadata
+
     found = {"pfode": pfode.__version__, "python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from pfode.cli import trust
+from pfode.cli.codes import describe_codes
 from pfode.cli.machine import check_machine
 from pfode.cli.streams import output
 from pfode.errors import FileError, PfodeError, did_you_mean, nearly
@@ -26,16 +27,12 @@ COMMANDS = {
 }
 CONFIG_FILE = "pfode.toml"
 CONFIG_LIMIT = 1_000_000  # bytes
-EPILOG = """\b
+EPILOG = f"""\b
 Values: flag > PFODE_<OPTION> in the environment > --config FILE.toml
         > [tool.pfode] in ./pfode.toml > default.
         `pfode info config` shows each value and where it comes from.
 Exit codes:
-  0  done                          5  numerical failure
-  1  a bug: please report          6  out of memory
-  2  wrong use                     7  a file or stream could not be written
-  3  bad input file or config      130, 143  interrupted, terminated
-  4  missing package or device     141  the reader of the output went away
+{describe_codes()}
 """
 
 
@@ -57,7 +54,11 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.context_settings = {"auto_envvar_prefix": "PFODE", "help_option_names": ["-h", "--help"]}
+        self.context_settings = {
+            "auto_envvar_prefix": "PFODE",
+            "help_option_names": ["-h", "--help"],
+            "show_default": True,
+        }
         self.epilog = EPILOG
         self.params += [
             click.Option(

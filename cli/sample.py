@@ -24,35 +24,31 @@ from pfode.errors import OtherModelWarning, UnsoundWarning, UsageError
     "--model",
     type=FileName(),
     default=defaults.MODEL,
-    show_default=True,
     metavar="NAME|FILE|FOLDER|ID",
-    help="`pfode info models`, a file, a folder of diffusers, or owner/name on the hub.",
+    help="Model to draw from: a name of `pfode info models`, a file, a folder of diffusers, or owner/name on the hub.",
 )
-@click.option(
-    "--steps", type=click.IntRange(1), default=defaults.STEPS, show_default=True, metavar="N", help="Number of steps."
-)
-@click.option("--nfe", type=click.IntRange(1), metavar="N", help="As many steps as fit in N denoiser calls.")
+@click.option("--steps", type=click.IntRange(1), default=defaults.STEPS, metavar="N", help="Number of steps.")
+@click.option("--nfe", type=click.IntRange(1), metavar="N", help="Take as many steps as fit in N denoiser calls.")
 @click.option(
     "--sampler",
     type=FileName(),
     default="auto",
-    show_default=True,
     metavar="NAME|PLAN",
-    help="`pfode samplers`, or a plan file.",
+    help="Sampler: a name of `pfode samplers`, or a plan file.",
 )
-@click.option(
-    "--fitted/--no-fitted", default=True, help="Whether auto takes a plan fitted to the model, where there is one."
-)
-@click.option("--grid", metavar="NAME", help="Where the steps lie: karras, time, 'beta(0.5,0.7)' ...")
-@click.option("--chart", metavar="NAME", help="Coordinates to step in, see `pfode samplers`.")
-@click.option("--rtol", type=Finite(0, 1), metavar="X", help="How exactly the adaptive samplers solve: 1e-3, ...")
-@click.option("--atol", type=Finite(0), metavar="X", help="The same for small values; goes with --rtol by itself.")
+@click.option("--fitted/--no-fitted", default=True, help="Let auto take a plan fitted to the model, if there is one.")
+@click.option("--grid", metavar="NAME", help="Rule for the times of the steps: karras, time, 'beta(0.5,0.7)' ...")
+@click.option("--chart", metavar="NAME", help="Coordinates in which the sampler steps, see `pfode samplers`.")
+@click.option("--rtol", type=Finite(0, 1), metavar="X", help="Relative tolerance of the adaptive samplers.")
+@click.option("--atol", type=Finite(0), metavar="X", help="Absolute tolerance. [default: in proportion to --rtol]")
 @click.option("--eta", type=Finite(0), metavar="X", help="Amount of noise of the samplers that take it.")
 @click.option(
     "--set", multiple=True, metavar="NAME=VALUE", help="Another option of the sampler, see `pfode samplers NAME`."
 )
 @click.option(
-    "--lower-order-final/--no-lower-order-final", default=False, help="The last steps of orders ..., 3, 2, 1."
+    "--lower-order-final/--no-lower-order-final",
+    default=False,
+    help="Lower the order of a multistep sampler in its last steps.",
 )
 @click.option(
     "--afs",
@@ -60,19 +56,21 @@ from pfode.errors import OtherModelWarning, UnsoundWarning, UsageError
     is_flag=False,
     flag_value=OF_THE_MODEL,
     metavar="[STD]",
-    help="A first step without a call, as for Gaussian data of this deviation; by default what the model says.",
+    help="Analytical first step: without a call, as if the data were Gaussian of standard deviation STD. Without STD "
+    "that of the model's data.",
 )
 @click.option(
-    "--brownian/--no-brownian", default=False, help="Noise from one path per seed, the same for any number of steps."
+    "--brownian/--no-brownian",
+    default=False,
+    help="Take the noise from one Brownian path per seed, the same for any number of steps.",
 )
-@click.option("--init", type=FileName(), metavar="PICTURE", help="Begin with this picture, noised.")
+@click.option("--init", type=FileName(), metavar="PICTURE", help="Picture to begin with, to which noise is added.")
 @click.option(
     "--strength",
     type=Finite(0, 1),
     default=defaults.STRENGTH,
-    show_default=True,
     metavar="X",
-    help="The share of noise that --init is given; all steps are made from there.",
+    help="Share of noise added to --init; all steps are made from there.",
 )
 @click.option(
     "--n",
@@ -80,56 +78,54 @@ from pfode.errors import OtherModelWarning, UnsoundWarning, UsageError
     metavar="N",
     help=f"Number of pictures.  [default: one of every class that is drawn, {defaults.SAMPLES} without classes]",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=defaults.SEED,
-    show_default=True,
-    metavar="N",
-    help="Of picture 0; picture i has seed + i.",
-)
-@click.option("--seeds", metavar="LIST", help="The seeds themselves: 0-63,80.")
+@click.option("--seed", type=click.IntRange(0), default=defaults.SEED, metavar="N", help="Seed of the first picture.")
+@click.option("--seeds", metavar="LIST", help="Seeds of the pictures, such as 0-63,80, instead of --seed and --n.")
 @click.option(
     "--label",
     metavar="NAME|all|none",
-    help="Class of the pictures; all: every class in turn, where the model has classes the default; none: no class.",
+    help="Class of the pictures. all: every class in turn; none: no class.  [default: all, if the model has classes]",
 )
-@click.option("--guidance", type=Finite(), metavar="W", help="Classifier-free guidance scale (doubles the evals).")
-@click.option("--negative", metavar="NAME", help="Class to guide away from, instead of none.")
+@click.option("--guidance", type=Finite(), metavar="W", help="Scale of classifier-free guidance; doubles the evals.")
+@click.option("--negative", metavar="NAME", help="Class to guide away from, instead of no class.")
 @click.option("--guidance-interval", metavar="LO,HI", help="Guide only where LO < sigma/alpha <= HI.")
 @click.option(
-    "--guidance-rescale", type=Finite(0, 1), metavar="X", help="How far to undo what guidance adds to the contrast."
+    "--guidance-rescale",
+    type=Finite(0, 1),
+    metavar="X",
+    help="Share of the contrast that guidance adds which is taken back.",
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the network; the state stays float32 or better.")
 @click.option(
-    "--device", default=defaults.DEVICE, show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute."
+    "--dtype", type=click.Choice(list(DTYPES)), help="Precision of the network; the state has float32 or more."
 )
-@click.option("--batch", type=click.IntRange(1), metavar="N", help="Pictures at a time; changes no picture.")
+@click.option("--device", default=defaults.DEVICE, metavar="auto|cpu|cuda|mps", help="Device to compute on.")
 @click.option(
-    "--out", type=FileName(), default="sheet.png", show_default=True, metavar="FILE.png", help="The contact sheet."
+    "--batch",
+    type=click.IntRange(1),
+    metavar="N",
+    help=f"Pictures at a time; changes no picture.  [default: {defaults.BATCH}]",
 )
-@click.option("--scale", type=click.IntRange(1, 64), metavar="N", help="Enlarge each picture on the sheet.")
+@click.option("--out", type=FileName(), default="sheet.png", metavar="FILE.png", help="Contact sheet of all pictures.")
+@click.option("--scale", type=click.IntRange(1, 64), metavar="N", help="Enlarge the pictures on the sheet N times.")
 @click.option(
     "--separate",
     type=FileName(),
     metavar="DIR",
-    help="Also every picture as a file, results.jsonl and run.json; continues there.",
+    help="Folder for every picture as a file of its own; a run that was stopped is continued there.",
 )
 @click.option("--overwrite", is_flag=True, help="Start --separate anew instead of continuing.")
 @click.option(
     "--nan",
     type=click.Choice(["raise", "flag"]),
     default="raise",
-    show_default=True,
     help="At a picture that is not finite: stop, or leave it out and exit with 5 at the end.",
 )
-@click.option("--trajectory", type=FileName(), metavar="FILE", help="Also an animation: .gif, .png or .webp.")
-@click.option("--like", type=FileName(), metavar="FILE.png", help="Repeat the settings of a picture; flags still win.")
+@click.option("--trajectory", type=FileName(), metavar="FILE", help="Animation of the steps: .gif, .png or .webp.")
+@click.option("--like", type=FileName(), metavar="FILE.png", help="Repeat the settings of a picture; flags win.")
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:
     """Draw pictures from a score network.
 
-    Writes a contact sheet and prints its path. The settings are in the PNG's text: --like SHEET.png repeats them,
+    Writes a contact sheet and prints its path. The text of the PNG holds the settings: --like SHEET.png repeats them,
     `pfode info SHEET.png` shows them.
     """
     out = output(ctx)

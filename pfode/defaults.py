@@ -7,3 +7,28 @@ SEED = 0  # of the first sample
 STEPS = 20  # of a run that says neither steps nor nfe
 BATCH = 64  # samples per denoiser call
 STRENGTH = 0.6  # share of noise that a picture to begin from is given
+
+
+class Fit:
+    """Of `fit_plan` and `pfode fit`."""
+
+    CALLS = (4, 6, 8)  # a plan each, on the command line
+    START = "auto"
+    PARAMETERISATION = "general"
+    LOSS = "balanced"
+    ITERATIONS = 20
+    SAMPLES = 256  # fitted on
+    ACTIVE = 96  # of them, in one iteration
+    CHECK = 128  # samples that choose
+    TEACHER = 100  # steps of the fine solution
+    LABEL = "all"
+
+
+class Bench:
+    """Of `bench` and `pfode bench`."""
+
+    EVALS = (3, 4, 5, 6, 8, 10, 15, 20)
+    SAMPLES = 256
+    VALIDATION = 64  # samples, others, that choose among alternatives
+    TEACHER = 512  # most evaluations of the converged solution
+    BATCH = 256  # samples per denoiser call

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfode import grids
+from pfode import defaults, grids
 from pfode.denoiser import Denoiser, fingerprint
 from pfode.errors import NumericalError, UsageError, integer, unknown
 from pfode.files import lock_folder, make_folder
@@ -63,19 +63,19 @@ def fit_plan(
     denoiser: Denoiser,
     nfe: int,
     *,
-    start: str | Recipe | Plan | Sequence[str | Recipe | Plan] = "auto",
+    start: str | Recipe | Plan | Sequence[str | Recipe | Plan] = defaults.Fit.START,
     grid: Any = None,
     chart: str | None = None,
-    parameterisation: str = "general",
+    parameterisation: str = defaults.Fit.PARAMETERISATION,
     time_only: bool = False,
-    loss: str = "balanced",
+    loss: str = defaults.Fit.LOSS,
     features: Callable[[Tensor], Tensor] | None = None,
-    iterations: int = 20,
-    n: int = 256,
-    active: int = 96,
-    check: int = 128,
-    teacher: int = 100,
-    label: int | str | Sequence[int | str] | None = "all",
+    iterations: int = defaults.Fit.ITERATIONS,
+    n: int = defaults.Fit.SAMPLES,
+    active: int = defaults.Fit.ACTIVE,
+    check: int = defaults.Fit.CHECK,
+    teacher: int = defaults.Fit.TEACHER,
+    label: int | str | Sequence[int | str] | None = defaults.Fit.LABEL,
     guidance: float | tuple[float, float] | None = None,
     seed: int = 0,
     shape: Sequence[int] | None = None,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfode import grids
+from pfode import defaults, grids
 from pfode.errors import UsageError, integer
 from pfode.files import lock_folder, make_folder
 from pfode.samplers.measure.measurement import Measurer
@@ -20,7 +20,7 @@ from pfode.samplers.measure.spec import Spec
 
 __all__ = ["EVALS", "bench"]
 
-EVALS = (3, 4, 5, 6, 8, 10, 15, 20)
+EVALS = defaults.Bench.EVALS
 
 
 def bench(

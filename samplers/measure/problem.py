@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfode import grids, noise
+from pfode import defaults, grids, noise
 from pfode.denoiser import Denoiser, fingerprint
 from pfode.errors import DenoiserError, NumericalError, PfodeError, UsageError, integer
 from pfode.plans.table import Plan
@@ -29,7 +29,7 @@ SEED = 1_000_000_000  # of the first measured sample
 VALIDATION = 1_000_000_000  # further on: the noise on which alternatives are chosen and grids searched
 TRUTH = 4_000_000_000  # seeds of true samples; the second set lies as far again
 TOLERANCE = 2e-4  # of the reference: between two resolutions, as a share of the root mean square of its end points
-FIRST, MOST = 64, 512  # denoiser calls of the reference solution
+FIRST, MOST = 64, defaults.Bench.TEACHER  # denoiser calls of the reference solution
 MAX_BYTES = 2**34  # that all samples of a problem, or their bootstrap samples, may take
 GRIDS = {"alpha = 1": "karras", "VP": "time-quadratic", "Flow": "time"}  # of the reference, by family of process
 
@@ -56,16 +56,16 @@ class Problem:
 
     name: str
     denoiser: Denoiser
-    n: int = 256
+    n: int = defaults.Bench.SAMPLES
     seed: int = SEED
-    validation: int = 64
+    validation: int = defaults.Bench.VALIDATION
     teacher: int = MOST
     truth: Tensor | None = None
     features: Features | None = None
     features_digest: str | None = None
     digest: str | None = None
     device: str = "cpu"
-    batch: int = 256
+    batch: int = defaults.Bench.BATCH
 
     def __post_init__(self) -> None:
         if not getattr(self.denoiser, "shape", None):
