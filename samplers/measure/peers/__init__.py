@@ -13,7 +13,7 @@ from pfode.denoiser import Denoiser
 from pfode.errors import PfodeError, UsageError, unknown
 from pfode.samplers.measure.peers import kdiffusion, schedulers
 from pfode.samplers.measure.peers.kdiffusion import k_diffusion_sampling
-from pfode.samplers.measure.peers.moved import HIGHEST, Counted, Draw, Lay, Moved, keyed
+from pfode.samplers.measure.peers.moved import HIGHEST, Counted, Draw, Lay, Moved, Request, keyed
 from pfode.samplers.measure.peers.schedulers import Scheduler
 
 __all__ = [
@@ -65,9 +65,10 @@ def draw(
     package, _, name = peer.partition(":")
     if package not in DRIVERS:
         raise unknown("package", package, DRIVERS)
+    request = Request(denoiser, x, seeds, nfe, lay, cond or {}, options)
     try:
         for steps in range(nfe, 0, -1):
-            drawn = DRIVERS[package].run(name, denoiser, x, seeds, nfe, steps, lay, cond or {}, options)
+            drawn = DRIVERS[package].run(name, steps, request)
             if drawn is not None:
                 return drawn
     except PfodeError:

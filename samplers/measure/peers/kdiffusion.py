@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from pfode import grids, noise
-from pfode.denoiser import Denoiser
 from pfode.errors import unknown
 from pfode.process import EDM, float64
-from pfode.samplers.measure.peers.moved import Counted, Lay, Moved, levels
+from pfode.samplers.measure.peers.moved import Request, levels
 from pfode.samplers.measure.peers.private import folder_of, private_copy
 
 __all__ = ["find", "k_diffusion_sampling", "run"]
@@ -55,35 +54,25 @@ class _Torch:
         return getattr(torch, name)
 
 
-def run(
-    name: str,
-    denoiser: Denoiser,
-    x: Tensor,
-    seeds: Sequence[int],
-    nfe: int,
-    steps: int,
-    lay: Lay | None,
-    cond: dict[str, Any],
-    options: dict[str, Any],
-) -> tuple[Tensor, int] | None:
+def run(name: str, steps: int, request: Request) -> tuple[Tensor, int] | None:
+    """x0 in float64 by so many steps of a sampler, and the calls made; None where it makes more than are allowed."""
     find(name)
-    process = denoiser.process
-    times = grids.times(process, "karras", steps) if lay is None else lay(steps)
+    process, x = request.denoiser.process, request.x
+    times = grids.times(process, "karras", steps) if request.lay is None else request.lay(steps)
     sigmas = float64(levels(process, times))
-    if _calls(name, steps) > nfe:
+    if _calls(name, steps) > request.nfe:
         return None
-    counted = Counted(Moved(denoiser, EDM(), x.dtype, **cond))
+    moved = request.moved(EDM())
 
     def drawn(*_: Any, **__: Any) -> Tensor:  # before the first call: churn
-        return noise.normal(seeds, counted.calls or steps + 1, x.shape[1:], torch.float64, x.device)
+        return noise.normal(request.seeds, moved.calls or steps + 1, x.shape[1:], torch.float64, x.device)
 
-    module = _copy()  # of this run alone: its noise is ours
+    module, options = _copy(), dict(request.options)  # a copy of this run alone: its noise is ours
     module.__dict__["torch"] = _Torch(drawn)
     sampler = getattr(module, name)
     if "noise_sampler" in inspect.signature(sampler).parameters:
-        options = {**options, "noise_sampler": drawn}
-    start = x.double() / process.sigma(process.t_max) * sigmas[0]
-    return sampler(counted, start, sigmas, disable=True, **options), counted.calls
+        options["noise_sampler"] = drawn
+    return sampler(moved, request.initial(sigmas[0]), sigmas, disable=True, **options), moved.calls
 
 
 def find(name: str) -> None:
@@ -99,6 +88,7 @@ def find(name: str) -> None:
 
 
 def _on_sigmas(found: Any) -> bool:
+    """Whether a function of the module is a sampler on given sigmas."""
     return list(inspect.signature(found).parameters)[:3] == ["model", "x", "sigmas"]
 
 

@@ -1,7 +1,7 @@
 """A denoiser as peers see it: on their process, in their precision, its calls counted."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from pfode.denoiser import Denoiser, at
 from pfode.errors import DenoiserError, MemoryLimitError, PfodeError
 from pfode.process import Process
 
-__all__ = ["HIGHEST", "Counted", "Draw", "Lay", "Moved", "keyed", "levels"]
+__all__ = ["HIGHEST", "Counted", "Draw", "Lay", "Moved", "Request", "keyed", "levels"]
 
 HIGHEST = 999.0  # sigma/alpha where a process begins with alpha = 0: the first of diffusers' flow sigmas
 Lay = Callable[[int], Sequence[float]]  # steps -> the times of their nodes on the denoiser's process
@@ -69,6 +69,36 @@ class Moved:
             got = f"shape {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
             raise DenoiserError(f"the denoiser returned {got} for x of shape {tuple(x.shape)}", "(x, t) -> x0")
         return x0.to(x.dtype)
+
+
+class Request(NamedTuple):
+    """What a peer is to do.
+
+    Attributes:
+        denoiser: on its own process. x: the state at the first time of that process, shape (n, ...).
+        seeds: of the samples, for what noise the peer draws.
+        nfe: most calls.
+        lay: a grid instead of the peer's own.
+        cond: what else the denoiser is given.
+        options: of the scheduler's configuration, or of the function.
+    """
+
+    denoiser: Denoiser
+    x: Tensor
+    seeds: Sequence[int]
+    nfe: int
+    lay: Lay | None
+    cond: dict[str, Any]
+    options: dict[str, Any]
+
+    def moved(self, process: Process) -> Counted:
+        """The denoiser on the peer's process, its calls counted."""
+        return Counted(Moved(self.denoiser, process, self.x.dtype, **self.cond))
+
+    def initial(self, sigma: float | Tensor) -> Tensor:
+        """The noise of x, of the deviation sigma, in float64."""
+        process = self.denoiser.process
+        return self.x.double() / process.sigma(process.t_max) * sigma
 
 
 def keyed(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Draw:

@@ -18,13 +18,13 @@ from torch import Tensor
 from pfode.denoiser import Denoiser
 from pfode.errors import UsageError, unknown
 from pfode.process import EDM, VE, Flow, Process, VPCosine, VPDiscrete, float64
-from pfode.samplers.measure.peers.moved import HIGHEST, Counted, Draw, Lay, Moved, keyed, levels
+from pfode.samplers.measure.peers.moved import HIGHEST, Counted, Draw, Request, keyed, levels
 from pfode.samplers.measure.peers.private import folder_of, private_copy
 
 __all__ = ["Scheduler", "find", "run"]
 
 INSTALL = "pip install diffusers"
-STEPS = 1000  # of the training that a scheduler is told of
+STEPS = 1000  # of training, that a scheduler is configured with
 
 PRECONDITIONED = ("edm_euler", "edm_dpmsolver_multistep", "cosine_dpmsolver_multistep")  # what the network says
 STAGED = {  # have stages between their sigmas: the sigma of an odd call
@@ -181,49 +181,42 @@ def _is_scheduler(found: Any, module: ModuleType) -> bool:
     return isinstance(found, type) and found.__module__ == module.__name__ and hasattr(found, "set_timesteps")
 
 
-def run(
-    name: str,
-    denoiser: Denoiser,
-    x: Tensor,
-    seeds: Sequence[int],
-    nfe: int,
-    steps: int,
-    lay: Lay | None,
-    cond: dict[str, Any],
-    options: dict[str, Any],
-) -> tuple[Tensor, int] | None:
-    module = find(name)
+def run(name: str, steps: int, request: Request) -> tuple[Tensor, int] | None:
+    """x0 in float64 by so many steps of a scheduler, and the calls made; None where it makes more than are allowed.
+
+    Raises:
+        UsageError: an option that the scheduler does not take, or a grid.
+    """
+    module, process, given = find(name), request.denoiser.process, request.options
     accepted = inspect.signature(getattr(_scheduler_module(module), name).__init__).parameters
-    strange = next((key for key in options if key not in accepted), None)
+    strange = next((key for key in given if key not in accepted), None)
     if strange is not None:
         raise unknown(f"option of {name}", strange, [key for key in accepted if key != "self"])
-    process = denoiser.process
-    config: dict[str, Any] = dict(options)
+    config: dict[str, Any] = {}
     if module in PRECONDITIONED:
-        low, high = levels(process, [process.t_min, process.t_max])
-        config = {"sigma_min": low, "sigma_max": high} | config
+        config["sigma_min"], config["sigma_max"] = levels(process, [process.t_min, process.t_max])
     elif "trained_betas" in accepted and module != "ipndm":
-        config = {"trained_betas": _betas(process)} | config
+        config["trained_betas"] = _betas(process)
     if "clip_sample" in accepted:
-        config = {"clip_sample": False} | config
+        config["clip_sample"] = False
     with _quietly():
-        scheduler = Scheduler(module, steps, **config)
-        if len(scheduler.inner.timesteps) > nfe:
+        scheduler = Scheduler(module, steps, **config | given)
+        if len(scheduler.inner.timesteps) > request.nfe:
             return None
         stops = hasattr(scheduler.inner, "sigmas") and scheduler.inner.sigmas[-1] > 0  # never steps to sigma = 0
-        if lay is not None:
-            scheduler.on(levels(process, lay(steps + 1)[:-1] if stops else lay(steps)))
+        if request.lay is not None:
+            scheduler.on(levels(process, request.lay(steps + 1)[:-1] if stops else request.lay(steps)))
         elif hasattr(scheduler.inner, "sigmas"):
             scheduler.inner.sigmas = scheduler.inner.sigmas.double()
-        first = scheduler.process.sigma(scheduler.times()[0])
-        moved = Counted(Moved(denoiser, scheduler.process, x.dtype, **cond))
-        start = x.double() / process.sigma(process.t_max) * first
-        return scheduler.sample(moved, start, keyed(seeds, x.shape[1:], x.device)), moved.calls
+        moved = request.moved(scheduler.process)
+        start = request.initial(scheduler.process.sigma(scheduler.times()[0]))
+        draw = keyed(request.seeds, request.x.shape[1:], request.x.device)
+        return scheduler.sample(moved, start, draw), moved.calls
 
 
 @functools.lru_cache(8)
 def _betas(process: Process) -> list[float]:
-    """Of the thousand training steps that a scheduler is told of."""
+    """The betas of a thousand training steps over the range of a process, which a scheduler is configured with."""
     high = process.t_max if process.alpha(process.t_max) > 0 else process.time(-2 * math.log(HIGHEST))
     ends = float64([process.t_min, high])
     if isinstance(process, EDM | VE):
@@ -243,7 +236,8 @@ def find(name: str) -> str:
     found: dict[str, str] = {}
     for file in sorted((folder_of("diffusers", INSTALL) / "schedulers").glob("scheduling_*.py")):
         module = file.stem.removeprefix("scheduling_")
-        found |= dict.fromkeys(re.findall(r"^class (\w+Scheduler)\(", file.read_text("utf-8"), re.M), module)
+        names = re.findall(r"^class (\w+Scheduler)\(", file.read_text("utf-8"), re.M)
+        found |= {one: module for one in names if "Inverse" not in one}  # those do not sample, they encode
     if name not in found:
         raise unknown("scheduler of diffusers", name, found)
     return found[name]
@@ -251,7 +245,8 @@ def find(name: str) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """What diffusers warns of when its own defaults meet a new NumPy."""
+    """Without what diffusers' own defaults warn of; what the network warns of is heard."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", "__array", DeprecationWarning)  # of a new NumPy
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"diffusers|pfode\.samplers\.measure\.peers")
         yield
