@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import checkpoint as rematerialise
 
 from pfode import noise
+from pfode._torch import transformed
 from pfode.denoiser import Bare, Denoiser, Preconditioned, at, preconditioned
 from pfode.errors import OtherModelWarning, UsageError, shortened
 from pfode.plans.rows import Row, Sums, add, folded, used
@@ -260,9 +261,9 @@ def _rows(
     preview: bool,
 ) -> Walk:
     """The loop. `calls`: every row, its network with its conditions, and the time told; `lent`: x is the caller's."""
-    x0, skipped = None, x
+    x0, skipped, alone = None, x, transformed() is None
     for k, (row, network, t) in enumerate(calls):
-        add(sums, x, row.state)
+        add(sums, x, row.state, alone)
         if preview:
             skipped = row.c_skip * x
         if row.c_in is not None:
@@ -275,14 +276,14 @@ def _rows(
             out = check_output(out, x)
         if preview:
             x0 = torch.addcmul(skipped, out, row.c_out)
-        add(sums, out if row.g is None else torch.addcmul(out, x, row.g), row.output)
+        add(sums, out if row.g is None else torch.addcmul(out, x, row.g), row.output, alone)
         made = sums.pop(0)
         x = torch.zeros_like(x) if made is None else made
         sums.append(None)
         landing = None
         if row.draws:
             xi = draw(k)
-            add(sums, xi, row.noise)
+            add(sums, xi, row.noise, alone)
             if row.fresh is not None:
                 mean, x = x, torch.addcmul(x, xi, row.fresh)
                 landing = Landing(x, mean, row.fresh) if preview else None

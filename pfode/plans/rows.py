@@ -63,16 +63,20 @@ class Rows(NamedTuple):
     window: int
 
 
-def add(sums: Sums, value: Tensor, terms: Terms) -> None:
-    """Add the multiples of a value to the sums: the one place where the factors of a plan meet the states."""
+def add(sums: Sums, value: Tensor, terms: Terms, in_place: bool = True) -> None:
+    """Add the multiples of a value to the sums: the one place where the factors of a plan meet the states.
+
+    Args:
+        in_place: whether a sum may be written over, as it may but inside `torch.func.vmap`, where a value can have a
+            dimension that the sum has not.
+    """
     for j, factor in terms:
         begun = sums[j]
         if begun is None:
             sums[j] = value * factor
-            continue
-        try:
+        elif in_place:
             sums[j] = begun.addcmul_(value, factor)
-        except RuntimeError:  # under torch.func.vmap a sum without the mapped dimension takes none in place
+        else:
             sums[j] = torch.addcmul(begun, value, factor)
 
 
