@@ -134,7 +134,7 @@ class Folded:
         )
 
 
-def fold(plan: Plan, pre: Preconditioning, scale: Tensor | None = None) -> Folded:
+def fold(plan: Plan, pre: Preconditioning, scale: Tensor | None = None, stages: bool = True) -> Folded:
     """The rows with the network's preconditioning folded in: m = q c_out (F + g x), the factor q c_out moved into b.
 
     m is not formed where that can be avoided: what it has of x joins the factors of the states. Where no later row
@@ -144,6 +144,7 @@ def fold(plan: Plan, pre: Preconditioning, scale: Tensor | None = None) -> Folde
     Args:
         pre: of the network at the plan's query times, each of shape (n,).
         scale: the register holds scale_k y_k at state k, shape (n + 1,), and c_in, c_skip are for that; None: y_k.
+        stages: whether an inner stage's state goes into the next row as it came out of this one.
     """
     p, q = row_affine(plan.prediction, plan.alpha[:-1], plan.sigma[:-1])
     r, r_prev, b, c = plan.r, plan.r_prev, plan.b, plan.c
@@ -160,7 +161,7 @@ def fold(plan: Plan, pre: Preconditioning, scale: Tensor | None = None) -> Folde
     kept = takes_part(g) & used(b, 1)
     learnt = own.requires_grad
     if b.shape[1] > 1:
-        if not learnt:
+        if stages and not learnt:
             only = ~(b[:, 1:].any(1) | r_prev.bool() | c.any(1) | used(b, 2) | plan.node[1:]) & (own.abs() > 0.2)
             back = torch.where(kept & only, b.roll(-1, 0)[:, 1] * g / own, 0.0).roll(1)  # what y_{k+1} gets for it
             kept &= ~only

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
+from pfode.plans.rows import Row, Sums, add
 from pfode.plans.table import Plan
 from pfode.process import float64
 from pfode.samplers.adapters.conventions import Convention
-from pfode.samplers.adapters.rows import Line, Table
+from pfode.samplers.adapters.rows import Table
 from pfode.samplers.adapters.timesteps import Timesteps
 
 __all__ = ["Run"]
@@ -70,9 +71,7 @@ class Run:
         self.fit(torch.empty((), dtype=torch.float32, device=self.timesteps.device))
 
     def forget(self) -> None:
-        self.past: list[Tensor] = []
-        self.noises: list[Tensor] = []
-        self.previous: Tensor | None = None
+        self.sums: Sums = [None] * self.table.window
         self.given: Tensor | None = None
         self.state: Tensor | None = None
         self.version = 0
@@ -134,6 +133,7 @@ class Run:
             raise UsageError(problem, f'from_config(..., options={{"eta": {eta:g}}}), and no eta in the call')
         self.plan, self.eta, self.whole = plan, eta, Table(plan, self.kind)
         self.table = self._from(self.offset) if self.offset else self.whole
+        self.sums += [None] * (self.table.window - len(self.sums))
         self.dense = None
         self.fit(torch.empty((), dtype=torch.float32, device=self.timesteps.device))
 
@@ -142,8 +142,8 @@ class Run:
         if self.dense is not None and self.dense.dtype is x.dtype and self.dense.device == x.device:
             return
         self.dense = self.table.columns.to(x.dtype).to(x.device)
-        rows = [row.unbind() for row in self.dense.unbind()]
-        self.lines = [self.table.line(k, row) for k, row in enumerate(rows)]
+        rows = [factors.unbind() for factors in self.dense.unbind()]
+        self.rows = [self.table.row(k, factors) for k, factors in enumerate(rows)]
 
     def nearest(self, timestep: Any) -> int:
         """The row at which a run can begin, of the timestep next to this one."""
@@ -177,33 +177,18 @@ class Run:
             self.go(index)
         self.begun = True
 
-    def advance(self, line: Line, x: Tensor, out: Tensor, noise: Tensor, theirs: Tensor) -> Tensor:
-        """The state after a row, from that before it and the network's output.
+    def advance(self, row: Row, x: Tensor, out: Tensor, noise: Tensor) -> Tensor:
+        """The state after a row, from that before it, the network's output and the row's noise, of which none is kept.
 
-        Args:
-            theirs: the caller's output, which it may write over before the next row: `out` may be it.
+        The caller may write over all of them, and over what it is given.
         """
-        table = self.table
-        made = out if line.g is None else torch.addcmul(out, x, line.g)
-        if table.ages and line.g is None and _shares(out, theirs):
-            made = out.clone()
-        past = [made, *self.past[: table.ages]] if table.ages else [made]
-        y = None if line.r is None else x * line.r
-        for j, factor in line.b:
-            y = past[j] * factor if y is None else y.addcmul_(past[j], factor)
-        if line.back is not None:
-            y = torch.addcmul(y, self.previous, line.back)  # type: ignore[arg-type]
-        if table.noise_ages >= 0:
-            self.noises = [noise, *self.noises[: table.noise_ages]]
-            for j, factor in line.c:
-                y = self.noises[j] * factor if y is None else torch.addcmul(y, self.noises[j], factor)
-        if table.ages:
-            self.past = past
-        if table.pair:
-            self.previous = x.clone()  # the pipeline may work on its latents in place
-        return torch.zeros_like(x) if y is None else y
-
-
-def _shares(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors lie in the same memory."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        sums = self.sums
+        add(sums, x, row.state)
+        add(sums, out if row.g is None else torch.addcmul(out, x, row.g), row.output)
+        made = sums.pop(0)
+        made = torch.zeros_like(x) if made is None else made
+        sums.append(None)
+        if row.draws:
+            add(sums, noise, row.noise)
+            made = made if row.fresh is None else torch.addcmul(made, noise, row.fresh)
+        return made

@@ -13,12 +13,13 @@ from pfode._torch import version
 from pfode.bounds import clipped, thresholded
 from pfode.errors import UsageError, number, unknown
 from pfode.optional import optional_module
+from pfode.plans.rows import Row
 from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.adapters import conventions, nodes
 from pfode.samplers.adapters.classes import LEARNED, translated
-from pfode.samplers.adapters.rows import Line, asked_levels
+from pfode.samplers.adapters.rows import asked_levels
 from pfode.samplers.adapters.run import Run
 from pfode.samplers.catalogue import Recipe, make_plan, recipe
 
@@ -349,23 +350,18 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             run.with_eta(number("eta", eta, 0.0))
         compiling = torch.compiler.is_compiling()
         if compiling:
-            line = run.table.line(0, run.dense[run.position - run.offset].unbind(), full=True)  # type: ignore[index]
+            row = run.table.row(0, run.dense[run.position - run.offset].unbind(), full=True)  # type: ignore[index]
             x = sample.to(run.dense.dtype)  # type: ignore[union-attr]
-            while len(run.past) < run.table.ages:
-                run.past.append(torch.zeros_like(x))
-            while len(run.noises) < run.table.noise_ages:
-                run.noises.append(torch.zeros_like(x))
-            if run.table.pair and run.previous is None:
-                run.previous = torch.zeros_like(x)
+            run.sums = [torch.zeros_like(x) if begun is None else begun for begun in run.sums]
         else:
             run.place(timestep)
             x = self._state(run, sample)
-            line = run.lines[run.position - run.offset]
+            row = run.rows[run.position - run.offset]
         out = model_output if model_output.dtype is x.dtype else model_output.to(x.dtype)
         if run.unusual:
-            out = self._denoised_again(line, x, out)
-        noise = self._noise(run, x, generator) if line.draws else x  # type: ignore[attr-defined]
-        x = run.advance(line, x, out, noise, model_output)
+            out = self._denoised_again(row, x, out)
+        noise = self._noise(run, x, generator) if row.draws else x  # type: ignore[attr-defined]
+        x = run.advance(row, x, out, noise)
         run.position += 1
         made = x if model_output.dtype is x.dtype else x.to(model_output.dtype)
         if not compiling:
@@ -382,13 +378,13 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         run.fit(x)
         return x
 
-    def _denoised_again(self, line: Line, x: Tensor, out: Tensor) -> Tensor:
+    def _denoised_again(self, row: Row, x: Tensor, out: Tensor) -> Tensor:
         """The network's output: its mean alone, and as if its denoiser were clipped."""
         if self.config["variance_type"] in LEARNED and out.shape[1] == 2 * x.shape[1]:
             out = out.chunk(2, 1)[0]
         if not (self.config["clip_sample"] or self.config["thresholding"]):
             return out
-        return (self._bounded(line.skip * x + line.out * out) - line.skip * x) / line.out
+        return (self._bounded(row.c_skip * x + row.c_out * out) - row.c_skip * x) / row.c_out
 
     def _bounded(self, x0: Tensor) -> Tensor:
         """Dynamic thresholding to [-1, 1], or clipping."""
