@@ -18,11 +18,6 @@ from pfode.prediction import PREDICTIONS
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.methods import (
-    HEUN,
-    HEUN_3,
-    MIDPOINT,
-    MIDPOINT_SLOPE,
-    RK4,
     Bdia,
     Belm,
     Edict,
@@ -44,6 +39,7 @@ from pfode.samplers.methods import (
 from pfode.samplers.names import FAMILIES, squeezed
 from pfode.samplers.stochastic import Ancestral, AncestralMidpoint, Churn, ErSde, Reverse, SaSolver
 from pfode.samplers.tape import Linear, Tape
+from pfode.tableau import HEUN2, HEUN3, MIDPOINT, RK4
 
 DEFAULT_STEPS = defaults.STEPS
 EVERY = tuple(CHARTS)
@@ -106,7 +102,9 @@ def _first(name: str) -> tuple[str, ...]:
 
 
 def _recipes() -> list[Recipe]:
-    heun, midpoint = RungeKutta(HEUN), RungeKutta(MIDPOINT)
+    heun, midpoint = RungeKutta(HEUN2), RungeKutta(MIDPOINT)
+    heun_3 = RungeKutta(HEUN3, support=((), (0,), ()))
+    midpoint_slope = RungeKutta(MIDPOINT, support=((), (0,)))
     ddim, dpm, plus = ("ddim",), ("dpm",), ("dpm++",)
     rows: list[Recipe] = []
 
@@ -122,11 +120,27 @@ def _recipes() -> list[Recipe]:
     add("exp-rk4", RungeKutta(RK4), weighted, 3, 3, "Kutta 1901", "the same, its interpolants integrated against w")
     add("dpm-1", EULER_STEP, dpm, 1, 1, f"{DPM}, eq. 3.7", "the same as ddim")
     add("dpm-2s", midpoint, dpm, 2, 2, f"{DPM}, alg. 1", "singlestep, r1 = 1/2")
-    add("dpm-3s", RungeKutta(HEUN_3), dpm, 3, 3, f"{DPM}, alg. 2", "singlestep, r1 = 1/3, r2 = 2/3")
+    add(
+        "dpm-3s",
+        heun_3,
+        dpm,
+        3,
+        3,
+        f"{DPM}, alg. 2",
+        "singlestep, r1 = 1/3, r2 = 2/3",
+    )
     add("dpm-2m", Multistep(2, variable), dpm, 2, 2, f"{DPM_PP}, on eps", "multistep")
     add("dpm-3m", Multistep(3, official), dpm, 2, 2, f"{DPM_PP}, on eps", "multistep, half the curvature as in code")
     add("dpm++2s", midpoint, plus, 2, 2, f"{DPM_PP}, alg. 1", "singlestep, r1 = 1/2")
-    add("dpm++3s", RungeKutta(HEUN_3), plus, 3, 3, f"{DPM_PP}, code", "singlestep, r1 = 1/3, r2 = 2/3")
+    add(
+        "dpm++3s",
+        heun_3,
+        plus,
+        3,
+        3,
+        f"{DPM_PP}, code",
+        "singlestep, r1 = 1/3, r2 = 2/3",
+    )
     add("dpm++2m", Multistep(2, variable), plus, 2, 2, f"{DPM_PP}, alg. 2", "official (midpoint) form")
     add("dpm++2m-heun", Multistep(2, exact), plus, 2, 2, f"{DPM_PP}, code", "exact slope: as exp-ab2, res-2m")
     add("dpm++3m", Multistep(3, official), plus, 2, 2, f"{DPM_PP}, code", "official form: half the curvature")
@@ -169,7 +183,15 @@ def _recipes() -> list[Recipe]:
                 source,
                 "with UniC",
             )
-    add("res-2s", RungeKutta(MIDPOINT_SLOPE), _first("dpm++"), 2, 2, f"{RES}, alg. 1", "singlestep, c2 = 1/2")
+    add(
+        "res-2s",
+        midpoint_slope,
+        _first("dpm++"),
+        2,
+        2,
+        f"{RES}, alg. 1",
+        "singlestep, c2 = 1/2",
+    )
     add("res-3s", Res3(), _first("dpm++"), 3, 3, f"{RES}; Hochbruck & Ostermann 2005, eq. 5.9", "stiff order 3")
     add("res-2m", Multistep(2, exact), plus, 2, 2, f"{RES}, alg. 2", "as exp-ab2")
     add("res-3m", Multistep(3, exact), plus, 3, 2, f"{RES}, section 4", "as exp-ab3")

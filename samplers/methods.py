@@ -7,7 +7,7 @@ combination of states, predictions and noise; rows are the tape's affair. With z
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from pfode.errors import number
 from pfode.prediction import PREDICTIONS
 from pfode.process import Process
 from pfode.samplers.tape import NOTHING, Linear, Tape, combined
+from pfode.tableau import Tableau
 
 
 @dataclass(frozen=True)
@@ -264,30 +265,6 @@ def taylor(space: Space, known: Sequence[Node], target: Node) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Tableau:
-    """A Runge-Kutta tableau: nodes c, rows a (row i makes stage i + 1, the last one the step).
-
-    `support` adds to the stages of non-zero weight those that the exponential form also interpolates through.
-    """
-
-    c: tuple[float, ...]
-    a: tuple[tuple[float, ...], ...]
-    support: tuple[tuple[int, ...], ...] = ()
-
-    def through(self, i: int) -> list[int]:
-        """The stages that row i interpolates through in the exponential form."""
-        extra = self.support[i] if self.support else ()
-        return [j for j, w in enumerate(self.a[i]) if w != 0 or j in extra]
-
-
-HEUN = Tableau((0.0, 1.0), ((1.0,), (0.5, 0.5)))
-MIDPOINT = Tableau((0.0, 0.5), ((0.5,), (0.0, 1.0)))
-MIDPOINT_SLOPE = replace(MIDPOINT, support=((), (0,)))
-HEUN_3 = Tableau((0.0, 1 / 3, 2 / 3), ((1 / 3,), (0.0, 2 / 3), (1 / 4, 0.0, 3 / 4)), support=((), (0,), ()))
-RK4 = Tableau((0.0, 0.5, 0.5, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)))
-
-
-@dataclass(frozen=True)
 class RungeKutta(Integrator):
     """A tableau in the clock u, its stages exponential or classical.
 
@@ -295,14 +272,21 @@ class RungeKutta(Integrator):
     exactly, W_ij = integral of w l_j + (a_ij - integral of l_j) mean w, with l_j the Lagrange basis on the stages of
     non-zero weight (those of equal c share theirs): a_ij again where w = 1, and no error from w where n is smooth.
     DPM-Solver-2, DPM-Solver-3 and DPM-Solver++(2S) (Lu et al. 2022) and RES-2S (Zhang et al. 2023) are such forms.
+
+    Args:
+        tableau: an explicit one.
+        classical: which form.
+        support: for every row of the tableau (`Tableau.rows`) stages that the exponential form interpolates through
+            besides those of non-zero weight.
     """
 
     tableau: Tableau
     classical: bool = False
+    support: tuple[tuple[int, ...], ...] = ()
 
     @property
     def calls(self) -> int:  # type: ignore[override]
-        return len(self.tableau.c)
+        return self.tableau.stages
 
     def inner(self, trail: Trail, target: Node) -> Linear:
         start, space = trail.node, trail.space
@@ -318,13 +302,14 @@ class RungeKutta(Integrator):
 
     def _classical(self, space: Space, nodes: Sequence[Node], i: int) -> list[float]:
         h = nodes[-1].u - nodes[0].u
-        row = self.tableau.a[i]
+        row = self.tableau.rows[i]
         return [h * a * space.chart.weight(space.process, nodes[j]) if a else 0.0 for j, a in enumerate(row)]
 
     def _exponential(self, space: Space, nodes: Sequence[Node], i: int) -> list[float]:
-        row, c = self.tableau.a[i], self.tableau.c
+        row, c = self.tableau.rows[i], self.tableau.c
+        extra = self.support[i] if self.support else ()
         end = c[i + 1] if i + 1 < len(c) else 1.0
-        used = self.tableau.through(i)
+        used = [j for j, w in enumerate(row) if w != 0 or j in extra]
         points = sorted({c[j] for j in used})
         share = [1 / sum(c[k] == c[j] for k in used) for j in used]
         integrals = space.integrate([nodes[c.index(p)] for p in points], nodes[0], nodes[i + 1])

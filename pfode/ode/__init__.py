@@ -1,7 +1,7 @@
 """Neural ODEs: solvers, step-size control, events and adjoints. Imports torch and numpy only.
 
     solver    a value with `init` and a pure `step(field, t0, t1, y0, carry) -> Step`: the new state, an estimate of its
-              error, dense output, the next carry (solver.py). Runge-Kutta methods are tableaus (tableau.py, tables.py);
+              error, dense output, the next carry (solver.py). Runge-Kutta methods are tableaus (tables.py);
               explicit.py steps them. A solver keeps no memory: what it wants to remember is its carry.
     field     the user's f on flat states (state.py): any tree of tensors is flattened once, to (n,), or to (batch, d)
               in per-sample mode. It counts its calls: nfe is not assumed. It lends out scratch memory.
@@ -21,8 +21,8 @@
 
 Times: the loop's own are float64, on the host in joint lanes; the field sees the state's real dtype. Steps end exactly
 at stops (the last output time, step_t, jump_t, a grid's nodes) and evaluate nothing outside; output times in between
-come from dense output of the method's own order, which tableau.py derives from the order conditions. Where a time needs
-a gradient, a step's ends are tensors: an end that is an output time moves with it, any other with ts[0].
+come from dense output of the method's own order, which pfode/tableau.py derives from the order conditions. Where a
+time needs a gradient, a step's ends are tensors: an end that is an output time moves with it, any other with ts[0].
 
 No operation in place happens to a tensor that gradients or transforms could see: `field.pure` says whether steps must
 be so. A failure (error not finite, equations not solved) is a rejected step; what then ends a solve is its Status, for
@@ -44,10 +44,10 @@ from pfode.ode.events import Event as Event
 from pfode.ode.events import Hits as Hits
 from pfode.ode.loop import Status as Status
 from pfode.ode.methods.explicit import RungeKutta as RungeKutta
-from pfode.ode.methods.tableau import Tableau as Tableau
 from pfode.ode.solve import SOLVERS as SOLVERS
 from pfode.ode.solve import Solution as Solution
 from pfode.ode.solve import solve as solve
 from pfode.ode.solve import steps as steps
 from pfode.ode.solver import Solver as Solver
 from pfode.ode.solver import Step as Step
+from pfode.tableau import Tableau as Tableau

@@ -27,9 +27,9 @@ from pfode.ode.adjoints.sources import FirstCall
 from pfode.ode.control import PID
 from pfode.ode.loop import FLOOR, STRETCH, Ahead, PerSample
 from pfode.ode.methods.explicit import RungeKutta
-from pfode.ode.methods.tableau import Tableau
 from pfode.ode.solver import RMS, Solver, Step, Time, clock
 from pfode.ode.state import Field, Layout, rebuild
+from pfode.tableau import Tableau
 
 _MOST = 64  # kernels that are kept
 _OPTIONS = (

@@ -8,8 +8,8 @@ from pfode.errors import NumericalError
 from pfode.ode import PID, SOLVERS, Status, solve
 from pfode.ode.methods import implicit_tables
 from pfode.ode.methods.newton import jacobian
-from pfode.ode.methods.tableau import order_of
 from pfode.ode.state import Field, Layout
+from pfode.tableau import order_of
 from tests.ode import problems
 from tests.ode.memory import peak
 

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
+from pfode import tableau
 from pfode.errors import UsageError
 from pfode.ode import Tableau
 from pfode.ode.methods import tables
-from pfode.ode.methods.tableau import elementary, gamma, order_of, trees
+from pfode.samplers import catalogue
+from pfode.samplers.methods import RungeKutta
+from pfode.tableau import elementary, gamma, order_of, trees
 
 
 def test_numbers_and_densities_of_trees():
@@ -56,3 +59,11 @@ def test_a_wrong_digit_is_refused(change, message):
     rk4 = {"name": "rk4", "order": 4, "a": tables.RK4.a, "b": tables.RK4.b}
     with pytest.raises(UsageError, match=message):
         Tableau(**{**rk4, **change})
+
+
+def test_samplers_and_solvers_step_the_same_tableaus():
+    assert tables.RK4 is tableau.RK4
+    method = catalogue.recipe("rk4").method
+    assert isinstance(method, RungeKutta)
+    assert method.tableau is tableau.RK4
+    assert tableau.HEUN3.rows == ((1 / 3,), (0.0, 2 / 3), (1 / 4, 0.0, 3 / 4))

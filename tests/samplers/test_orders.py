@@ -15,7 +15,8 @@ from pfode import iterate, run
 from pfode.chart import CHARTS
 from pfode.plans.table import Plan
 from pfode.samplers import CATALOGUE, Recipe, make_plan
-from pfode.samplers.methods import RungeKutta, Tableau
+from pfode.samplers.methods import RungeKutta
+from pfode.tableau import Tableau
 from tests import problems
 from tests.samplers.measured import agree
 
@@ -95,8 +96,8 @@ def test_all_charts_converge_to_the_same_end(chart, name, process):
     assert math.log2(errors[0] / errors[1]) > CATALOGUE[name].order - 0.35
 
 
-KUTTA_3 = Tableau((0.0, 0.5, 1.0), ((0.5,), (-1.0, 2.0), (1 / 6, 2 / 3, 1 / 6)))
-RALSTON = Tableau((0.0, 2 / 3), ((2 / 3,), (1 / 4, 3 / 4)))
+KUTTA_3 = Tableau("kutta3", 3, [[], [0.5], [-1.0, 2.0]], [1 / 6, 2 / 3, 1 / 6])
+RALSTON = Tableau("ralston", 2, [[], [2 / 3]], [1 / 4, 3 / 4])
 
 
 @pytest.mark.parametrize("chart", CHARTS)

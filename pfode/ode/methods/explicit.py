@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pfode._torch import version
-from pfode.ode.methods.tableau import Tableau
 from pfode.ode.solver import Dense, Step, Time, clock, column
 from pfode.ode.state import Field, Loan, changed
+from pfode.tableau import Tableau
 
 
 @dataclass(frozen=True, eq=False)

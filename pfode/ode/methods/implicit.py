@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pfode.ode.methods.implicit_tables import IMPLICIT, KVAERNO5, RADAU5
 from pfode.ode.methods.newton import Factors, Found, Jacobian, Rows, damped, factor, jacobian, newton, tolerance
-from pfode.ode.methods.tableau import Tableau
 from pfode.ode.solver import Dense, Step, Time, clock, column
 from pfode.ode.state import Field, leaves, rebuild
+from pfode.tableau import Tableau
 
 _SIMPLIFIED = 8  # iterations with a Jacobian that is kept
 _EXACT = 24  # with one of their own, where a fixed step would fail otherwise

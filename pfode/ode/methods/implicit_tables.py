@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from pfode.ode.methods.tableau import Tableau
+from pfode.tableau import Tableau
 
 
 def _collocation(name: str, order: int, nodes: list[float], explicit: float = 0.0) -> Tableau:

@@ -1,14 +1,9 @@
 """The explicit tableaus, by name. Each is checked when this module is imported; the source stands beside its digits."""
 
-from pfode.ode.methods.tableau import Tableau
+from pfode.tableau import EULER, HEUN2, HEUN3, MIDPOINT, RK4, Tableau
 
-EULER = Tableau("euler", 1, [[]], [1])
-MIDPOINT = Tableau("midpoint", 2, [[], [1 / 2]], [0, 1])
-HEUN2 = Tableau("heun2", 2, [[], [1]], [1 / 2, 1 / 2])
 RALSTON = Tableau("ralston", 2, [[], [2 / 3]], [1 / 4, 3 / 4], error=[-3 / 4, 3 / 4], embedded=1)
-HEUN3 = Tableau("heun3", 3, [[], [1 / 3], [0, 2 / 3]], [1 / 4, 0, 3 / 4])
-# Kutta 1901: the classic rule and the 3/8 rule
-RK4 = Tableau("rk4", 4, [[], [1 / 2], [0, 1 / 2], [0, 0, 1]], [1 / 6, 1 / 3, 1 / 3, 1 / 6])
+# Kutta 1901: the 3/8 rule
 RK4_38 = Tableau("rk4-38", 4, [[], [1 / 3], [-1 / 3, 1], [1, -1, 1]], [1 / 8, 3 / 8, 3 / 8, 1 / 8])
 
 # Heun with Euler embedded

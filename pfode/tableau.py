@@ -88,6 +88,14 @@ class Tableau:
         return len(self.b)
 
     @functools.cached_property
+    def rows(self) -> tuple[tuple[float, ...], ...]:
+        """Of an explicit method the weights of every stage after the first and, last, of the solution: row i is over
+        the first i + 1 stages.
+        """
+        inner = (tuple(self.matrix[i, :i].tolist()) for i in range(1, self.stages))
+        return (*inner, tuple(float(weight) for weight in self.b))
+
+    @functools.cached_property
     def explicit(self) -> bool:
         """Whether every stage needs only those before it."""
         return not np.triu(self.matrix).any()
@@ -240,3 +248,11 @@ def _solve_conditions(a: np.ndarray, b: np.ndarray, order: int, closes: bool, en
         wanted = np.concatenate([(ahead[:, s:] @ values_at.T).ravel() - rest @ p, -small @ p])
         p = p + free @ np.linalg.lstsq(np.concatenate([rest, small]) @ free, wanted, rcond=None)[0]
     return p.reshape(s, degree)
+
+
+# What ODE solvers and samplers share
+EULER = Tableau("euler", 1, [[]], [1])
+MIDPOINT = Tableau("midpoint", 2, [[], [1 / 2]], [0, 1])
+HEUN2 = Tableau("heun2", 2, [[], [1]], [1 / 2, 1 / 2])
+HEUN3 = Tableau("heun3", 3, [[], [1 / 3], [0, 2 / 3]], [1 / 4, 0, 3 / 4])
+RK4 = Tableau("rk4", 4, [[], [1 / 2], [0, 1 / 2], [0, 0, 1]], [1 / 6, 1 / 3, 1 / 3, 1 / 6])  # Kutta 1901
