@@ -257,7 +257,7 @@ def parse_seeds(text: str) -> list[int]:
             raise UsageError(f"--seeds: more than {MAX_SAMPLES} seeds", "several runs with a part each")
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):
-        raise UsageError("--seeds: a seed stands there twice", "each seed is one picture: name it once")
+        raise UsageError("--seeds: a seed appears twice", "each seed is one picture: name it once")
     return seeds
 
 

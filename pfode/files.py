@@ -262,7 +262,7 @@ def parse_json(where: str, raw: bytes, what: str = "JSON") -> Any:
         if len(found) < len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise ValueError(f"{twice!r:.60} stands there twice")
+            raise ValueError(f"{twice!r:.60} appears twice")
         return found
 
     def integer(digits: str) -> int:

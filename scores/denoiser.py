@@ -224,18 +224,15 @@ class Denoiser(Preconditioned, Published):
 
 
 def positive(name: str, value: object) -> float:
-    """A finite number above 0.
+    """A number from 1e-30 to 1e30, whose square is a number as well.
 
     Raises:
         UsageError: it is none.
     """
     try:
-        found = number(name, value)
-    except UsageError:
-        found = 0.0
-    if found <= 0:
-        raise UsageError(f"{name}: need a positive number, got {value!r:.60}", f"{name}=0.5")
-    return found
+        return number(name, value, 1e-30, 1e30)
+    except UsageError as error:
+        raise UsageError(f"{name}: need a positive number up to 1e30, got {value!r:.60}", f"{name}=0.5") from error
 
 
 def sides(shape: object) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ from pfode.tensors import read_tensors
 
 __all__ = ["load_folder"]
 
-# DiT networks were saved as Transformer2DModel once, with the fields of its other uses at these values
+# DiT networks were once saved as Transformer2DModel, whose other fields then have these values
 DIT_BEFORE = {
     "attention_type": "default", "cross_attention_dim": None, "double_self_attention": False,
     "num_vector_embeds": None, "only_cross_attention": False, "use_linear_projection": False, "caption_channels": None,
@@ -77,6 +77,7 @@ def load_folder(folder: Path, process: Process | None = None, prediction: str | 
 
 
 def _scheduler(file: Path, index: Mapping[str, Any]) -> Stated:
+    """Process, prediction and time scale that the configuration of a scheduler states."""
     config = read_json(file)
     _same_class(file, config, index.get("scheduler"))
     try:
@@ -86,7 +87,11 @@ def _scheduler(file: Path, index: Mapping[str, Any]) -> Stated:
 
 
 def _same_class(file: Path, config: Mapping[str, Any], entry: Any) -> None:
-    """The class of a component as its own configuration and the pipeline's name it."""
+    """Refuse a component whose class is not the one that model_index.json names.
+
+    Raises:
+        FileError: the two differ.
+    """
     if entry is not None and config.get("_class_name") != entry[1]:
         raise FileError(
             f"{file}: _class_name: {shown(config.get('_class_name'))}, but model_index.json has {entry[1]!r}"
@@ -94,6 +99,7 @@ def _same_class(file: Path, config: Mapping[str, Any], entry: Any) -> None:
 
 
 def _network(place: Path, index: Mapping[str, Any]) -> Adapter:
+    """The network of a pipeline or a component, with its weights."""
     entry = index.get(PIPELINES[index["_class_name"]]) if index else None
     name = read_json(place / "config.json").get("_class_name")
     model, name, config = _component(place, "DiTTransformer2DModel" if name == "Transformer2DModel" else name, entry)
@@ -103,7 +109,19 @@ def _network(place: Path, index: Mapping[str, Any]) -> Adapter:
 
 
 def _component(place: Path, wanted: Any, entry: Any) -> tuple[Any, str, dict[str, Any]]:
-    """A model with its weights, its class and its configuration."""
+    """A component with its weights.
+
+    Args:
+        place: its folder.
+        wanted: the name of the class it should be.
+        entry: what model_index.json says of it, [library, class]; None without one.
+
+    Returns:
+        The model, the name of its class, and its configuration.
+
+    Raises:
+        FileError: it is of another class, a field is wrong, or its weights are not exactly those of the model.
+    """
     file = place / "config.json"
     found = read_json(file)
     if entry is not None and found.get("_class_name") != entry[1] and wanted != entry[1]:
@@ -125,7 +143,7 @@ def _component(place: Path, wanted: Any, entry: Any) -> tuple[Any, str, dict[str
     expected, named = set(model.state_dict()), {}
     for name, value in tensors.items():
         if _renamed(name, expected) in named:
-            raise FileError(f"{where(name)}: tensor {name!r} stands there twice, under an older name too")
+            raise FileError(f"{where(name)}: tensor {name!r} appears twice, under an older name too")
         named[_renamed(name, expected)] = value
     fill(model, named, where)
     return model, wanted, config
@@ -161,7 +179,10 @@ def _labels(folder: Path, index: Mapping[str, Any], network: Adapter) -> list[st
 
 
 def read_weights(place: Path) -> tuple[dict[str, Tensor], Callable[[str], Path]]:
-    """All tensors of a folder, and the file that each belongs to.
+    """All tensors of a component.
+
+    Returns:
+        The tensors by their names, and a function that gives the file of a name, for messages.
 
     Raises:
         FileError: a file is missing or damaged, or shards and their index disagree.

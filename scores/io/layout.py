@@ -21,7 +21,11 @@ PIPELINES = {
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], Path, Path | None]:
-    """The model_index.json ({} without one), the folder of the network, and the scheduler's file if there is one.
+    """What a folder of diffusers consists of: a pipeline, one component, or a checkpoint of a training script.
+
+    Returns:
+        The content of model_index.json ({} where there is none), the folder of the network, and the file of the
+        scheduler's configuration if there is one.
 
     Raises:
         FileError: none of what diffusers writes, or a pipeline of another kind.
@@ -62,7 +66,6 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         FileError: it cannot be read, is too large, no JSON object, or has a field twice.
     """
-
     value = parse_json(str(file), read_file(file, MAX_JSON, "a configuration file"))
     if not isinstance(value, dict):
         raise FileError(f"{file}: expected a JSON object, got {type(value).__name__}")
@@ -70,7 +73,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def weight_files(place: Path) -> tuple[list[Path], dict[str, Path] | None, Path]:
-    """The files of weights in a folder, where shards say each tensor is, and the file that messages name.
+    """The files that hold the weights of a component.
+
+    Returns:
+        The files; for shards the file of every tensor as the index states it, else None; and the file to name in
+        messages about all of them.
 
     Raises:
         FileError: none, none that is safe to read, or a broken index of shards.
@@ -89,7 +96,9 @@ def weight_files(place: Path) -> tuple[list[Path], dict[str, Path] | None, Path]
         for name, file in entries.items():
             plain_name = isinstance(file, str) and file.isprintable() and Path(file).name == file
             if not plain_name or not file.endswith(".safetensors"):
-                raise FileError(f"{index}: weight_map: {name!r:.80}: no name of a safetensors file: {shown(file)}")
+                raise FileError(
+                    f"{index}: weight_map: {name!r:.80}: this is no name of a safetensors file: {shown(file)}"
+                )
         placed = {name: place / file for name, file in entries.items()}
         return sorted(set(placed.values())), placed, index
     if len(variants) == 1:

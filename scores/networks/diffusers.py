@@ -101,6 +101,11 @@ class Adapter(nn.Module):
     """A network of diffusers, called as pfode calls networks: (x, c_noise, label) -> out.
 
     Output channels beyond those of the input (a learned variance) are dropped.
+
+    Args:
+        model: the network itself.
+        name: of its class in diffusers, one of `NETWORKS`.
+        config: its configuration, as `check_config` returns it.
     """
 
     def __init__(self, model: nn.Module, name: str, config: Mapping[str, Any]):
@@ -140,7 +145,7 @@ class Adapter(nn.Module):
 
 
 class _Differentiable(TorchFunctionMode):
-    """Within it group normalisation has a forward-mode derivative: torch's views its input as rows."""
+    """Within it group normalisation has a forward-mode derivative: torch's own needs a contiguous input."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.nn.functional.group_norm, torch.group_norm):
@@ -170,7 +175,8 @@ def check_config(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"{name}: patch_size: {c['patch_size']} does not divide the sample_size {c['sample_size']}")
     if name in NETWORKS and (c["out_channels"] or c["in_channels"]) not in (c["in_channels"], 2 * c["in_channels"]):
         raise UsageError(
-            f"{name}: out_channels: {c['out_channels']} for in_channels = {c['in_channels']}: not what denoises them"
+            f"{name}: out_channels: {c['out_channels']} for in_channels = {c['in_channels']}: a denoising network has"
+            " as many, or twice as many"
         )
     for key in ("latents_mean", "latents_std"):
         if c.get(key) is not None and len(c[key]) != c["latent_channels"]:

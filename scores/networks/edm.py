@@ -161,8 +161,8 @@ class SongUNet(Network):
         self.map_layer0 = nn.Linear(noise, embedding)
         self.map_layer1 = nn.Linear(embedding, embedding)
 
-        def block(width_in: int, width: int, way: str = "", attention: bool = False) -> Block:
-            return Block(width_in, width, embedding, True, c["dropout"], taps, way, attention)
+        def block(width_in: int, width: int, resampling: str = "", attention: bool = False) -> Block:
+            return Block(width_in, width, embedding, True, c["dropout"], taps, resampling, attention)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         skips, width, beside = [base], base, c["in_channels"]
@@ -258,8 +258,8 @@ class DhariwalUNet(Network):
         self.map_layer1 = nn.Linear(embedding, embedding)
         self.map_label = nn.Linear(self.classes, embedding, bias=False) if self.classes else None
 
-        def block(width_in: int, width: int, way: str = "", attention: bool = False) -> Block:
-            return Block(width_in, width, embedding, False, c["dropout"], [1, 1], way, attention)
+        def block(width_in: int, width: int, resampling: str = "", attention: bool = False) -> Block:
+            return Block(width_in, width, embedding, False, c["dropout"], [1, 1], resampling, attention)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         width = base * c["channel_mult"][0]
@@ -341,8 +341,8 @@ class EDM2UNet(Network):
         self.emb_noise = MPConv(noise, embedding)
         self.emb_label = MPConv(self.classes, embedding) if self.classes else None
 
-        def block(width_in: int, width: int, encoder: bool, way: str = "", attention: bool = False) -> MPBlock:
-            return MPBlock(width_in, width, embedding, c, encoder, way, attention)
+        def block(width_in: int, width: int, encoder: bool, resampling: str = "", attention: bool = False) -> MPBlock:
+            return MPBlock(width_in, width, embedding, c, encoder, resampling, attention)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         width = widths[0]

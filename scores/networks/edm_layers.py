@@ -36,33 +36,38 @@ def filter2d(taps: "list[float] | tuple[float, ...]") -> Tensor:
 
 
 def halve(x: Tensor, f: Tensor, padding: int) -> Tensor:
+    """Filter every channel with f and keep every second pixel."""
     width = x.shape[1]
     return functional.conv2d(x, f.to(x.dtype).expand(width, -1, -1, -1), groups=width, stride=2, padding=padding)
 
 
 def double(x: Tensor, f: Tensor, padding: int) -> Tensor:
+    """Put a zero between pixels and filter every channel with 4 f, which keeps the mean."""
     width = x.shape[1]
     kernel = (4 * f.to(x.dtype)).expand(width, -1, -1, -1)
     return functional.conv_transpose2d(x, kernel, groups=width, stride=2, padding=padding)
 
 
 class Resample(nn.Module):
-    """Half or double the side, by the filter alone."""
+    """Halve (resampling "down") or double ("up") the side by a filter alone."""
 
     resample_filter: Tensor
 
-    def __init__(self, way: str, taps: list[float]):
+    def __init__(self, resampling: str, taps: list[float]):
         super().__init__()
-        self.way = way
+        self.resampling = resampling
         self.register_buffer("resample_filter", filter2d(taps))
 
     def forward(self, x: Tensor) -> Tensor:
         f = self.resample_filter
-        return {"down": halve, "up": double}[self.way](x, f, (f.shape[-1] - 1) // 2)
+        return {"down": halve, "up": double}[self.resampling](x, f, (f.shape[-1] - 1) // 2)
 
 
 class Conv(nn.Conv2d):
-    """A convolution that keeps the side, or halves or doubles it before; `fused`: halves it after, padding once."""
+    """A convolution that keeps the side (resampling ""), or halves or doubles it first ("down", "up").
+
+    With `fused` the side is halved after the convolution, and both are padded at once.
+    """
 
     resample_filter: Tensor
 
@@ -71,27 +76,32 @@ class Conv(nn.Conv2d):
         width_in: int,
         width: int,
         kernel: int,
-        way: str = "",
+        resampling: str = "",
         taps: list[float] | None = None,
         fused: bool = False,
     ):
         super().__init__(width_in, width, kernel, padding=kernel // 2)
-        self.way = "fused" if fused else way
-        if way:
+        self.resampling = "fused" if fused else resampling
+        if resampling:
             self.register_buffer("resample_filter", filter2d(taps or [1, 1]))
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.way:
+        if not self.resampling:
             return super().forward(input)
         f = self.resample_filter
         padding = (f.shape[-1] - 1) // 2
-        if self.way == "fused":
+        if self.resampling == "fused":
             wide = functional.conv2d(input, self.weight, self.bias, padding=self.weight.shape[-1] // 2 + padding)
             return halve(wide, f, 0)
-        return super().forward({"down": halve, "up": double}[self.way](input, f, padding))
+        return super().forward({"down": halve, "up": double}[self.resampling](input, f, padding))
 
 
 def group_norm(width: int, eps: float) -> nn.GroupNorm:
+    """Group normalisation in groups of 4 channels or more, at most 32 groups.
+
+    Raises:
+        UsageError: the groups do not divide the width.
+    """
     groups = max(1, min(32, width // 4))
     if width % groups:
         raise UsageError(f"model_channels: a width of {width} does not divide into {groups} groups")
@@ -99,7 +109,11 @@ def group_norm(width: int, eps: float) -> nn.GroupNorm:
 
 
 def heads_of(width: int, channels: int) -> int:
-    """Attention heads of that many channels each; 0 where the width is less."""
+    """How many attention heads of `channels` channels there are; 0 where the width is less than one.
+
+    Raises:
+        UsageError: they do not divide the width.
+    """
     heads = width // channels
     if heads and width % heads:
         raise UsageError(f"model_channels: a width of {width} does not divide into {heads} attention heads")
@@ -107,15 +121,15 @@ def heads_of(width: int, channels: int) -> int:
 
 
 class Block(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, plus the input; then attention. `song`: as in DDPM++, else as in ADM.
+    """A residual block: norm, SiLU, conv, norm, SiLU, conv, plus the input; then attention.
 
-    The embedding is added between the convolutions (DDPM++) or scales and shifts the second norm (ADM); sums are
-    scaled by 1/sqrt(2) in DDPM++.
+    `song` makes it that of DDPM++, else it is that of ADM. The embedding is added between the convolutions (DDPM++) or
+    scales and shifts the second norm (ADM); sums are scaled by 1/sqrt(2) in DDPM++.
     """
 
     def __init__(
-        self, width_in: int, width: int, embedding: int, song: bool, dropout: float, taps: list[float], way: str = "",
-        attention: bool = False,
+        self, width_in: int, width: int, embedding: int, song: bool, dropout: float, taps: list[float],
+        resampling: str = "", attention: bool = False,
     ):  # fmt: skip
         super().__init__()
         eps = 1e-6 if song else 1e-5
@@ -123,15 +137,15 @@ class Block(nn.Module):
         self.heads = (1 if song else heads_of(width, 64)) if attention else 0
         self.scale = math.sqrt(0.5) if song else 1.0
         self.norm0 = group_norm(width_in, eps)
-        self.conv0 = Conv(width_in, width, 3, way, taps)
+        self.conv0 = Conv(width_in, width, 3, resampling, taps)
         self.affine = nn.Linear(embedding, width if song else 2 * width)
         self.norm1 = group_norm(width, eps)
         self.conv1 = Conv(width, width, 3)
         self.skip: nn.Module | None = None
-        if width != width_in or (way and song):
-            self.skip = Conv(width_in, width, 1, way, taps)
-        elif way:
-            self.skip = Resample(way, taps)
+        if width != width_in or (resampling and song):
+            self.skip = Conv(width_in, width, 1, resampling, taps)
+        elif resampling:
+            self.skip = Resample(resampling, taps)
         if self.heads:
             self.norm2 = group_norm(width, eps)
             self.qkv = Conv(width, 3 * width, 1)
@@ -234,14 +248,14 @@ class MPFourier(nn.Module):
 
 
 class MPBlock(nn.Module):
-    """A residual block of EDM2 (figure 21): `way` is "", "up" or "down"; `encoder` blocks normalise their input."""
+    """A residual block of EDM2 (figure 21): resampling "", "up" or "down"; `encoder` blocks normalise their input."""
 
     def __init__(
-        self, width_in: int, width: int, embedding: int, config: Mapping[str, Any], encoder: bool, way: str = "",
+        self, width_in: int, width: int, embedding: int, config: Mapping[str, Any], encoder: bool, resampling: str = "",
         attention: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.config, self.encoder, self.way = config, encoder, way
+        self.config, self.encoder, self.resampling = config, encoder, resampling
         self.heads = heads_of(width, config["channels_per_head"]) if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(width if encoder else width_in, width, 3)
@@ -254,9 +268,9 @@ class MPBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         c = self.config
-        if self.way:
+        if self.resampling:
             f = filter2d(c["resample_filter"]).to(x.device)
-            x = {"down": halve, "up": double}[self.way](x, f, (f.shape[-1] - 1) // 2)
+            x = {"down": halve, "up": double}[self.resampling](x, f, (f.shape[-1] - 1) // 2)
         if self.encoder:
             x = unit(x if self.conv_skip is None else self.conv_skip(x), 1)
         h = self.conv_res0(mp_silu(x))

@@ -225,7 +225,7 @@ class Norm(nn.GroupNorm):
         super().__init__(width // math.gcd(16, width), width)
 
     def forward(self, input: Tensor) -> Tensor:
-        # torch's forward-mode derivative of it views its input as rows
+        # the forward-mode derivative of torch's group norm needs a contiguous input
         return super().forward(input.contiguous() if transformed(input) else input)
 
 
@@ -272,7 +272,7 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head)) v; shapes (batch, heads, pixels, head)."""
+    """Attention, softmax(q k^T / sqrt(head)) v; all of shape (batch, heads, pixels, head)."""
     slow = q.device.type == "cpu" and q.requires_grad  # the fused kernel's backward pass is 2 to 7 times slower there
     if slow or transformed(q):  # and none has a forward-mode derivative
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1).to(v.dtype) @ v

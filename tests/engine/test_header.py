@@ -92,7 +92,7 @@ def test_hostile_headers(header, tmp_path):
 
 def test_a_last_name_twice_among_many_is_found_in_one_pass():
     raw = "{" + ",".join(f'"{i}":0' for i in range(200_000)) + ',"199999":0}'
-    with pytest.raises(FileError, match="'199999' stands there twice"):
+    with pytest.raises(FileError, match="'199999' appears twice"):
         parse_json("x", raw.encode())
 
 

@@ -167,6 +167,7 @@ def test_what_is_no_process_is_refused_where_it_is_given(process, hint):
         ({"prediction": pfode.EDM()}, "unknown prediction"),
         ({"prediction": ["eps"]}, "unknown prediction"),
         ({"sigma_data": "1"}, "sigma_data: need a positive number"),
+        ({"sigma_data": 1e308}, "sigma_data: need a positive number up to 1e30"),
         ({"time_scale": torch.ones(2)}, "time_scale: need a positive number"),
         ({"shape": 2}, "shape: expected the sides"),
         ({"shape": "22"}, "shape: expected the sides"),

@@ -159,6 +159,7 @@ def test_every_flipped_bit_is_refused(model):
         ({"config": {"prediction": ["edm"]}}, "prediction"),
         ({"config": {"sigma_data": 0}}, "sigma_data"),
         ({"config": {"sigma_data": True}}, "sigma_data"),
+        ({"config": {"sigma_data": 1e308}}, "sigma_data"),
         ({"config": {"time_scale": "1"}}, "time_scale"),
         ({"config": {"shape": [3, 8, 8]}}, "shape"),
         ({"config": {"labels": ["a", "b"]}}, "labels"),

@@ -187,7 +187,7 @@ def test_the_oldest_pipelines(tmp_path, saved):
     t = torch.tensor(300.0)
     assert torch.equal(pfode.load(flat)(X, t), pfode.load(saved)(X, t))
     save_file({**tensors, "mid_block.attentions.0.to_q.bias": torch.zeros(16)}, flat / f"{STEM}.safetensors")
-    with pytest.raises(FileError, match="stands there twice"):
+    with pytest.raises(FileError, match="appears twice"):
         pfode.load(flat)
 
 
