@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from pfode.cli.settings import (
     parse_set,
     seed_range,
 )
-from pfode.errors import UsageError, number
+from pfode.errors import UsageError
 from pfode.header import read_header
 from pfode.scores.io.find import model_path
 from pfode.scores.io.pictures import read_picture
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pfode.plans.table import Plan
-    from pfode.process import Process
     from pfode.samplers import Adaptive
 
 __all__ = ["OF_THE_MODEL", "Cost", "Job", "prepare", "settings"]
@@ -116,8 +114,11 @@ class Job:
 
     @functools.cached_property
     def classes(self) -> list[int]:
-        """The class of each picture by number; empty: unconditional."""
-        return find_classes(self.options["label"], self.net, len(self.seeds))
+        """The class of each picture by number; none without classes."""
+        from pfode.samplers.settle import classes
+
+        found = classes(self.net, _label(self.options), len(self.seeds))
+        return [] if found is None else found.tolist()
 
     @property
     def how(self) -> dict[str, Any]:
@@ -155,59 +156,97 @@ class Job:
 
 
 def prepare(options: dict[str, Any]) -> Job:
-    """Load model and plan, resolve the rest. Everything that can be wrong is found here, before sampling.
+    """The job that the options describe. Everything that can be wrong is found here, before anything is drawn.
 
     Raises:
         PfodeError: an option that the model, the plan or the machine cannot carry out.
     """
-    import torch
-
-    from pfode.cli import images
-    from pfode.samplers.settle import find_device
+    from pfode.samplers.settle import classes, find_device
 
     device = find_device(options["device"])
-    path = model_path(options["model"])
-    net: Any = pfode.load(path)
-    if hasattr(net, "decode"):
-        net = net.to(device)
-    if options["dtype"]:
-        net = net.to(dtype=getattr(torch, DTYPES[options["dtype"]]))
-    digests: dict[str, str | None] = {"sampler": None, "init": None}
-    digests["model"] = model_digest(path)
-    check_digest(options, "model", digests["model"])
-    shape, model = picture_shape(net), net
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise UsageError(
-            f"model {options['model']!r}: samples of shape {shape} are no pictures", "use pfode.sample in Python"
-        )
-    if options["label"] is None and net.labels:
+    model, digest = load_model(options, device)
+    if options["label"] is None and model.labels:
         options = {**options, "label": "all"}
-    find_classes(options["label"], net, 1)  # raises where there is no such class
-    net = guided(options, net)
-    plan, digests["sampler"] = find_plan(options, net)
-    if options["trajectory"] is not None and not isinstance(plan, pfode.Plan):
-        problem = f"--trajectory: {plan.name} chooses its own steps for every picture: they share no frames"
-        raise UsageError(problem, "leave it out, or a sampler of fixed steps")
-    if options["brownian"] and not plan.stochastic:
-        raise UsageError(f"--brownian: {plan.name} draws no noise", "leave it out, or see the samplers that do")
-    init = None
-    if options["init"] is not None:
-        if shape != model.shape:
-            raise UsageError(f"--init: model {options['model']!r} draws latents, not pictures", "leave --init out")
-        raw = read_picture(options["init"])
-        init = images.from_picture(options["init"], raw, shape)
-        digests["init"] = hashlib.sha256(raw).hexdigest()
-        check_digest(options, "init", digests["init"])
+    classes(model, _label(options), 1)  # raises where there is no such class
+    net = guided(options, model)
+    plan, plan_digest = find_plan(options, net)
+    init, init_digest = read_init(options, model)
     n = options["n"] or (len(net.labels) if options["label"] == "all" and net.labels else defaults.SAMPLES)
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
+    digests = {"model": digest, "sampler": plan_digest, "init": init_digest}
     job = Job(options, net, model, plan, init, digests, device, seeds)
-    shown = len(job.sheet.seeds)
-    size = images.sheet_size(shown, *shape[1:], job.scale, job.columns)
-    frames = plan.steps + 1 if options["trajectory"] is not None and isinstance(plan, pfode.Plan) else 0
-    if size[0] * size[1] * frames > 4 * images.MAX_PIXELS:
-        frames = f"{frames} frames of twice {size[1]} x {size[0]} pixels"
-        raise UsageError(f"--trajectory: {frames} are too many", "a smaller --n or --scale")
+    check_pictures(job)
     return job
+
+
+def load_model(options: dict[str, Any], device: "torch.device") -> tuple[Any, str | None]:
+    """The model in its precision, with its digest; its autoencoder, if it has one, on the device.
+
+    Raises:
+        PfodeError: as `pfode.load`. FileError: not the model of --like. UsageError: its samples are no pictures.
+    """
+    import torch
+
+    path = model_path(options["model"])
+    model: Any = pfode.load(path)
+    if hasattr(model, "decode"):
+        model = model.to(device)
+    if options["dtype"]:
+        model = model.to(dtype=getattr(torch, DTYPES[options["dtype"]]))
+    digest = model_digest(path)
+    check_digest(options, "model", digest)
+    shape = picture_shape(model)
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        problem = f"model {options['model']!r}: samples of shape {shape} are no pictures"
+        raise UsageError(problem, "use pfode.sample in Python")
+    return model, digest
+
+
+def read_init(options: dict[str, Any], model: Any) -> "tuple[Tensor | None, str | None]":
+    """The picture of --init as a sample of the model, with its digest; None without it.
+
+    Raises:
+        UsageError: a model of latents. FileError: no picture, or not that of --like.
+    """
+    from pfode.cli import images
+
+    if options["init"] is None:
+        return None, None
+    shape = picture_shape(model)
+    if shape != model.shape:
+        raise UsageError(f"--init: model {options['model']!r} draws latents, not pictures", "leave --init out")
+    raw = read_picture(options["init"])
+    init = images.from_picture(options["init"], raw, shape)
+    digest = hashlib.sha256(raw).hexdigest()
+    check_digest(options, "init", digest)
+    return init, digest
+
+
+def check_pictures(job: Job) -> None:
+    """Find out whether the sheet and the animation can be made.
+
+    Raises:
+        UsageError: too many pixels, an animation of an adaptive sampler, or a Brownian path without noise.
+    """
+    from pfode.cli import images
+
+    plan, animated = job.plan, job.options["trajectory"] is not None
+    if animated and not isinstance(plan, pfode.Plan):
+        problem = f"--trajectory: {plan.name} chooses its own steps for every picture: they share no frames"
+        raise UsageError(problem, "leave it out, or a sampler of fixed steps")
+    if job.options["brownian"] and not plan.stochastic:
+        raise UsageError(f"--brownian: {plan.name} draws no noise", "leave it out, or see the samplers that do")
+    _, *size = job.shape
+    height, width = images.sheet_size(len(job.sheet.seeds), *size, job.scale, job.columns)
+    frames = plan.steps + 1 if animated and isinstance(plan, pfode.Plan) else 0
+    if height * width * frames > 4 * images.MAX_PIXELS:
+        problem = f"--trajectory: {frames} frames of twice {width} x {height} pixels are too many"
+        raise UsageError(problem, "a smaller --n or --scale")
+
+
+def _label(options: dict[str, Any]) -> str | None:
+    """The label as Python has it: None for no class."""
+    return None if options["label"] == "none" else options["label"]
 
 
 def picture_shape(net: Any) -> tuple[int, ...]:
@@ -261,7 +300,7 @@ def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
 
 def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan | Adaptive, str | None]":
     """The plan or the adaptive sampler to run, and the digest of its file if it comes from one."""
-    from pfode.samplers.settle import settled
+    from pfode.samplers.settle import data_std, settled, start_time
 
     name = options["sampler"]
     if not name.endswith(".safetensors"):
@@ -269,9 +308,10 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan | Adaptive, str 
             chosen = {key: options[key] for key in ("chart", "rtol", "atol")}
         else:
             chosen = {key: options[key] for key in ("steps", "nfe", "grid", "chart", "eta", "lower_order_final")}
-            chosen |= {"afs": data_std(options, net), **parse_set(options["set"])}
+            afs = True if options["afs"] == OF_THE_MODEL else options["afs"]
+            chosen |= {"afs": data_std(net, afs), **parse_set(options["set"])}
         if options["init"] is not None:
-            chosen["start"] = start(net.process, options["strength"])
+            chosen["start"] = start_time(net.process, options["strength"])
         plan = settled(net, name, fitted=options["fitted"], **chosen)
         if isinstance(plan, pfode.Plan) and "fitted" in plan.meta:
             return plan, checked_digest(options, net.plans.files[plan.nfe])
@@ -290,53 +330,19 @@ def checked_digest(options: dict[str, Any], plan: str | Path) -> str:
     return digest
 
 
-def data_std(options: dict[str, Any], net: Any) -> float | None:
-    """The deviation of the data that --afs is to assume."""
-    if options["afs"] != OF_THE_MODEL:
-        return options["afs"]
-    found = getattr(net, "data_std", None)
-    if found is None:
-        raise UsageError(f"--afs: model {options['model']!r} does not say how its data are spread", "--afs 0.5")
-    return found
-
-
-def start(process: "Process", strength: float) -> float | None:
-    """The time at which sigma / (alpha + sigma), the share of noise, is the strength; None for the first one."""
-    lowest = process.sigma(process.t_min) / (process.alpha(process.t_min) + process.sigma(process.t_min))
-    if strength < lowest:
-        raise UsageError(f"--strength {strength:g}: the model knows no noise below {lowest:.2g}", "--strength 0.6")
-    if strength == 1:
-        return None
-    return min(process.time(2 * math.log(1 / strength - 1)), process.t_max)
-
-
 def guided(options: dict[str, Any], net: Any) -> Any:
     """The network under the guidance that is asked for.
 
     Raises:
         UsageError: no class to guide to, or guidance that cannot be.
     """
-    from pfode.samplers.settle import MAX_GUIDANCE
     from pfode.scores import guide
 
-    if options["guidance"] is None:
+    scale = options["guidance"]
+    if scale is None:
         return net
-    scale = number("--guidance", options["guidance"], -MAX_GUIDANCE, MAX_GUIDANCE)
     if scale not in (0, 1) and options["label"] in (None, "none"):
         raise UsageError(f"--guidance {scale:g} needs a class to guide to", "--label all")
     interval = None if options["guidance_interval"] is None else parse_interval(options["guidance_interval"])
     rescale = options["guidance_rescale"] or 0.0
     return guide(net, scale, negative=options["negative"], interval=interval, rescale=rescale)
-
-
-def find_classes(wanted: str | None, net: Any, n: int) -> list[int]:
-    """The class of each picture by number; empty for none.
-
-    Raises:
-        UsageError: no such class, or a model without classes.
-    """
-    if wanted in (None, "none"):
-        return []
-    if wanted == "all" and net.labels:
-        return [i % len(net.labels) for i in range(n)]
-    return [net.label_index(wanted)] * n

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pfode
+from pfode import defaults
 from pfode.cli.folder import DONE, NON_FINITE, RESULTS, RUN, Folder, picture
 from pfode.cli.job import Cost, Job, settings
 from pfode.cli.outputs import flaw, flaws, non_finite, write_film, write_sheet
@@ -47,11 +48,9 @@ def draw(job: Job, out: Output) -> dict[str, Any] | None:
 
 
 def _draw(job: Job, folder: Folder, share: Share, out: Output) -> dict[str, Any] | None:
-    from pfode.samplers.settle import DEFAULT_BATCH
-
     share.agree(lambda: folder.open(bool(job.options["overwrite"])) if share.first else None)
     kept = folder.lines()
-    batch = job.options["batch"] or DEFAULT_BATCH
+    batch = job.options["batch"] or defaults.BATCH
     spans = [range(i, min(i + batch, len(job.seeds))) for i in range(0, len(job.seeds), batch)]
     todo = [span for span in spans if any(job.seeds[i] not in kept for i in span)]
     if kept:

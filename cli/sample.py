@@ -85,7 +85,12 @@ from pfode.errors import OtherModelWarning, UnsoundWarning, UsageError
     metavar="NAME|all|none",
     help="Class of the pictures. all: every class in turn; none: no class.  [default: all, if the model has classes]",
 )
-@click.option("--guidance", type=Finite(), metavar="W", help="Scale of classifier-free guidance; doubles the evals.")
+@click.option(
+    "--guidance",
+    type=Finite(-defaults.MAX_GUIDANCE, defaults.MAX_GUIDANCE),
+    metavar="W",
+    help="Scale of classifier-free guidance; doubles the evals.",
+)
 @click.option("--negative", metavar="NAME", help="Class to guide away from, instead of no class.")
 @click.option("--guidance-interval", metavar="LO,HI", help="Guide only where LO < sigma/alpha <= HI.")
 @click.option(

@@ -1,4 +1,4 @@
-"""Defaults that a function of Python and the command line both have, stated once. Nothing is imported here."""
+"""Defaults and limits that a function of Python and the command line both have, stated once, without an import."""
 
 MODEL = "emoji"  # of the models that come with pfode
 DEVICE = "auto"  # CUDA where it is there, else the CPU
@@ -6,6 +6,7 @@ SAMPLES = 16  # of a run that says neither how many nor which seeds
 SEED = 0  # of the first sample
 STEPS = 20  # of a run that says neither steps nor nfe
 BATCH = 64  # samples per denoiser call
+MAX_GUIDANCE = 1e4  # of a scale of guidance, which is a typing error beyond
 STRENGTH = 0.6  # share of noise that a picture to begin from is given
 
 

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 DEFAULT_BATCH, DEFAULT_N = defaults.BATCH, defaults.SAMPLES
-MAX_GUIDANCE = 1e4
+MAX_GUIDANCE = defaults.MAX_GUIDANCE
 MAX_SAMPLES = 10**7
 MAX_BYTES = 2**40  # of all samples together
 DEVICES = ("auto", "cpu", "cuda", "mps")

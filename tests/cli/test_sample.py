@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 import pfode
-from pfode.cli import images, job
+from pfode.cli import images
 from pfode.cli.sample import command as sample
 from pfode.cli.settings import format_seeds, format_set, parse_seeds, parse_set
+from pfode.samplers.settle import start_time
 
 
 def pixels(path):
@@ -141,7 +142,7 @@ def test_image_to_image(cli, tmp_path, model):
     assert far == sorted(far)
     assert far[0] < 25
     net = pfode.load(model)
-    start = job.start(net.process, 0.5)
+    start = start_time(net.process, 0.5)
     assert start is not None
     assert net.process.sigma(start) == pytest.approx(net.process.alpha(start))
     assert cli(*words, "--separate", "a", "--out", "b.png").code == cli(*words).code == 0
@@ -155,7 +156,7 @@ def test_image_to_image_with_a_plan_file(cli, tmp_path):
     """The picture is noised to the first time of the plan."""
     Image.new("L", (8, 8), 200).save(tmp_path / "grey.png")
     net = pfode.load("digits")
-    start = job.start(net.process, 0.4)
+    start = start_time(net.process, 0.4)
     pfode.make_plan("heun", net.process, 4, start=start).save(tmp_path / "late.safetensors")
     words = ("sample", "--n", 2, "--init", "grey.png", "--out")
     assert cli(*words, "a.png", "--sampler", "late.safetensors").code == 0
