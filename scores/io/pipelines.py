@@ -24,20 +24,20 @@ PROMPTS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "n
 
 
 def call_unet(model: Any, x: Tensor, t: Tensor, c: Conditions) -> Tensor:
-    """Stable Diffusion and SDXL: UNet2DConditionModel."""
+    """The output of a `UNet2DConditionModel` (Stable Diffusion, SDXL) for states x at network times t, under c."""
     added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]} if "pooled" in c else None
     words = {"encoder_hidden_states": c["words"], "timestep_cond": c.get("guidance_cond")}
     return model(x, t, **words, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def call_sd3(model: Any, x: Tensor, t: Tensor, c: Conditions) -> Tensor:
-    """Stable Diffusion 3: SD3Transformer2DModel."""
+    """The output of an `SD3Transformer2DModel` (Stable Diffusion 3) for states x at network times t, under c."""
     words = {"encoder_hidden_states": c["words"], "pooled_projections": c["pooled"]}
     return model(hidden_states=x, timestep=t, **words, return_dict=False)[0]
 
 
 def call_flux(model: Any, x: Tensor, t: Tensor, c: Conditions) -> Tensor:
-    """Flux: FluxTransformer2DModel on squares of 2 x 2 latents in a row."""
+    """The output of a `FluxTransformer2DModel`, which sees the latents as a row of squares of 2 x 2, under c."""
     batch, channels, height, width = x.shape
     squares = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     words = {"encoder_hidden_states": c["words"], "pooled_projections": c["pooled"], "guidance": c.get("guidance_cond")}
@@ -146,8 +146,8 @@ class PipelineDenoiser(LatentDenoiser):
 
 
 @dataclass(frozen=True)
-class Job:
-    """What `from_pipeline` was asked for."""
+class _Request:
+    """The arguments of a call of `from_pipeline`, checked."""
 
     pipe: Any
     prompt: str | None
@@ -212,7 +212,9 @@ def from_pipeline(
         if integer(key, side, factor) % factor:
             raise UsageError(f"{key}: need a multiple of {factor}, got {side}")
     scale, true_cfg = number("guidance", scale), number("true_cfg", true_cfg)
-    return kind(Job(pipe, prompt, negative_prompt, scale, true_cfg, sides["height"], sides["width"], given, options))
+    return kind(
+        _Request(pipe, prompt, negative_prompt, scale, true_cfg, sides["height"], sides["width"], given, options)
+    )
 
 
 def _check_prompts(name: str, prompt: object, negative: object, embeds: Mapping[str, object]) -> None:
@@ -235,12 +237,13 @@ def _check_prompts(name: str, prompt: object, negative: object, embeds: Mapping[
 
 
 def _side(pipe: Any, axis: int) -> int:
-    """Pixels of the pipeline's default height (axis 0) or width."""
+    """The height (axis 0) or width (axis 1) in pixels that a pipeline draws by default."""
     size = getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size
     return (size if isinstance(size, int) else size[axis]) * pipe.vae_scale_factor
 
 
 def _scheduler(pipe: Any, tokens: int | None = None) -> Stated:
+    """The noise process and the prediction of a pipeline, as the config of its scheduler states them."""
     scheduler = pipe.scheduler
     config = {key: value for key, value in dict(scheduler.config).items() if key in NOISE}
     try:
@@ -249,52 +252,61 @@ def _scheduler(pipe: Any, tokens: int | None = None) -> Stated:
         raise UsageError(f"pipe.scheduler: {error.message}", error.hint) from error
 
 
-def _encoded(job: Job, guided: bool) -> list[Any]:
-    """Embeddings in the order of `PROMPTS`, by the pipeline's own encoder where they are not given."""
-    if job.prompt is None:
-        if guided and "negative_prompt_embeds" not in job.embeds:
+def _encoded(request: _Request, guided: bool) -> list[Any]:
+    """The embeddings in the order of `PROMPTS`, made by the pipeline's own encoder where they were not given."""
+    if request.prompt is None:
+        if guided and "negative_prompt_embeds" not in request.embeds:
             raise UsageError("prompt_embeds without negative_prompt_embeds", "give both, or guidance=1")
-        return [job.embeds.get(key) for key in PROMPTS]
-    words = {"negative_prompt": job.negative, "do_classifier_free_guidance": guided, **job.embeds, **job.options}
+        return [request.embeds.get(key) for key in PROMPTS]
+    words = {
+        "negative_prompt": request.negative,
+        "do_classifier_free_guidance": guided,
+        **request.embeds,
+        **request.options,
+    }
     for key in ("prompt_2", "prompt_3"):
-        if key in inspect.signature(job.pipe.encode_prompt).parameters:
+        if key in inspect.signature(request.pipe.encode_prompt).parameters:
             words.setdefault(key, None)
     with torch.no_grad():
-        found = job.pipe.encode_prompt(
-            prompt=job.prompt, device=job.pipe._execution_device, num_images_per_prompt=1, **words
+        found = request.pipe.encode_prompt(
+            prompt=request.prompt, device=request.pipe._execution_device, num_images_per_prompt=1, **words
         )
     return [*found, *[None] * (4 - len(found))]
 
 
 def _conditions(**values: Tensor | None) -> dict[str, Tensor]:
+    """Those of these conditions that are there."""
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _finish(job: Job, network: Prompted, channels: int, tokens: int | None, time_scale: float | None = None) -> Any:
-    known = _scheduler(job.pipe, tokens)
+def _latent_denoiser(
+    request: _Request, network: Prompted, channels: int, tokens: int | None, time_scale: float | None = None
+) -> Any:
+    known = _scheduler(request.pipe, tokens)
     if time_scale is not None:
         known = known._replace(time_scale=time_scale)
-    factor = job.pipe.vae_scale_factor
-    shape = (channels, job.height // factor, job.width // factor)
-    return PipelineDenoiser(network.eval(), known, shape, Autoencoder(job.pipe.vae))
+    factor = request.pipe.vae_scale_factor
+    shape = (channels, request.height // factor, request.width // factor)
+    return PipelineDenoiser(network.eval(), known, shape, Autoencoder(request.pipe.vae))
 
 
-def _stable_diffusion(job: Job) -> PipelineDenoiser:
-    pipe, unet = job.pipe, job.pipe.unet
+def _stable_diffusion(request: _Request) -> PipelineDenoiser:
+    """Stable Diffusion 1 and 2 and SDXL."""
+    pipe, unet = request.pipe, request.pipe.unet
     config = unet.config
     if config.in_channels != pipe.vae.config.latent_channels:
         raise UsageError(f"pipe.unet: takes {config.in_channels} channels: a network for inpainting or the like")
     embedded = config.time_cond_proj_dim is not None
-    guided = job.guidance != 1 and not embedded
-    words, no_words, pooled, no_pooled = _encoded(job, guided)
+    guided = request.guidance != 1 and not embedded
+    words, no_words, pooled, no_pooled = _encoded(request, guided)
     cond = None
     if embedded:
-        w = torch.tensor([job.guidance - 1.0])
+        w = torch.tensor([request.guidance - 1.0])
         cond = pipe.get_guidance_scale_embedding(w, embedding_dim=config.time_cond_proj_dim).to(words)
     ids = None
     if pooled is not None:
         projection = pooled.shape[-1] if pipe.text_encoder_2 is None else pipe.text_encoder_2.config.projection_dim
-        size = (job.height, job.width)
+        size = (request.height, request.width)
         ids = pipe._get_add_time_ids(size, (0, 0), size, dtype=words.dtype, text_encoder_projection_dim=projection)
     elif getattr(config, "addition_embed_type", None) == "text_time":
         raise UsageError("prompt_embeds of SDXL need pooled_prompt_embeds=", "give both, or a prompt")
@@ -302,37 +314,43 @@ def _stable_diffusion(job: Job) -> PipelineDenoiser:
     towards = _conditions(words=words, pooled=pooled, time_ids=ids, guidance_cond=cond)
     away = _conditions(words=no_words, pooled=no_pooled, time_ids=ids) if guided else None
     _alike(towards, away)
-    return _finish(job, Prompted(unet, call_unet, towards, away, {}, job.guidance), config.in_channels, None)
+    return _latent_denoiser(
+        request, Prompted(unet, call_unet, towards, away, {}, request.guidance), config.in_channels, None
+    )
 
 
-def _sd3(job: Job) -> PipelineDenoiser:
-    model, factor = job.pipe.transformer, job.pipe.vae_scale_factor * job.pipe.transformer.config.patch_size
-    guided = job.guidance != 1
-    words, no_words, pooled, no_pooled = _encoded(job, guided)
+def _sd3(request: _Request) -> PipelineDenoiser:
+    """Stable Diffusion 3."""
+    model, factor = request.pipe.transformer, request.pipe.vae_scale_factor * request.pipe.transformer.config.patch_size
+    guided = request.guidance != 1
+    words, no_words, pooled, no_pooled = _encoded(request, guided)
     if pooled is None:
         raise UsageError("prompt_embeds of SD3 need pooled_prompt_embeds=", "give both, or a prompt")
     towards = _conditions(words=words, pooled=pooled)
     away = _conditions(words=no_words, pooled=no_pooled) if guided else None
     _alike(towards, away)
-    tokens = (job.height // factor) * (job.width // factor)
-    return _finish(job, Prompted(model, call_sd3, towards, away, {}, job.guidance), model.config.in_channels, tokens)
+    tokens = (request.height // factor) * (request.width // factor)
+    return _latent_denoiser(
+        request, Prompted(model, call_sd3, towards, away, {}, request.guidance), model.config.in_channels, tokens
+    )
 
 
-def _flux(job: Job) -> PipelineDenoiser:
-    pipe, model = job.pipe, job.pipe.transformer
-    high, wide = (side // (2 * pipe.vae_scale_factor) for side in (job.height, job.width))
-    guided = job.true_cfg != 1
+def _flux(request: _Request) -> PipelineDenoiser:
+    """Flux: the guidance is an input of the network, classifier-free guidance (`true_cfg`) comes on top."""
+    pipe, model = request.pipe, request.pipe.transformer
+    high, wide = (side // (2 * pipe.vae_scale_factor) for side in (request.height, request.width))
+    guided = request.true_cfg != 1
     sides: list[dict[str, Tensor]] = []
-    for prompt, prefix in ((job.prompt, ""), *(((job.negative, "negative_"),) if guided else ())):
+    for prompt, prefix in ((request.prompt, ""), *(((request.negative, "negative_"),) if guided else ())):
         if prompt is None:
-            words, pooled = (job.embeds.get(f"{prefix}{key}") for key in ("prompt_embeds", "pooled_prompt_embeds"))
+            words, pooled = (request.embeds.get(f"{prefix}{key}") for key in ("prompt_embeds", "pooled_prompt_embeds"))
         else:
             with torch.no_grad():
                 words, pooled, _ = pipe.encode_prompt(prompt=prompt, prompt_2=None, device=pipe._execution_device)
         if words is None or pooled is None:
             hint = f"{prefix}prompt=, or {prefix}prompt_embeds= and {prefix}pooled_prompt_embeds="
             raise UsageError(f"Flux: {'true_cfg' if prefix else 'it'} needs a {prefix.replace('_', ' ')}prompt", hint)
-        cond = torch.full((1,), job.guidance, device=words.device) if model.config.guidance_embeds else None
+        cond = torch.full((1,), request.guidance, device=words.device) if model.config.guidance_embeds else None
         sides.append(_conditions(words=words, pooled=pooled, guidance_cond=cond))
     towards, away = sides[0], sides[1] if guided else None
     _alike(towards, away)
@@ -340,11 +358,12 @@ def _flux(job: Job) -> PipelineDenoiser:
     places = torch.zeros(high, wide, 3)
     places[..., 1], places[..., 2] = torch.arange(high)[:, None], torch.arange(wide)
     shared = {"text_ids": torch.zeros(words.shape[1], 3).to(words), "image_ids": places.reshape(-1, 3).to(words)}
-    network = Prompted(model, call_flux, towards, away, shared, job.true_cfg if guided else 1.0)
-    return _finish(job, network, model.config.in_channels // 4, high * wide, time_scale=1.0)
+    network = Prompted(model, call_flux, towards, away, shared, request.true_cfg if guided else 1.0)
+    return _latent_denoiser(request, network, model.config.in_channels // 4, high * wide, time_scale=1.0)
 
 
 def _alike(towards: Conditions, away: Conditions | None) -> None:
+    """Raise UsageError where prompt and negative prompt have embeddings of different shapes."""
     for name, value in towards.items():
         if away is not None and (name not in away or away[name].shape != value.shape):
             got = tuple(away[name].shape) if name in away else "none"
@@ -352,12 +371,14 @@ def _alike(towards: Conditions, away: Conditions | None) -> None:
 
 
 def _adapter(model: nn.Module) -> Adapter:
+    """A network of diffusers that is called with states and times alone, or with labels."""
     config: Any = model.config
     public = {key: value for key, value in dict(config).items() if not key.startswith("_")}
     return Adapter(model, type(model).__name__, public).eval()
 
 
 def _pixels(pipe: Any) -> LatentDenoiser:
+    """DDPM, DDIM and PNDM: a network on pixels, with class labels if it has any."""
     known, network = _scheduler(pipe), _adapter(pipe.unet)
     labels = [str(i) for i in range(network.classes)] if network.classes else None
     return LatentDenoiser(
@@ -372,6 +393,7 @@ def _pixels(pipe: Any) -> LatentDenoiser:
 
 
 def _dit(pipe: Any) -> LatentDenoiser:
+    """DiT: a transformer on latents, with class labels."""
     known, network = _scheduler(pipe), _adapter(pipe.transformer)
     names = {number: name for name, number in reversed(list(pipe.labels.items()))}
     return LatentDenoiser(
