@@ -26,6 +26,18 @@ SAMPLER_KEYS = {  # of shipped configs: they say which sampler was used there, f
     *("original_inference_steps", "timestep_scaling", "eta", "s_noise", "interpolation_type", "upscale_mode"),
 }
 MEANING_KEYS = {"scale_factors": None, "quantization_config": None}  # others, and the value at which they do nothing
+_FLOW_KEYS = {"use_flow_sigmas", "flow_shift"}
+_SHIFT_KEYS = {"use_dynamic_shifting", "time_shift_type"}
+SINCE_0_31 = {  # keys that classes of diffusers have got since: a file of a newer version means the same with an older
+    "DEISMultistep": _FLOW_KEYS | _SHIFT_KEYS,
+    "DPMSolverMultistep": _FLOW_KEYS | _SHIFT_KEYS,
+    "DPMSolverSinglestep": _FLOW_KEYS | _SHIFT_KEYS,
+    "EDMEuler": {"final_sigmas_type"},
+    "FlowMatchEulerDiscrete": {"invert_sigmas", "shift_terminal", "time_shift_type", "use_beta_sigmas",
+                               "use_exponential_sigmas", "use_karras_sigmas"},
+    "SASolver": _FLOW_KEYS,
+    "UniPCMultistep": _FLOW_KEYS | _SHIFT_KEYS | {"shift_terminal", "sigma_max", "sigma_min"},
+}  # fmt: skip
 LEARNED = ("learned", "learned_range")  # variance types whose networks have twice the channels
 DEFAULTED = "_use_default_values"  # a key that diffusers puts behind those of the class itself, before what others left
 _FEW = 15  # the number of steps below which some classes lower their order at the end
@@ -53,7 +65,8 @@ def translated(config: Config, own: set[str], mine: str = OWN) -> dict[str, Any]
     found.pop(DEFAULTED, None)
     found["_class_name"] = name
     parameters = _parameters(name)
-    taken = set(parameters) or own
+    kind = name.removesuffix("Scheduler")
+    taken = set(parameters) | SINCE_0_31.get(kind, set()) if parameters else own
     for key in [key for key in found if not key.startswith("_")]:
         if key not in own | SAMPLER_KEYS | set(MEANING_KEYS) or (
             key in MEANING_KEYS and found[key] != MEANING_KEYS[key]
@@ -62,7 +75,6 @@ def translated(config: Config, own: set[str], mine: str = OWN) -> dict[str, Any]
         if key not in taken:
             del found[key]  # of another scheduler before it
     found = {key: value for key, value in parameters.items() if key in own} | found
-    kind = name.removesuffix("Scheduler")
     if kind in LIKE_FLOW:
         found |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     if kind in LIKE_DPM:
@@ -133,7 +145,7 @@ def _classes() -> dict[frozenset[str], tuple[str, ...]]:
 @functools.cache
 def _parameters(name: str) -> dict[str, Any]:
     """The keys of a scheduler of diffusers and their defaults; none of one that wants a package that is not there."""
-    made = getattr(importlib.import_module("diffusers.schedulers"), name)
+    made = getattr(importlib.import_module("diffusers.schedulers"), name, None)
     if not isinstance(made, type) or not hasattr(made, "from_config") or hasattr(made, "_backends"):
         return {}
     taken = list(inspect.signature(made.__init__).parameters.values())[1:]

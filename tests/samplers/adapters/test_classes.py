@@ -10,7 +10,8 @@ from diffusers.configuration_utils import register_to_config
 from pfode.errors import UsageError
 from pfode.process import EDM, Flow, VPDiscrete
 from pfode.samplers import PFODEScheduler
-from pfode.samplers.adapters.classes import KNOWN, LIKE_EDM, LIKE_FLOW, _classes
+from pfode.samplers.adapters import classes as module
+from pfode.samplers.adapters.classes import KNOWN, LIKE_EDM, LIKE_FLOW, SINCE_0_31, _classes, _parameters
 
 pytestmark = [pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")]  # diffusers under numpy 2
 diffusers: Any = importlib.import_module("diffusers")
@@ -29,6 +30,7 @@ def made(name: str) -> Any:
 
 NAMES = sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler") and made(name) is not None)
 TWINS = ("FlowMapEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")  # the same keys, models of two kinds
+TWINS = TWINS if set(TWINS) <= set(NAMES) else ()  # an older diffusers has but one of them
 
 
 def kind_of(name: str) -> type:
@@ -131,7 +133,21 @@ def test_a_class_derived_from_ours_is_ours():
 
 def test_the_table_of_classes_holds_all_that_are_known():
     with_keys = {name for names in _classes().values() for name in names}
-    assert KNOWN - with_keys <= {
-        "DPMSolverSDEScheduler",
-        "LTXEulerAncestralRFScheduler",
-    }  # want torchsde, a later version
+    assert KNOWN & set(dir(diffusers.schedulers)) - with_keys <= {"DPMSolverSDEScheduler"}  # wants torchsde
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "time_shift_type": "linear"}),
+    ],
+)
+def test_a_file_of_a_newer_version_means_the_same_with_an_older_one(name, keys, monkeypatch):
+    """The older class does not know the keys: they were dropped, and a flow was sampled as a VP model."""
+    known = {key: value for key, value in _parameters(name).items() if key not in SINCE_0_31[name[:-9]]}
+    monkeypatch.setattr(module, "_parameters", lambda asked: known)
+    scheduler = PFODEScheduler.from_config({"_class_name": name, **keys})
+    assert isinstance(scheduler._kind.process, Flow)
+    assert {key: scheduler.config[key] for key in keys} == keys

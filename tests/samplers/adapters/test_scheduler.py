@@ -38,6 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {"VP": {}, "Flow": FLOW, "EDM": EDM}
 SEEDS = [5, 6, 7, 8]
 f64 = torch.float64
 diffusers = importlib.import_module("diffusers")
+NEWER = "time_shift_type" in inspect.signature(diffusers.FlowMatchEulerDiscreteScheduler.__init__).parameters
+only_newer = pytest.mark.skipif(not NEWER, reason="this version of diffusers has no such sigmas, or fails to make them")
 
 
 def process(scheduler: PFODEScheduler) -> Process:
@@ -223,10 +225,15 @@ PARITY: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [  # ours, its c
 ]
 
 
+OLD_ERRORS = ("use_exponential_sigmas", "use_beta_sigmas")
+
+
 @pytest.mark.parametrize("row", PARITY, ids=lambda row: "-".join([row[0], row[2], *row[3]]))
 def test_from_config_gives_what_the_scheduler_gave(row):
     """From its saved config alone, on the same exact network: its nodes, its options, its result."""
     name, own, theirs, config = row
+    if not NEWER and any(key in config for key in OLD_ERRORS):
+        pytest.skip("this version of diffusers fails to make them")
     ours = PFODEScheduler.from_config(loaded(theirs, **config), sampler=name, seed=5, **own)
     for steps in (10, 20):
         module_name = {MULTI: "dpmsolver_multistep", UNIPC: "unipc_multistep"}.get(theirs) or "_".join(snake(theirs))
@@ -248,6 +255,7 @@ def snake(name: str) -> list[str]:
     return [words[name]]
 
 
+@only_newer
 @pytest.mark.parametrize("how", ["shift", "mu", "linear mu", "terminal", "karras", "exponential", "beta", "inverted"])
 def test_flow_sigmas_are_those_of_flow_match_euler(how):
     """Static and dynamic shifts, shift_terminal and its sigma schedules, from the sigmas that Flux passes."""
@@ -485,6 +493,7 @@ def test_a_step_reads_nothing_back(name):
     assert reads.count == 0
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.4 does not see through thread-locals")
 @pytest.mark.parametrize("name", ["unipc3", "heun"])
 def test_compiled_steps_are_two_graphs_whatever_their_number(name):
     """DPM++, UniPC and FlowMatchEuler of diffusers make one per step, DDIM and Euler fail."""
@@ -629,7 +638,7 @@ def test_every_scheduler_of_diffusers_is_taken_or_refused_by_name():
         else:
             with pytest.raises(UsageError, match=f"{name}: its models"):
                 PFODEScheduler.from_config(config)
-    assert taken | {"DPMSolverSDEScheduler"} == KNOWN
+    assert taken | {"DPMSolverSDEScheduler"} == KNOWN & {*dir(diffusers), "DPMSolverSDEScheduler"}
 
 
 def test_what_another_scheduler_stood_for_is_kept():
