@@ -84,6 +84,9 @@ def test_the_digest_is_reproducible_and_the_mode_follows_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert read_header(a).metadata["pfode.digest"] == read_header(b).metadata["pfode.digest"]
+    assert a.read_bytes() == b.read_bytes()
+    plan = pfode.make_plan("er-sde", process=pfode.VP(), steps=3)
+    assert plan.save(tmp_path / "p").read_bytes() == plan.save(tmp_path / "q").read_bytes()
     assert stat.S_IMODE(a.stat().st_mode) == 0o640
 
 
