@@ -113,14 +113,14 @@ def _number(label: Any) -> int | None:
         return None
 
 
-def label_tensor(label: Any, names: Sequence[str] | None, x: Tensor) -> Tensor:
+def label_tensor(label: Any, names: Sequence[object] | None, x: Tensor) -> Tensor:
     """Labels as a network takes them: int64 (batch,) on the device of x, where len(names) means no class.
 
     Tensors on a device are not looked at, as that would wait for it.
 
     Args:
         label: a number, or a tensor of integers, 0-d or (batch,).
-        names: of the classes; None where they are not known.
+        names: of the classes, or their numbers; None where they are not known.
         x: the samples.
 
     Raises:
@@ -128,22 +128,25 @@ def label_tensor(label: Any, names: Sequence[str] | None, x: Tensor) -> Tensor:
     """
     n = len(x)
     if isinstance(label, Tensor):
-        exact = label.dtype in INTEGERS and label.shape in ((), (n,))
-        seen = exact and label.numel() and readable(label)
-        low, high = (int(label.min()), int(label.max())) if seen and names is not None else (0, 0)
-        got = f"{label.dtype} of shape {tuple(label.shape)}"
+        if label.dtype not in INTEGERS or label.shape not in ((), (n,)):
+            raise _no_integers(f"{label.dtype} of shape {tuple(label.shape)}", n)
+        seen = names is not None and label.numel() and readable(label)
+        low, high = (int(label.min()), int(label.max())) if seen else (0, 0)
     else:
         number = _number(label)
-        exact, got = number is not None, f"{label!r:.60}"
-        low = high = number or 0
-    if not exact:
-        raise UsageError(f"label: expected integers of shape ({n},), got {got}", "torch.tensor([0, 3])")
+        if number is None:
+            raise _no_integers(f"{label!r:.60}", n)
+        low = high = number
     most = 2**31 if names is None else len(names)
     if not 0 <= low <= high <= most:
         hint = "a number of a class" if names is None else f"0 to {len(names) - 1}: {listed(names)}"
         raise UsageError(f"label {low if low < 0 else high} is out of range", hint)
     found = label if isinstance(label, Tensor) else torch.tensor(high, device="cpu")
     return found.to(x.device, torch.int64).expand(n)
+
+
+def _no_integers(got: str, n: int) -> UsageError:
+    return UsageError(f"label: expected integers of shape ({n},), got {got}", "torch.tensor([0, 3])")
 
 
 def warn_unseen(denoiser: Any, indices: Iterable[int]) -> None:
@@ -164,6 +167,6 @@ def warn_unseen(denoiser: Any, indices: Iterable[int]) -> None:
         warnings.warn(text, UnseenLabelWarning, stacklevel=3)
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[object]) -> str:
     """The names of the classes in one line, shortened."""
-    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return ", ".join(map(str, names[:20])) + (", ..." if len(names) > 20 else "")

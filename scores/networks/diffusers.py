@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from pfode.errors import UsageError
 from pfode.fields import FLAG, REQUIRED, Field, checked, either, real, several, whole, word
+from pfode.labels import label_tensor
 from pfode.optional import optional_module
 from pfode.tensors import readable, transformed
 
@@ -127,7 +128,8 @@ class Adapter(nn.Module):
         """x (batch, channels, height, width), c_noise (batch,), label (batch,) of integers; None: no class.
 
         Raises:
-            UsageError: a label for an unconditional network, or none for one that always needs it.
+            UsageError: a label for an unconditional network, or none for one that always needs it; labels out of
+                range or of another length.
         """
         if not self.classes and label is not None:
             raise UsageError("this network is unconditional: it takes no label", "leave label= out")
@@ -137,7 +139,7 @@ class Adapter(nn.Module):
                 raise UsageError("this network always needs a class: it has none for 'no class'", "label=0")
         if self.null and label is None:
             label = torch.full((len(x),), self.classes, device=x.device)
-        given = {} if label is None else {"class_labels": label}
+        given = {} if label is None else {"class_labels": label_tensor(label, range(self.classes), x)}
         if not transformed(x):
             return self.model(x, c_noise, **given, return_dict=False)[0][:, : self.channels]
         with sdpa_kernel(SDPBackend.MATH), _Differentiable():

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from pfode.errors import UsageError
 from pfode.fields import Field, checked, real, several, whole, word
+from pfode.labels import label_tensor
 from pfode.scores.networks.edm_layers import (
     Block,
     Conv,
@@ -122,7 +123,7 @@ class Network(nn.Module):
         """(batch, classes), zeros for no class, which is the label `classes`; None for an unconditional network.
 
         Raises:
-            UsageError: labels for an unconditional network.
+            UsageError: labels for an unconditional network, out of range, or of another length.
         """
         if not self.classes:
             if label is None:
@@ -132,7 +133,7 @@ class Network(nn.Module):
             )
         hot = torch.zeros(len(x), self.classes + 1, device=x.device, dtype=x.dtype)
         if label is not None:
-            hot = hot.scatter(1, label.long()[:, None], 1.0)
+            hot = hot.scatter(1, label_tensor(label, range(self.classes), x)[:, None], 1.0)
         return hot[:, : self.classes]
 
 

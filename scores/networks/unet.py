@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pfode.errors import UsageError, unknown
+from pfode.labels import label_tensor
 from pfode.tensors import transformed
 
 __all__ = ["UNet", "UNetConfig", "attend"]
@@ -169,8 +170,10 @@ class UNet(nn.Module):
         """x (batch, channels, size, size), c_noise (batch,), label (batch,) of integers; None: the null class.
 
         Raises:
-            UsageError: labels for an unconditional network.
+            UsageError: labels for an unconditional network, out of range, or of another length.
         """
+        if label is not None and self.label is not None:
+            label = label_tensor(label, range(self.config.classes), x)
         if len(x) == 1 and x.device.type == "cpu" and not self.training:  # one picture alone would round differently
             pair = (x.expand(2, -1, -1, -1), c_noise.expand(2), None if label is None else label.expand(2))
             return self(*pair)[:1]

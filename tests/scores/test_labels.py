@@ -16,6 +16,7 @@ from pfode.scores.training.data import Data
 from pfode.scores.training.objective import unseen_classes
 from pfode.scores.training.trainer import Trainer
 from pfode.scores.wrapping import clip
+from tests.scores import pickled
 from tests.scores.small import CONFIG, NAMES, denoiser, network
 from tests.scores.training.test_training import CONFIG as RECIPE
 
@@ -94,6 +95,27 @@ def test_none_in_a_list_is_no_class():
 def test_the_network_takes_integers_only(label):
     with pytest.raises(UsageError, match="expected integers of shape"):
         denoiser()(X, torch.tensor(0.5), label=label)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        torch.tensor([1]),
+        torch.tensor([0, 4]),
+        torch.tensor([-1, 0]),
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([True, False]),
+    ],
+    **ids,
+)
+@pytest.mark.parametrize("kind", ["unet", "ddpm++", "edm2"])
+def test_networks_by_themselves_check_labels(kind, label):
+    """A label of one sample stood for all; others ended in errors of torch."""
+    net: Any = network() if kind == "unet" else pickled.network(kind)
+    x = torch.zeros(2, *net.shape)
+    with pytest.raises(UsageError, match="label"):
+        net(x, torch.zeros(2), label)
+    assert torch.equal(net(x, torch.zeros(2), torch.tensor(1)), net(x, torch.zeros(2), torch.tensor([1, 1])))
 
 
 def test_a_network_whose_classes_have_no_names():

@@ -3,6 +3,7 @@
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ def read(folder: Path) -> object:
 def target() -> Target:
     """See `Target`."""
     rng, samples = np.random.default_rng(0), []
+    options: Any
     for shape, options in (
         ((5, 8, 8), {"labels": np.array([0, 1, 0, 2, 1])}),
         ((4, 8, 8, 3), {"labels": np.array([0, 1, 1, 0], dtype=np.uint8), "names": np.array(["ant", "bée"])}),
