@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import pfode
 from pfode.cli import report
-from pfode.cli.bench import find_bed
+from pfode.cli.bench import find_problem
 from pfode.files import lock_folder, make_folder
 from pfode.samplers.measure import bench, results
 from pfode.samplers.measure.bench import EVALS
@@ -120,7 +120,7 @@ def fit(names: Sequence[str], folder: Path) -> None:
 
 def made(name: str, sizes: dict[str, Any]) -> Problem:
     options = {"device": "cpu", "seed": None, "truth": None, "features": None, "batch": 256, "teacher": 512}
-    return find_bed(name, options | sizes)
+    return find_problem(name, options | sizes)
 
 
 def measure(names: Sequence[str], pictures: int, plans: Path, out: Path, evals: Sequence[int]) -> None:

@@ -107,10 +107,10 @@ def command(ctx: click.Context, **options: Any) -> None:
     from pfode.samplers.measure import bench, results
 
     evals = sorted(set(listed("--nfe", options["nfe"], int, "whole numbers", f"--nfe {EVALS}")))
-    beds = [(find_bed(name, options), options["sampler"]) for name in dict.fromkeys(options["model"])]
+    problems = [(find_problem(name, options), options["sampler"]) for name in dict.fromkeys(options["model"])]
     folder = Path(options["out"])
     with CellBar(out) as progress:
-        result = bench.bench(beds, folder, evals, overwrite=options["overwrite"], progress=progress)
+        result = bench.bench(problems, folder, evals, overwrite=options["overwrite"], progress=progress)
     files = [*report.write(folder, result), str(folder / results.RESULTS)]
     skipped = [cell for cell in result["cells"] if "skipped" in cell]
     for cell in skipped[:3]:
@@ -123,8 +123,8 @@ def command(ctx: click.Context, **options: Any) -> None:
     out.emit({"out": files[0], "files": files, "cells": len(result["cells"]), "best": best}, files[0])
 
 
-def find_bed(name: str, options: dict[str, Any]) -> "Problem":
-    """A bed of the options.
+def find_problem(name: str, options: dict[str, Any]) -> "Problem":
+    """The benchmark problem of a model and the options.
 
     Raises:
         UsageError, FileError: no such model, truth or features, or samples whose shape is not known.

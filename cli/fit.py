@@ -163,7 +163,8 @@ def find_range(text: str | None) -> float | tuple[float, float] | None:
     ends = listed("--guidance", text, float, "one or two numbers", "--guidance 1,4")
     if len(ends) > 2:
         raise UsageError(f"--guidance: need one or two numbers, got {text!r:.60}", "--guidance 1,4")
-    return ends[0] if len(ends) == 1 else (ends[0], ends[1])
+    low, *rest = ends
+    return (low, rest[0]) if rest else low
 
 
 def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from pfode.samplers.fit.levenberg import Errors, Objective, State
 from pfode.samplers.fit.losses import LOSSES, PHASES
 from pfode.samplers.fit.parameters import Parameters
 from pfode.samplers.fit.samples import CHECK, FIT, GROUP, Group, Source
-from pfode.samplers.fit.starts import starts, stated
+from pfode.samplers.fit.starts import GridLike, starts, stated
 from pfode.samplers.settle import DEFAULT_BATCH
 
 __all__ = ["Progress", "fit_plan"]
@@ -64,7 +64,7 @@ def fit_plan(
     nfe: int,
     *,
     start: str | Recipe | Plan | Sequence[str | Recipe | Plan] = defaults.Fit.START,
-    grid: Any = None,
+    grid: GridLike = None,
     chart: str | None = None,
     parameterisation: str = defaults.Fit.PARAMETERISATION,
     time_only: bool = False,
@@ -112,7 +112,7 @@ def fit_plan(
         shape, batch, dtype, device: as for `sample`.
         cache: a folder (made where missing) that keeps the teacher's end points and the state of the fit: called
             again after an interruption, it continues, to the same plan.
-        callback: told about the progress.
+        callback: called with the progress.
 
     Raises:
         UsageError: options that cannot be carried out; NumericalError: a teacher whose end points are not finite.

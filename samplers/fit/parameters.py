@@ -17,13 +17,13 @@ _PURE = 0.01  # where alpha vanishes the clock ends as if alpha/sigma were this
 
 
 def clock(process: Process, t: Tensor) -> Tensor:
-    """log(sigma / (alpha + sigma/100)): the logarithm of sigma/alpha, finite at pure noise."""
+    """log(sigma / (alpha + sigma/100)) at times t: the logarithm of sigma/alpha, finite at pure noise."""
     alpha, sigma = process.alpha(t), process.sigma(t)
     return torch.log(sigma / (alpha + _PURE * sigma))
 
 
 def clocked(process: Process, u: Tensor) -> Tensor:
-    """The times at these clocks, kept within those of the process."""
+    """The times t whose `clock` is u, kept within those of the process."""
     left = torch.expm1(-u - math.log(_PURE)).clamp_min(1e-300)  # alpha/sigma in units of 1/100
     return process.time(2 * torch.log(left * _PURE)).clamp(process.t_min, process.t_max)
 
@@ -35,7 +35,7 @@ class General:
     the recipe's at those times plus corrections; each query time is its node's moved by a parameter in the clock.
 
     Args:
-        start: the plan of zeros.
+        start: the plan that zeros stand for.
         rebuild: the recipe's plan on other times; None: the start keeps its nodes and coefficients.
         time_only: no corrections of the coefficients.
     """
@@ -54,9 +54,11 @@ class General:
         self.size = sum(self.parts)
 
     def plan(self, theta: Tensor) -> Plan:
+        """The plan of parameters, shape (size,)."""
         return self.numbers(theta).plan(self._base(theta))
 
     def numbers(self, theta: Tensor) -> Numbers:
+        """The numbers of that plan."""
         _, query, corrections = theta.split(self.parts)
         base, n = Numbers.of(self._base(theta)).vector, self.start.nfe
         moved = torch.where(query == 0, base[:n], clocked(self.process, clock(self.process, base[:n]) + query))
@@ -64,6 +66,7 @@ class General:
         return Numbers(torch.cat([moved, rest]), n)
 
     def _base(self, theta: Tensor) -> Plan:
+        """The plan of the recipe on the times that the parameters say; kept until they say others."""
         gaps = theta[: self.parts[0]]
         if self.rebuild is None or not gaps.any():
             return self.start
@@ -72,6 +75,7 @@ class General:
         return self.latest[1]
 
     def _rebuilt(self, rebuild: Callable[[Tensor], Plan], gaps: Tensor) -> Plan:
+        """The plan of the recipe on times whose gaps are the start's, moved by these parameters."""
         share = torch.softmax(self.logits + torch.cat([gaps, gaps.new_zeros(1)]), 0)
         inner = clocked(self.process, self.high - self.whole * share.cumsum(0)[:-1])
         return rebuild(torch.cat([self.nodes[:1], inner, self.nodes[-1:]]))
@@ -104,9 +108,11 @@ class DyWeight:
             raise UsageError(f"dyweight: plan {start.name!r} is not ipndm3 in the chart ddim", 'start="ipndm3@ddim"')
 
     def plan(self, theta: Tensor) -> Plan:
+        """The plan of parameters, shape (size,)."""
         return self.numbers(theta).plan(self.start)
 
     def numbers(self, theta: Tensor) -> Numbers:
+        """The numbers of that plan."""
         n, process = self.start.nfe, self.start.process
         weights, scales = theta.split([self.size - n, n])
         s, level, states = self.ratio[0], self.start.init[0] / self.start.alpha[0], []

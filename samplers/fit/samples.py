@@ -111,6 +111,7 @@ class Source:
         return [replace(group, target=end) for group, end in zip(made, ends, strict=True)]
 
     def _labels(self, n: int) -> Tensor | None:
+        """The classes of n samples, in turn, shape (n,); None where there are none."""
         if self.labels is None:
             return None
         some = self.labels if isinstance(self.labels, list | tuple) else [self.labels]

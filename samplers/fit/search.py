@@ -15,6 +15,8 @@ from pfode.samplers.catalogue import make_plan
 from pfode.samplers.sampling import batches
 from pfode.samplers.settle import DEFAULT_BATCH, prepared
 
+__all__ = ["Jumps", "gits", "measure_jumps"]
+
 METRICS = ("l2", "dev")
 MAX_NODES, MAX_TRAJECTORIES = 2001, 2**20
 
@@ -66,7 +68,7 @@ def measure_jumps(
     nodes: int = 61,
     final: str = "denoise",
     metric: str = "l2",
-    label: Any = None,
+    label: int | str | Sequence[int | str] | Tensor | None = None,
     shape: Sequence[int] | None = None,
     batch: int = DEFAULT_BATCH,
     dtype: torch.dtype | None = None,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
+from pfode.grids import Grid
 from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers import auto
@@ -16,6 +17,8 @@ from pfode.samplers.fit.tangents import Numbers
 
 __all__ = ["STARTS", "starts", "stated"]
 
+Start = str | Recipe | Plan | Sequence[str | Recipe | Plan]
+GridLike = str | Grid | Tensor | Sequence[float] | None
 STARTS = {  # beside what auto takes by hand: the least loss decides, and with it where the first nodes lie
     "exp-ab2@trig": ("cosine(0.5)", "cosine"),
     "ipndm3@ddim": ("ays-svd",),
@@ -24,7 +27,7 @@ STARTS = {  # beside what auto takes by hand: the least loss decides, and with i
 }
 
 
-def stated(start: Any, grid: Any = None, chart: str | None = None) -> list[Any]:
+def stated(start: Start, grid: GridLike = None, chart: str | None = None) -> list[Any]:
     """What a fit starts from, as JSON, for its settings: the names, the numbers of plans, then grid and chart."""
     several = list(start) if isinstance(start, Sequence) and not isinstance(start, str) else [start]
     found: list[Any] = []
@@ -35,7 +38,14 @@ def stated(start: Any, grid: Any = None, chart: str | None = None) -> list[Any]:
 
 
 def starts(
-    start: Any, process: Process, nfe: int, grid: Any, chart: str | None, guided: bool, kind: str, time_only: bool
+    start: Start,
+    process: Process,
+    nfe: int,
+    grid: GridLike,
+    chart: str | None,
+    guided: bool,
+    kind: str,
+    time_only: bool,
 ) -> list[Parameters]:
     """The parameters of every starting plan.
 
@@ -71,8 +81,8 @@ def starts(
 
 
 def _start(
-    one: Any, process: Process, nfe: int, grid: Any, chart: str | None, guided: bool
-) -> tuple[Plan, Any, str | None]:
+    one: object, process: Process, nfe: int, grid: GridLike, chart: str | None, guided: bool
+) -> tuple[Plan, str | Recipe | None, str | None]:
     """A starting plan, its recipe, if that is known, and the chart."""
     if isinstance(one, Plan):
         if grid is not None or chart is not None:
@@ -91,14 +101,14 @@ def _start(
     return make_plan(sampler, process, nfe=nfe, grid=grid, chart=named, guided=guided), sampler, named
 
 
-def _rebuild(plan: Plan, sampler: Any, chart: str | None) -> Callable[[Tensor], Plan] | None:
+def _rebuild(plan: Plan, sampler: str | Recipe | None, chart: str | None) -> Callable[[Tensor], Plan] | None:
     """The plan's recipe on other times; None where its recipe is not known, or has options that are not."""
+    if plan.nfe < 2 or sampler is None or "afs" in plan.meta or "fitted" in plan.meta:
+        return None
 
     def rebuild(times: Tensor) -> Plan:
         return make_plan(sampler, plan.process, grid=times, chart=chart)
 
-    if plan.nfe < 2 or sampler is None or "afs" in plan.meta or "fitted" in plan.meta:
-        return None
     try:
         again = rebuild(plan.times)
         same = torch.allclose(Numbers.of(again).vector, Numbers.of(plan).vector, 1e-6, 1e-9)

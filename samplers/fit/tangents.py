@@ -22,6 +22,8 @@ from pfode.plans.table import Plan
 from pfode.plans.unrolled import matrix
 from pfode.process import Process
 
+__all__ = ["Call", "Numbers", "differences", "end", "lower", "tangents"]
+
 Call = Callable[[Tensor, float], Tensor]  # (x, t) -> x0, x of any multiple of the batch, sample by sample
 _FLOOR = 0.01  # standard deviation below which noise counts as none, where a difference is chosen
 _STEPS = {torch.float32: 1e-2, torch.float64: 1e-4}  # of a difference, in units of the noise level
@@ -44,7 +46,7 @@ class Numbers:
 
     @classmethod
     def of(cls, plan: Plan) -> "Numbers":
-        """Those of a plan.
+        """The numbers of a plan.
 
         Raises:
             UsageError: a plan that draws noise, or leaves the origin of its states before its last row.

@@ -61,6 +61,7 @@ class Measurer:
             return cell | {"skipped": error.message}
 
     def _measured(self, spec: Spec, evals: int) -> dict[str, Any]:
+        """The figures of the best variant of a sampler."""
         per_call = self.problem.evals_per_call
         if evals % per_call:
             raise UsageError(f"{evals} evaluations are no whole number of calls of {per_call}")
@@ -177,6 +178,7 @@ class Measurer:
         return found
 
     def _runner(self, plan: Plan) -> Callable[[list[int]], tuple[Tensor, int]]:
+        """What draws by a plan."""
         return lambda seeds: (self.problem.run(plan, seeds), plan.nfe)
 
     def jumps(self) -> Jumps:
@@ -202,6 +204,7 @@ class Measurer:
         return self._references[validation]
 
     def _referred(self, validation: bool) -> tuple[Tensor, dict[str, Any]]:
+        """The reference solution, kept or made."""
         kept = None if self.cache is None else self.cache.reference(self.problem, validation)
         if kept is not None:
             return kept
@@ -240,4 +243,5 @@ def end_points(x: Tensor, reference: Tensor, peak: float | None) -> dict[str, An
 
 
 def _words(options: dict[str, Any]) -> str:
+    """Options as results say them."""
     return " ".join(f"{key}={value}" for key, value in options.items())

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,21 @@ from torch import Tensor
 from pfode.errors import FileError, UsageError, integer, number
 from pfode.files import read_file
 from pfode.process import float64
+
+__all__ = [
+    "EndPoint",
+    "Estimate",
+    "Features",
+    "end_point",
+    "energy_distance",
+    "frechet_distance",
+    "inception",
+    "kernel_distance",
+    "mode_distance",
+    "precision_recall",
+    "sliced_wasserstein",
+    "typical_distance",
+]
 
 RESAMPLES = 200
 LEVEL = 0.95
@@ -240,6 +255,7 @@ def inception(path: str | Path, batch: int = 64) -> Features:
 
 
 def _in(features: Features | None, x: Tensor) -> Tensor:
+    """Samples in features, where there are any."""
     return x if features is None else features(x)
 
 
@@ -281,10 +297,12 @@ def _sorted(x: Tensor) -> Tensor:
 
 
 def _covariance(x: Tensor) -> Tensor:
+    """The unbiased covariance of samples, shape (n, d) -> (d, d)."""
     return torch.cov(x.T).reshape(x.shape[1], x.shape[1])
 
 
 def _root(symmetric: Tensor) -> Tensor:
+    """The symmetric square root of a positive matrix."""
     values, vectors = torch.linalg.eigh(symmetric)
     return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
@@ -312,7 +330,8 @@ def triple(estimate: Estimate) -> list[float]:
     return [rounded(value) for value in estimate]
 
 
-def _estimate(value: Any, drawn: Tensor) -> Estimate:
+def _estimate(value: Tensor | float, drawn: Tensor) -> Estimate:
+    """A value with the interval of its bootstrap samples, shape (RESAMPLES,)."""
     tail = (1 - LEVEL) / 2
     low, high = torch.quantile(drawn.double(), float64([tail, 1 - tail])).tolist()
     return Estimate(float(value), min(low, float(value)), max(high, float(value)))

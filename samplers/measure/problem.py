@@ -86,6 +86,7 @@ class Problem:
         integer("seed", self.seed, 0, 2**64 - 1 - VALIDATION - max(self.n, self.validation))
 
     def _check_truth(self, truth: Tensor) -> None:
+        """Raise UsageError where true samples are none of this problem's."""
         right = isinstance(truth, Tensor) and truth.is_floating_point() and tuple(truth.shape[1:]) == self.shape
         if not right or len(truth) < 2 or not torch.isfinite(truth).all():
             got = f"{truth.dtype}, {tuple(truth.shape)}" if isinstance(truth, Tensor) else type(truth).__name__
@@ -233,4 +234,5 @@ def _inside_a_denoiser(error: Exception) -> bool:
 
 
 def _digest(x: Tensor) -> str:
+    """What tells a tensor from others, in 16 letters."""
     return hashlib.sha256(raw(x)).hexdigest()[:16]

@@ -99,12 +99,15 @@ class Cache:
             file.unlink()
 
     def _reference_file(self, problem: "Problem", validation: bool) -> Path:
+        """Where a reference solution is kept."""
         return self.path / slug(problem.name) / f"{'validation' if validation else 'test'}.safetensors"
 
     def _samples_file(self, name: str, sampler: str, evals: int) -> Path:
+        """Where the first samples of a cell are kept."""
         return self.path / slug(name) / f"{slug(sampler)}-{evals}.safetensors"
 
     def _read(self, file: Path, made_for: str | None) -> tuple[Tensor, dict[str, str]]:
+        """The tensor of a file and its metadata, once its digest, and what it was made for, are the right ones."""
         hint = "delete it: it is made again" if made_for else "delete it: the report then leaves it out"
         tensors, metadata = read_sealed(file, KIND, hint)
         if tensors.keys() != {"x"} or made_for not in (None, metadata.get("pfode.for")):
@@ -112,6 +115,7 @@ class Cache:
         return tensors["x"], metadata
 
     def _write(self, file: Path, x: Tensor, made_for: str, **metadata: str) -> None:
+        """Keep a tensor, with what it was made for."""
         make_folder(file.parent)
         if not os.path.lexists(self.path / ".gitignore"):
             write_atomic(self.path / ".gitignore", b"*\n")
@@ -196,6 +200,7 @@ class Folder:
         return result
 
     def _take(self, line: dict[str, Any]) -> None:
+        """Note what a line says."""
         try:
             name = line["bed"]
             if "settings" in line:

@@ -27,8 +27,9 @@ from pfode.samplers import auto
 from pfode.samplers.catalogue import CATALOGUE, make_plan, recipe
 from pfode.samplers.measure import peers
 
-__all__ = ["Spec", "load_plans"]
+__all__ = ["Spec", "Value", "load_plans"]
 
+Value = bool | int | float | str  # of an option
 MOST = 256  # alternatives of a sampler
 MOST_FILES = 10_000  # in a folder of plans
 BEST = {  # alternatives of grid=best, by family of process
@@ -45,7 +46,7 @@ class Spec:
 
     text: str
     name: str
-    options: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    options: dict[str, tuple[Value, ...]] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> "Spec":
@@ -57,7 +58,7 @@ class Spec:
         if not isinstance(text, str) or not text.isprintable():
             raise UsageError(f"sampler: need a text in one line, got {text!r:.200}", "unipc2?chart=flow&grid=karras")
         name, query, rest = text.partition("?")
-        options: dict[str, tuple[Any, ...]] = {}
+        options: dict[str, tuple[Value, ...]] = {}
         for pair in rest.split("&") if query else []:
             key, equals, value = pair.partition("=")
             if not key or not equals or not value or key in options:
@@ -152,7 +153,7 @@ def _below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> Value:
     """An option's value: a whole number, a finite number, true or false, else the text itself."""
     for kind in (int, float):
         try:
@@ -161,4 +162,4 @@ def _value(text: str) -> Any:
             continue
         if kind is int or math.isfinite(value):
             return value
-    return {"true": True, "false": False}.get(text, text)
+    return text == "true" if text in ("true", "false") else text

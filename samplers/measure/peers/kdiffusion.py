@@ -34,6 +34,7 @@ def k_diffusion_sampling() -> ModuleType:
 
 
 def _copy() -> ModuleType:
+    """A new copy of the module."""
     folder = folder_of("k_diffusion", INSTALL)
     utils = SimpleNamespace(append_dims=lambda x, n: x[(...,) + (None,) * (n - x.ndim)])
     instead = {
@@ -87,7 +88,7 @@ def find(name: str) -> None:
         raise unknown("sampler of k-diffusion", name, known)
 
 
-def _on_sigmas(found: Any) -> bool:
+def _on_sigmas(found: Callable[..., object]) -> bool:
     """Whether a function of the module is a sampler on given sigmas."""
     return list(inspect.signature(found).parameters)[:3] == ["model", "x", "sigmas"]
 

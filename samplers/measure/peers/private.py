@@ -54,4 +54,5 @@ def private_copy(file: Path, package: str, instead: Mapping[str, Any]) -> Module
 
 @functools.cache
 def _compiled(file: Path) -> CodeType:
+    """The code of a source file."""
     return compile(file.read_text("utf-8"), str(file), "exec")

@@ -141,6 +141,7 @@ class Scheduler:
         return self._times_of(sigma.double().reshape(1))[0]
 
     def _times_of(self, sigmas: Tensor) -> list[float]:
+        """The times of the process at sigmas of the scheduler."""
         process = self.process
         if isinstance(process, EDM | Flow):
             return sigmas.tolist()
@@ -177,7 +178,8 @@ def _randn(shape: Sequence[int], generator: Any = None, **how: Any) -> Any:
     return theirs(shape, generator=generator, **how)
 
 
-def _is_scheduler(found: Any, module: ModuleType) -> bool:
+def _is_scheduler(found: object, module: ModuleType) -> bool:
+    """Whether something in a module is a scheduler defined there."""
     return isinstance(found, type) and found.__module__ == module.__name__ and hasattr(found, "set_timesteps")
 
 
