@@ -8,25 +8,24 @@
     control   how an error becomes the next step size (control.py): a value, its memory handed round by the loop.
     loop      `advance` (loop.py), the only one: it attempts steps and yields a Move for each. Fixed grids are a list of
               stops, reached by one step each. One step size for the state or one per sample are two arithmetics
-              ("lanes") of the same lines: floats, read once per attempted step, or tensors of shape (batch,).
+              (batching modes) of the same lines: floats, read once per attempted step, or tensors of shape (batch,).
     outputs   which output times a step passes, and the states there (outputs.py).
     events    zeros of functions along the solution (events.py): signs are compared in the loop's own read-back, a
               crossing is located on the dense output; its time and state have gradients.
     adjoint   how gradients are made (adjoints/): values that hand out a tape, which observes the steps and pulls
               gradients back. Every step can be taken again from (t0, t1, y0, carry): Checkpoint stores some of these,
               Reversible computes them backwards; Backsolve and Interpolated solve the adjoint equation; Implicit is for
-              fixed points; Direct keeps the
-              graph. All but Direct end in one autograd node.
+              fixed points; Direct keeps the graph. All but Direct end in one autograd node.
     solve     looks everything up, checks it and runs it (solve.py); `steps` yields accepted steps instead.
 
-Times: the loop's own are float64, on the host in joint lanes; the field sees the state's real dtype. Steps end exactly
+Times: the loop's own are float64, on the host in joint mode; the field sees the state's real dtype. Steps end exactly
 at stops (the last output time, step_t, jump_t, a grid's nodes) and evaluate nothing outside; output times in between
 come from dense output of the method's own order, which pfode/tableau.py derives from the order conditions. Where a
 time needs a gradient, a step's ends are tensors: an end that is an output time moves with it, any other with ts[0].
 
-No operation in place happens to a tensor that gradients or transforms could see: `field.pure` says whether steps must
-be so. A failure (error not finite, equations not solved) is a rejected step; what then ends a solve is its Status, for
-the state or for every sample by itself.
+No operation in place happens to a tensor that gradients or transforms could see: `field.context.pure` says whether
+steps must be so. A failure (error not finite, equations not solved) is a rejected step; what then ends a solve is its
+Status, for the state or for every sample by itself.
 
 A new method is a tableau, or one file with `init` and `step`, and a line in `solve.SOLVERS`.
 """

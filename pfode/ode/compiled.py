@@ -90,7 +90,7 @@ class Compiled:
         tableau = self.tableau
         slope = field(field.time(t0), y0).clone() if carry is None else carry
         norm = _norm(field)
-        limits: tuple[Any, Any] = field.tolerance if norm and field.tolerance else (0.0, 1.0)
+        limits: tuple[Any, Any] = field.context.tolerance if norm and field.context.tolerance else (0.0, 1.0)
         kind: dict[str, Any] = {"dtype": clock(y0.device), "device": y0.device}
         if isinstance(t0, Tensor) or isinstance(t1, Tensor):
             ends = torch.broadcast_tensors(*(torch.as_tensor(t, **kind) for t in (t0, t1)))
@@ -106,15 +106,23 @@ class Compiled:
         return Step(y1, error, dense, following, again, measured=measured)
 
     def ahead(
-        self, field: Field, control: PID, here: Ahead, stop: float, closes: bool, sign: float, most: int
+        self,
+        field: Field,
+        control: PID,
+        here: Ahead,
+        stop: float,
+        until: float,
+        closes: bool,
+        sign: float,
+        most: int,
     ) -> tuple[Ahead, int, int] | None:
-        """Attempts up to a stop if that `closes` the run, else before it and before `field.until`; at most so many.
+        """Attempts up to a stop if that `closes` the run, else before it and before `until`; at most so many.
 
         Where they lead, how many they are, how many of them accepted; None where there is nothing to do, or nothing
         that can be done so.
         """
-        norm, until = _norm(field), field.until
-        if until is None or norm is None or not self.tableau.fsal or control.force or not math.isfinite(here.h):
+        norm = _norm(field)
+        if norm is None or not self.tableau.fsal or control.force or not math.isfinite(here.h):
             return None
         if not closes and _passes(here.t, here.h, stop, until, sign):
             return None
@@ -134,7 +142,9 @@ class Compiled:
             control.min_step,
             control.max_step,
         )
-        inputs = torch.tensor([*numbers, *(field.tolerance or ())], dtype=clock(here.y.device), device=here.y.device)
+        inputs = torch.tensor(
+            [*numbers, *(field.context.tolerance or ())], dtype=clock(here.y.device), device=here.y.device
+        )
         facts, y, slope = kernel(inputs, here.y, here.carry, field.args)
         t, h, e, earlier, rejected, steps, accepted = facts.tolist()
         field.calls += (self.tableau.stages - 1) * int(steps)
@@ -148,8 +158,9 @@ def _passes(t: Any, h: Any, stop: Any, until: Any, sign: Any) -> Any:
 
 def _norm(field: Field) -> RMS | None:
     """The norm, where errors can be measured in a kernel."""
-    numbers = field.tolerance is not None and all(isinstance(limit, float) for limit in field.tolerance)
-    return field.norm if isinstance(field.norm, RMS) and numbers else None
+    context = field.context
+    numbers = isinstance(context.rtol, float) and isinstance(context.atol, float)
+    return context.norm if isinstance(context.norm, RMS) and numbers else None
 
 
 def _kernel(field: Field, how: Compiled, norm: RMS | None, control: PID | None) -> Kernel:

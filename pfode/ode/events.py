@@ -264,7 +264,7 @@ class Watch:
         """The time and the state at theta; with gradients if anything has them."""
         i, j = self.parts[row]
         t, y = _at(move, theta)
-        if not (self.field.pure and torch.is_grad_enabled()):
+        if not (self.field.context.pure and torch.is_grad_enabled()):
             return t, y
         if not self.events[i].gradient:
             span = move.u1 - move.u0

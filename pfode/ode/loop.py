@@ -18,7 +18,7 @@ from torch import Tensor
 from pfode._torch import is_transformed
 from pfode.ode.control import PID
 from pfode.ode.solver import RMS, Solver, Step, clock, column
-from pfode.ode.state import Field, leaves, rebuild
+from pfode.ode.state import Context, Field, leaves, rebuild
 
 STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
 _TRIES = 12  # attempts in a row that are not finite or not solved before a sample is given up
@@ -203,16 +203,23 @@ class Course:
     max_steps: int = 100_000
     lift: Callable[[Any, Any], Tensor] | None = None
 
-    def inform(self, field: Field) -> None:
-        """Tell the steps of a field how exactly to solve equations, and where the field ends or jumps."""
-        field.tolerance = None if self.norm is None else (self.rtol, self.atol)
-        field.norm, field.limits = self.norm, (self.rtol, self.atol)
+    def context(self, pure: bool) -> Context:
+        """What the steps may know of this solve."""
         edges = [i for i, jumps in enumerate(self.jumps) if jumps] + [len(self.stops) - 1]
-        field.edges = [self.stops[i] for i in edges] if isinstance(self.stops, list) else self.stops[edges]
+        if isinstance(self.stops, Tensor):
+            return Context(pure, True, self.rtol, self.atol, self.norm, self.stops[edges])
+        return Context(pure, True, self.rtol, self.atol, self.norm, [self.stops[i] for i in edges if self.stops])
 
 
 def advance(
-    field: Field, solver: Solver, control: PID, course: Course, y: Tensor, lanes: Lanes, probe: Probe | None = None
+    field: Field,
+    solver: Solver,
+    control: PID,
+    course: Course,
+    y: Tensor,
+    lanes: Lanes,
+    probe: Probe | None = None,
+    until: Callable[[], float] | None = None,
 ) -> Generator[Move, Reply | None, End]:
     """Yield every attempted step; a Reply may be sent back.
 
@@ -222,8 +229,9 @@ def advance(
         lanes: the batching mode: whether steps are chosen jointly or per sample.
         probe: (t0, y0, t1, y1, accepted) -> a 1-d tensor to be read together with the loop's own facts: `Move.tried`;
             in joint mode it is called before the verdict, accepted = None and y1 the state tried.
+        until: in joint mode, the time up to which nobody looks at single steps; None: every one is looked at.
     """
-    state = LoopState(field, solver, control, course, y, lanes, probe)
+    state = LoopState(field, solver, control, course, y, lanes, probe, until)
     while state.alive and state.attempts < course.max_steps:
         record = state.leap()
         if record is None and (not state.alive or state.attempts == course.max_steps):
@@ -281,18 +289,25 @@ class LoopState:
     """
 
     def __init__(
-        self, field: Field, solver: Solver, control: PID, course: Course, y: Tensor, lanes: Lanes, probe: Probe | None
+        self,
+        field: Field,
+        solver: Solver,
+        control: PID,
+        course: Course,
+        y: Tensor,
+        lanes: Lanes,
+        probe: Probe | None,
+        until: Callable[[], float] | None,
     ):
         self.field, self.solver, self.control, self.course = field, solver, control, course
-        self.lanes, self.probe, self.adaptive = lanes, probe, course.norm is not None
+        self.lanes, self.probe, self.until, self.adaptive = lanes, probe, until, course.norm is not None
         self.never, self.zero = lanes.fill(0, course.start) != 0, lanes.fill(0, course.start)
         self.jumps: Any = torch.tensor(course.jumps, device=y.device) if lanes.per_sample else course.jumps
         self.jumping, self.last_stop = any(course.jumps), len(course.stops) - 1
         self.floor = FLOOR[clock(y.device)]
-        course.inform(field)
         self.units = _units(course, y) if self.adaptive else None
-        self.read = torch.no_grad()(_read) if field.pure else _read
-        self.differentiable = field.pure and torch.is_grad_enabled() and self.adaptive and lanes.per_sample
+        self.read = torch.no_grad()(_read) if field.context.pure else _read
+        self.differentiable = field.context.pure and torch.is_grad_enabled() and self.adaptive and lanes.per_sample
 
         self.t, self.y = course.start, y
         self.at, self.here, self.behind = self.zero, self.zero - 1, self.never
@@ -306,25 +321,26 @@ class LoopState:
         started = (self.zero + field.calls) * (self.status != Status.SUCCESS)
         self.counts = Counts(self.zero, self.zero, started, self.zero, self.zero)
         self._look()
-        watched = lanes.per_sample or field.pure or not self.adaptive or course.lift or probe
+        watched = until is None or lanes.per_sample or field.context.pure or not self.adaptive or course.lift or probe
         self.ahead = None if watched else getattr(solver, "ahead", None)
 
     def _look(self) -> None:
         """Whether anything is still on its way."""
-        running = self.status == Status.RUNNING
+        running: Any = self.status == Status.RUNNING
         self.alive = bool(running.any()) if self.lanes.per_sample else running
 
     def leap(self) -> Move | None:
         """Attempts that nobody looks at, in one call of a solver that can (`Compiled.ahead`), up to the stop if that is
         looked at next: its record. None where an attempt is to be made by itself, or no more are allowed.
         """
-        field, course, until = self.field, self.course, self.field.until
-        if not self.ahead or until is None or self.behind:
+        if not self.ahead or not self.until or self.behind:
             return None
+        field, course, until = self.field, self.course, self.until()
         calls, stop = field.calls, course.stops[self.at]
         closes = not self.jumping and (until - stop) * course.sign >= 0
         here = Ahead(self.t, self.h, self.memory, self.y, self.carry)
-        went = self.ahead(field, self.control, here, stop, closes, course.sign, course.max_steps - self.attempts)
+        most = course.max_steps - self.attempts
+        went = self.ahead(field, self.control, here, stop, until, closes, course.sign, most)
         if not went:
             return None
         (self.t, self.h, self.memory, self.y, self.carry), made, passed = went
@@ -428,7 +444,7 @@ class LoopState:
         self.status = where(running & lanes.no(verdict.accepted) & stuck, cause, self.status)
 
     def _settle(
-        self, attempt: _Attempt, step: Step, verdict: _Verdict, before: tuple[Tensor, Any, Tensor]
+        self, attempt: _Attempt, step: Step, verdict: _Verdict, before: tuple[Tensor, Any, Any]
     ) -> tuple[Step, list[float]]:
         """Per sample: read what the host must know, and what was probed. Where an attempt that is to be differentiated
         was not fine it is made again without these samples, as zero times the derivative of NaN is not zero.

@@ -181,10 +181,11 @@ def solve(
     if inside or events is not None or not recording or isinstance(how, Direct):
         depends = any(t.requires_grad for t in (setup.y, setup.ts, *found.tensors))
         opaque = params is None and not isinstance(f, torch.nn.Module)
-        setup.field.pure = bool(inside) or (recording and (depends or opaque))
-        if setup.field.pure and setup.lanes.per_sample and events is None and not inside:
+        pure = bool(inside) or (recording and (depends or opaque))
+        setup = setup._replace(field=setup.field.within(pure=pure))
+        if pure and setup.lanes.per_sample and events is None and not inside:
             return _twice(setup, ts, throw)
-        with torch.set_grad_enabled(setup.field.pure and recording):
+        with torch.set_grad_enabled(pure and recording):
             course = setup.course
             watch = None if events is None else Watch(events, setup.field, course.sign, course.start, setup.y)
             out, end = _run(setup, watch)
@@ -220,7 +221,7 @@ def _refuse_inside(inside: str, setup: Problem) -> None:
 
 def _bare(setup: Problem, places: Sequence[int], pure: bool) -> Problem:
     """The same solve from leaves of its own."""
-    field = Field(setup.field.f, setup.field.layout, detached(setup.field.args, places), pure)
+    field = Field(setup.field.f, setup.field.layout, detached(setup.field.args, places), setup.course.context(pure))
     course = dataclasses.replace(setup.course, lift=None)
     y = setup.y.detach().requires_grad_(setup.y.requires_grad)
     return setup._replace(field=field, course=course, y=y, ts=setup.ts.detach())
@@ -318,11 +319,12 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
             facts.append(watch.probe(t0, y0, t1, y1, accepted))
         return torch.cat(facts)
 
-    moves = advance(field, solver, control, course, y, lanes, probe if passing or watch else None)
-    reply, seen = None, tape is not None or watch is not None
+    until = None
+    if isinstance(out, JointOutputs) and tape is None and watch is None:
+        field, until = field.within(lasting=False), lambda: out.next
+    moves = advance(field, solver, control, course, y, lanes, probe if passing or watch else None, until)
+    reply = None
     while True:
-        if isinstance(out, JointOutputs) and not seen:
-            field.until = out.next
         with tape.recording_context() if tape else NOTHING:
             try:
                 move = moves.send(reply)
@@ -422,7 +424,9 @@ def _setup(
         most if fixed else max_steps,
         (lambda t, _: lift(times, t)) if times.requires_grad or transformed() else None,
     )
-    return Problem(Field(f, layout, args, pure), solver, checks.controller(controller), course, lanes, y, times)
+    return Problem(
+        Field(f, layout, args, course.context(pure)), solver, checks.controller(controller), course, lanes, y, times
+    )
 
 
 def _solver(method: str | Solver) -> Solver:

@@ -258,6 +258,31 @@ def _shares(at: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.tensor(at, dtype=dtype, device="cpu").to(device)
 
 
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a solver may know of the solve that a step belongs to, fixed before the step: `Field.context`.
+
+    Attributes:
+        pure: no operation in place and no scratch memory, for gradients, transforms and steps that are kept.
+        lasting: whether what a step returns is used after the next one.
+        rtol, atol: the tolerances as asked for, floats or shaped like the flat state.
+        norm: in which errors are measured, None on fixed grids.
+        edges: times beyond which nothing is evaluated, a list of floats or shape (edges,) or (edges, batch).
+    """
+
+    pure: bool = True
+    lasting: bool = True
+    rtol: float | Tensor = 0.0
+    atol: float | Tensor = 0.0
+    norm: Callable[[Tensor], Tensor] | None = None
+    edges: list[float] | Tensor = dataclasses.field(default_factory=list)
+
+    @property
+    def tolerance(self) -> tuple[float | Tensor, float | Tensor] | None:
+        """How exactly the equations of a step are to be solved: (rtol, atol), or None on fixed grids: to rounding."""
+        return None if self.norm is None else (self.rtol, self.atol)
+
+
 class Field:
     """dy/dt on flat states for one solve: calls the user's f, counts the calls, lends out scratch memory.
 
@@ -265,30 +290,21 @@ class Field:
         f: `f(t, y, *args)`; t has shape () in joint mode, (batch,) in per-sample mode, and the state's real dtype.
         layout: of the state.
         args: further arguments of f.
-        pure: no operation in place, no scratch: for gradients, transforms and steps that are kept.
+        context: what the steps may know of the solve.
 
     Attributes:
-        tolerance: rtol and atol of the loop's steps, None on fixed grids: how exactly equations are to be solved.
-        norm: in which the loop measures errors, None on fixed grids.
-        limits: rtol and atol as asked for, for solvers that choose steps of their own.
-        edges: times beyond which nothing is evaluated, a list of floats or shape (edges,) or (edges, batch).
-        until: in joint lanes, the time up to which nobody looks at single steps; None where every one is looked at.
-        jacobians: how many were made; `way`: which way of making them the field allows.
+        calls, jacobians: how many evaluations and Jacobians were made.
+        way: which way of making Jacobians the field allows, an index.
         counted: whether torch counts the changes in place of its states (not in inference mode).
     """
 
-    tolerance: tuple[Any, Any] | None = None
-    norm: Callable[[Tensor], Tensor] | None = None
-    limits: tuple[Any, Any] = (0.0, 0.0)
-    edges: Any = ()
-    until: float | None = None
-    jacobians: int = 0
-    way: int = 0
     counted: bool = False
 
-    def __init__(self, f: Callable[..., Tree], layout: Layout, args: tuple[Any, ...] = (), pure: bool = True):
-        self.f, self.layout, self.args, self.pure = f, layout, args, pure
-        self.calls = 0
+    def __init__(
+        self, f: Callable[..., Tree], layout: Layout, args: tuple[Any, ...] = (), context: Context = Context()
+    ):
+        self.f, self.layout, self.args, self.context = f, layout, args, context
+        self.calls = self.jacobians = self.way = 0
         self._plain_shape = layout.shapes[0] if layout.plain else None
         self._real, self._dtype, self._device = layout.real, layout.dtype, layout.device
         self._lent: dict[Any, Any] = {}
@@ -337,7 +353,7 @@ class Field:
         """Times between t0 and t1 as the field wants them, at shares `at` of the way: 0 is exactly t0, 1 exactly t1."""
         if not (isinstance(at, Tensor) or isinstance(t0, Tensor) or isinstance(t1, Tensor)):
             times, last, h = list[Tensor](), math.nan, t1 - t0
-            if self._lends_times and at and not self.pure:
+            if self._lends_times and at and not self.context.pure:
                 count, real, device = len(at), self._real, self._device
                 loan = self.lend(
                     ("times", count), lambda: Loan(lambda: torch.empty(count, dtype=real, device=device))
@@ -366,6 +382,10 @@ class Field:
 
     def _expands(self, t: Tensor) -> bool:
         return self.layout.per_sample and not t.ndim
+
+    def within(self, **changes: Any) -> "Field":
+        """The same field in a context with some changes, its counts at 0."""
+        return Field(self.f, self.layout, self.args, dataclasses.replace(self.context, **changes))
 
     def lend(self, key: Any, make: Callable[[], T]) -> T:
         """Memory that solvers of this solve write over, made once."""

@@ -72,10 +72,11 @@ class CheckpointTape(ReplayTape):
         self.memory, self.slots = memory, 0
         self.kept, self.every = [self.start], 1
         self.recording, self.graphs = graphs > 0 and not self.lanes.per_sample, KeptGraphs(graphs)
-        self.field = problem.field
+        self.problem, self.field = problem, problem.field
 
     def recording_context(self) -> AbstractContextManager[Any]:
-        self.field.pure = self.recording
+        if self.field.context.pure != self.recording:
+            self.field.context = self.problem.course.context(self.recording)
         return torch.enable_grad() if self.recording else super().recording_context()
 
     def observe(self, move: Move, passed: int) -> None:

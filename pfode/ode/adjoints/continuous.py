@@ -199,7 +199,7 @@ class _System:
             t1, [*between, t0], (*(marks[t] for t in between), False), -course.sign, rtol, atol,
             self._norm(layout) if adaptive else None, course.max_steps,
         )  # fmt: skip
-        field = Field(self.slope, layout, (), pure=False)
+        field = Field(self.slope, layout, (), back.context(pure=False))
         moves = advance(field, solver, how.controller or problem.control, back, layout.flat(first), Joint())
         while True:
             try:

@@ -111,8 +111,7 @@ class Direct:
 
 def replay_field(problem: Problem, args: tuple[Any, ...], pure: bool) -> Field:
     """The field of a solve with other arguments, that counts from 0."""
-    made = Field(problem.field.f, problem.field.layout, args, pure)
-    problem.course.inform(made)
+    made = Field(problem.field.f, problem.field.layout, args, problem.course.context(pure))
     made.way = problem.field.way
     return made
 

@@ -81,7 +81,7 @@ class RungeKutta:
         weights = _weights(tableau, y0.dtype, y0.device)
         slope = field(field.time(t0), y0).clone() if carry is None else carry
         h = t1 - t0
-        if field.pure:
+        if field.context.pure:
             stages: _Kept | _Lent = _Kept(field, weights, y0, h, slope)
         else:
             single = not isinstance(h, Tensor)
@@ -233,8 +233,7 @@ class _Lent:
         self.slopes.append(self.field(t, self.at(row[None])[0]).clone())
 
     def slope(self, i: int) -> Tensor:
-        lasting = self.field.until is None
-        return self.slots[i + 1].clone() if lasting else self.slots[i + 1]
+        return self.slots[i + 1].clone() if self.field.context.lasting else self.slots[i + 1]
 
     def combine(self, row: int) -> Tensor:
         moved = torch.mv(self.columns[row], self.rows[row])

@@ -205,7 +205,7 @@ class ImplicitRungeKutta:
         carry = self.init(field, t0, y0) if carry is None else carry
         if self.inner is None:
             return self._step(field, t0, t1, y0, carry)
-        over = _over(field.edges, t0, t1, max(self.tableau.c))
+        over = _over(field.context.edges, t0, t1, max(self.tableau.c))
         if not isinstance(over, Tensor):
             return self._inner(field, t0, t1, y0, carry) if over else self._step(field, t0, t1, y0, carry)
         if not bool(over.any()):
@@ -378,7 +378,7 @@ class _Solve:
         if bool(old.any()):
             self.renew(old)
             found, k = self.better(old, found, k, *self.attempt(_SIMPLIFIED))
-        if self.field.tolerance is None and not bool(found.ok.all()):
+        if self.field.context.tolerance is None and not bool(found.ok.all()):
             found, k = self.better(~found.ok, found, k, *self.attempt(_EXACT, exact=True))
         self.jacobians = self.jacobians + found.jacobians
         return found, k
@@ -388,7 +388,8 @@ class _Solve:
 
     def renew(self, wanted: Tensor) -> None:
         """Make the Jacobian at the start of the step, for the state or for the samples that want it."""
-        known, calls = self.jacobian.blocks if self.jacobian else self.carry.blocks, self.field.calls
+        known: Any = self.jacobian.blocks if self.jacobian else self.carry.blocks
+        calls = self.field.calls
         most = None if isinstance(known, tuple) else len(known)
         made = jacobian(self.field, self.field.time(self.t0).detach(), self.y0, most)
         if wanted.ndim:
@@ -475,7 +476,7 @@ class _Solve:
             return raw
         error = self.filtered(raw)
         large = self.tol.size(error, error) > 1
-        if self.field.tolerance is not None and bool(large.any()):
+        if self.field.context.tolerance is not None and bool(large.any()):
             slope = self.field(self.field.time(self.t0).detach(), self.y0 - error)
             self.nfe = self.nfe + large.to(self.nfe.device)
             again = self.filtered(raw + weights[0] * (slope * self.h - k[0]))

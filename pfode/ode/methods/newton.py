@@ -224,7 +224,7 @@ def tolerance(field: Field, y0: Tensor, part: float = 1.0) -> Tolerance:
     def lanes(x: Tensor) -> tuple[int, ...]:  # all dimensions but the batch
         return tuple(i for i in range(x.ndim) if not field.layout.per_sample or i != x.ndim - 2)
 
-    if field.tolerance is None:
+    if field.context.tolerance is None:
         start = y0.abs().amax(over)
 
         def units(d: Tensor, z: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def tolerance(field: Field, y0: Tensor, part: float = 1.0) -> Tolerance:
             return d.abs().amax(lanes(d)) / most
 
         return Tolerance(units, 4.0, 30.0)
-    rtol, atol = field.tolerance
+    rtol, atol = field.context.tolerance
     scale = y0.abs() * rtol + atol
     least = rtol.double() if isinstance(rtol, Tensor) else torch.tensor(rtol, dtype=torch.float64, device="cpu")
     least = (least.amin(-1) if field.layout.per_sample and least.ndim else least.min()).clamp(min=100 * real.eps)

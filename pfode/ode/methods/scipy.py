@@ -108,7 +108,10 @@ class Scipy:
         options: dict[str, Any] = {"max_step": self.max_step, "first_step": self.first_step}
         if self.solver == "LSODA":
             options["min_step"] = self.min_step
-        limits = (v[sample] if sample is not None and isinstance(v, Tensor) else v for v in field.limits)
+        limits = (
+            v[sample] if sample is not None and isinstance(v, Tensor) else v
+            for v in (field.context.rtol, field.context.atol)
+        )
         rtol, atol = (_array(v, real) for v in limits)
         if self.solver in ("Radau", "BDF"):  # they take one number
             rtol = np.min(rtol)
