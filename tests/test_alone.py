@@ -4,6 +4,7 @@ An import of the packages that are left out fails in the interpreters that these
 not there. `make test-alone` runs the same in an environment without them.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HUBS = ("diffusers", "accelerate", "huggingface_hub", "transformers")
+UNET = {
+    "_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 3, "out_channels": 3, "attention_head_dim": 8,
+    "center_input_sample": False, "time_embedding_type": "positional", "freq_shift": 0, "flip_sin_to_cos": True,
+    "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8],
+    "layers_per_block": 1, "mid_block_scale_factor": 1, "downsample_padding": 1, "act_fn": "silu",
+    "norm_num_groups": 4, "norm_eps": 1e-5,
+}  # fmt: skip
 EXTRAS = ("scipy", "matplotlib", "jinja2", "sklearn", "requests", "torchdiffeq", "k_diffusion")
 GONE = """
 import sys
@@ -81,7 +89,12 @@ for package in ("pfode", "pfode.samplers", "pfode.scores"):
         ("scipy", 'pfode.solve(lambda t, y: -y, torch.ones(2), [0.0, 1.0], method="scipy:LSODA")', "[ode]'"),
         ("diffusers", "pfode.samplers.PFODEScheduler()", "PFODEScheduler needs diffusers"),
         ("huggingface_hub", 'pfode.load("owner/name")', "a model of a hub needs huggingface_hub"),
+        ("huggingface_hub", 'pfode.load("digits").save_pretrained("x")', "a model of a hub needs huggingface_hub"),
+        ("diffusers", 'pfode.load("folder", process=pfode.VP())', "a UNet2DModel needs diffusers"),
+        ("accelerate", 'pfode.load("folder", process=pfode.VP())', "a UNet2DModel needs accelerate"),
     ],
 )
 def test_what_is_missing_is_named_with_the_command_that_installs_it(gone, call, words, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(UNET))
     without((gone,), f'missing(lambda: {call}, {words!r}, "pip install")\n', tmp_path)
