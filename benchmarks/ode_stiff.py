@@ -21,9 +21,8 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from pfode.ode import Status
+from pfode.ode import Status, steps
 from pfode.ode.methods import newton
-from pfode.ode.solve import steps
 from tests.ode.test_stiff import PROBLEMS, units
 
 TARGETS = {"radauIIA5": {"error": 3.0, "steps": 1.5}}

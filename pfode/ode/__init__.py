@@ -16,7 +16,8 @@
               gradients back. Every step can be taken again from (t0, t1, y0, carry): Checkpoint stores some of these,
               Reversible computes them backwards; Backsolve and Interpolated solve the adjoint equation; Implicit is for
               fixed points; Direct keeps the graph. All but Direct end in one autograd node.
-    solve     looks everything up, checks it and runs it (solve.py); `steps` yields accepted steps instead.
+    solve     runs what options.py has looked up and checked (names are in registry.py) and returns a Solution
+              (solution.py); `steps` yields accepted steps instead (solve.py).
 
 Times: the loop's own are float64, on the host in joint mode; the field sees the state's real dtype. Steps end exactly
 at stops (the last output time, step_t, jump_t, a grid's nodes) and evaluate nothing outside; output times in between
@@ -27,7 +28,7 @@ No operation in place happens to a tensor that gradients or transforms could see
 steps must be so. A failure (error not finite, equations not solved) is a rejected step; what then ends a solve is its
 Status, for the state or for every sample by itself.
 
-A new method is a tableau, or one file with `init` and `step`, and a line in `solve.SOLVERS`.
+A new method is a tableau, or one file with `init` and `step`, and a line in `registry.SOLVERS`.
 """
 
 from pfode.ode.adjoints.checkpoint import Checkpoint as Checkpoint
@@ -43,8 +44,8 @@ from pfode.ode.events import Event as Event
 from pfode.ode.events import Hits as Hits
 from pfode.ode.loop import Status as Status
 from pfode.ode.methods.explicit import RungeKutta as RungeKutta
-from pfode.ode.solve import SOLVERS as SOLVERS
-from pfode.ode.solve import Solution as Solution
+from pfode.ode.registry import SOLVERS as SOLVERS
+from pfode.ode.solution import Solution as Solution
 from pfode.ode.solve import solve as solve
 from pfode.ode.solve import steps as steps
 from pfode.ode.solver import Solver as Solver

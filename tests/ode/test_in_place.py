@@ -8,7 +8,7 @@ import torch
 from pfode.errors import UsageError
 from pfode.ode import SOLVERS, Event, solve, steps
 from pfode.ode.methods.implicit import implicit_solvers
-from pfode.ode.solve import PAIRED
+from pfode.ode.registry import PAIRED
 
 f64 = torch.float64
 

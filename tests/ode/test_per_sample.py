@@ -7,7 +7,7 @@ import torch
 
 from pfode.ode import SOLVERS, Event, Status, solve
 from pfode.ode.methods.implicit import implicit_solvers
-from pfode.ode.solve import PAIRED
+from pfode.ode.registry import PAIRED
 
 f64 = torch.float64
 SCIPY = ["scipy:RK45", "scipy:Radau", "scipy:LSODA"]

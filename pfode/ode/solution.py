@@ -1,0 +1,140 @@
+"""What a solve returns, and the error it amounts to where it did not get to its end."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pfode.errors import NumericalError
+from pfode.ode.adjoints.attach import Attached
+from pfode.ode.adjoints.problem import Problem, Work
+from pfode.ode.events import Hits
+from pfode.ode.loop import Counts, End, Move, Status
+from pfode.ode.state import Tree, leaves, rebuild
+
+__all__ = ["Point", "Solution", "Stats", "finish"]
+
+_MESSAGES = {
+    Status.MAX_STEPS: (
+        "max_steps = {max_steps} attempts were not enough",
+        'looser tolerances, method="kvaerno5" where the equation is stiff, or a larger max_steps=',
+    ),
+    Status.MIN_STEP: ("the step size fell to its limit", "looser tolerances, or jump_t= where the field jumps"),
+    Status.NON_FINITE: ("the field or the state is not finite", "check the field at that time"),
+    Status.NEWTON_FAILED: ("a nonlinear solve did not converge", "a smaller step_size, or looser tolerances"),
+}
+
+
+class Stats(NamedTuple):
+    """Work of a solve: ints, or shape (batch,) with batch="per-sample".
+
+    Fields: steps attempted, accepted and rejected; nfe: evaluations of the field (of a sample that was still running);
+    jacobians; iterations (Newton's); backward: what backward passes have done so far (its `nfe`, its `steps`), which
+    grows when they run.
+    """
+
+    steps: Any
+    accepted: Any
+    rejected: Any
+    nfe: Any
+    jacobians: Any
+    iterations: Any
+    backward: Work
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What `solve` returns.
+
+    Attributes:
+        ts: the output times as given.
+        ys: the states there, a tree like y0 with the times first; NaN where the solve did not get to.
+        status: a Status, or shape (batch,) of their numbers in per-sample mode.
+        t, y: where the solve ended (of every sample, in per-sample mode) and the state there.
+        stats: the work done.
+        events: where each event was met; the solve ended at the last hit of one that is terminal.
+    """
+
+    ts: Any
+    ys: Tree
+    status: Any
+    t: Any
+    y: Tree
+    stats: Stats
+    events: tuple[Hits, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """An accepted step from t0 to t1, where the state is y; `at(t)` is the state in between.
+
+    Per sample, t0, t1 and `accepted` have shape (batch,); t1 = t0 where a sample is done or its step was rejected.
+    """
+
+    t0: Any
+    t1: Any
+    y: Tree
+    accepted: Any
+    _move: Move
+    _setup: Problem
+
+    def at(self, t: Any) -> Tree:
+        """Dense output at a time between t0 and t1; per sample also at times of shape (batch,)."""
+        move, ts = self._move, self._setup.ts
+        if isinstance(self.t0, Tensor):
+            span = move.u1 - move.u0
+            theta = torch.where(move.accepted, (t - move.u0) / torch.where(span == 0, 1.0, span), 0.0)[None]
+            flat = torch.where(move.accepted[:, None], move.step.dense(theta)[0], move.y)
+        else:
+            theta = torch.tensor([(t - self.t0) / (self.t1 - self.t0)], dtype=ts.dtype, device="cpu").to(ts.device)
+            flat = move.step.dense(theta)[0]
+        return self._setup.field.layout.tree(flat, cast=False)
+
+
+def finish(setup: Problem, ts: Any, flat: Tensor, end: End, throw: bool, made: Attached | None = None) -> Solution:
+    """The solution, or the error it amounts to."""
+    if throw:
+        _check(setup, end)
+    layout, counts = setup.field.layout, end.counts
+    if layout.per_sample:
+        kind: dict[str, Any] = {"dtype": torch.int64, "device": layout.device}
+        counts = Counts(*(torch.as_tensor(count, **kind).expand(layout.batch) for count in counts))
+    rejected = counts.steps - counts.accepted
+    work = Work() if made is None else made.work
+    stats = Stats(counts.steps, counts.accepted, rejected, counts.nfe, counts.jacobians, counts.iterations, work)
+    ys, y = (layout.tree(value, cast=False) for value in (flat, end.y))
+    if made is not None:
+        ys, y = (rebuild(tree, map(made.held, leaves(tree))) for tree in (ys, y))
+    status = end.status if isinstance(end.status, Tensor) else Status(end.status)
+    return Solution(ts, ys, status, end.t, y, stats)
+
+
+def _check(setup: Problem, end: End) -> None:
+    """Raise NumericalError unless every sample succeeded or met its event."""
+    status, t = end.status, end.t
+    where = ""
+    if isinstance(status, Tensor):
+        bad = ((status != Status.SUCCESS) & (status != Status.EVENT)).nonzero().flatten().tolist()
+        if not bad:
+            return
+        where = f", sample {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
+        status, t = int(status[bad[0]]), float(t[bad[0]])
+    if status in _MESSAGES:
+        problem, hint = _MESSAGES[Status(status)]
+        if status == Status.NON_FINITE and end.note:
+            problem, hint = end.note, "a condition that is a number wherever the solution goes"
+        name = setup.solver.name
+        text = problem.format(max_steps=setup.course.max_steps)
+        if status == Status.NON_FINITE and setup.course.norm and _vanishes(setup.course.atol, setup.field.layout.real):
+            hint = f"atol=1e-8, as with atol = 0 a state of 0 allows no error; else {hint}"
+        raise NumericalError(
+            f"{name} stopped at t = {t:.6g}{where}: {text}", f"{hint}; throw=False returns what there is"
+        )
+
+
+def _vanishes(atol: Any, real: torch.dtype) -> bool:
+    """Whether the absolute tolerance was given as 0 somewhere."""
+    return bool(
+        (torch.as_tensor(atol, device=None if isinstance(atol, Tensor) else "cpu") <= torch.finfo(real).tiny).any()
+    )
