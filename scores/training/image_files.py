@@ -38,8 +38,8 @@ FREE_PIXELS = 1 << 24  # that any picture may have; more only in a file that is 
 PIXELS_PER_BYTE = 64
 BAND = 1 << 20  # pixels
 CHUNK = re.compile(r"\d{5}")  # the name of a folder that only keeps listings short
-HIDDEN, OTHER, SPECIAL = "hidden", "of other kinds", "not regular files"  # reasons to leave a file out
-CIRCLE = "links to a folder around them"
+HIDDEN, OTHER = "hidden files and folders", "files that are no pictures"  # reasons to leave a file out
+SPECIAL, CIRCLE = "pipes, devices and broken links", "links to a folder around them"
 
 Readers = dict[str, Callable[[], bytes]]  # of pictures and of dataset.json, by their path below the root
 

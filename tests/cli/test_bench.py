@@ -288,5 +288,5 @@ def test_what_is_left_out_of_the_truth_is_counted(cli, tmp_path):
         Image.fromarray(np.full((8, 8), 60000, np.uint16)).save(tmp_path / "d" / name)
     (tmp_path / "d" / "notes.txt").write_text("")
     done = cli("bench", "--model", "digits", "--truth", "d", "--n", 2, "--nfe", "1", "--sampler", "nothing")
-    assert "left out: 1 hidden" in done.err
-    assert "left out: 1 of other kinds" in done.err
+    assert "left out: 1 hidden files" in done.err
+    assert "left out: 1 files that are no pictures" in done.err

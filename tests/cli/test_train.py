@@ -100,7 +100,11 @@ def test_what_is_left_out_is_counted_and_the_classes_are_named(cli, tmp_path):
     (tmp_path / "d" / "notes.txt").write_text("")
     done = cli(*SMALL, "--data", "d", "--size", 8, "--steps", 1, "--out", "run")
     assert done.code == 0, done.err
-    for line in ("left out: 1 hidden", "left out: 1 of other kinds", "2 classes: cat, dog"):
+    for line in (
+        "left out: 1 hidden files and folders",
+        "left out: 1 files that are no pictures",
+        "2 classes: cat, dog",
+    ):
         assert line in done.err
 
 

@@ -73,8 +73,8 @@ def test_hidden_files_are_left_out_and_counted(tmp_path):
     folder, archive = both(tmp_path, names)
     for data in (folder, archive):
         assert (data.names, greys(data)) == (("cat", "dog"), [0, 20])
-        assert data.left_out["of other kinds"] == 1
-        assert data.left_out["hidden"] == 4
+        assert data.left_out["files that are no pictures"] == 1
+        assert data.left_out["hidden files and folders"] == 4
 
 
 def test_a_lone_folder_around_the_classes_is_entered(tmp_path):
@@ -155,7 +155,7 @@ def test_what_is_no_regular_file_is_left_out(tmp_path):
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     (tmp_path / "gone.png").symlink_to("nowhere")
     data = load_data(tmp_path, size=8)
-    assert (len(data), data.left_out) == (1, {"not regular files": 3})
+    assert (len(data), data.left_out) == (1, {"pipes, devices and broken links": 3})
 
 
 def test_a_class_whose_name_cannot_be_written_is_named(tmp_path):
@@ -306,7 +306,7 @@ def test_a_link_in_a_zip_is_left_out(tmp_path):
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as file:
         file.writestr("a.png", png())
         file.writestr(info, "/etc/passwd")
-    assert load_data(tmp_path / "d.zip", size=8).left_out == {"not regular files": 1}
+    assert load_data(tmp_path / "d.zip", size=8).left_out == {"pipes, devices and broken links": 1}
 
 
 def test_pictures_that_are_too_long_or_unpack_to_too_much(tmp_path, monkeypatch):
