@@ -5,9 +5,10 @@
 pfode, diffusers' schedulers and k-diffusion's samplers drive the same stand-in network in one process, turn by turn.
 The network notes when it is entered and left; of every gap the median over all repeats, and of those the mean, is
 reported, with the tensor (ATen) operations and the values read back to the host per call, counted in a run of their
-own. First the default sampler at three sizes, then one recipe per family beside the peer's own implementation. Nobody
-draws noise meanwhile: all are handed the same tensor; what drawing costs is reported apart. Last the time to build a
-plan, for every recipe, in seconds of this process's CPU.
+own. First the default sampler at three sizes, then its whole run with everything that comes before the first call, then
+one recipe per family beside the peer's own implementation. Nobody draws noise meanwhile: all are handed the same
+tensor; what drawing costs is reported apart. Last the time to build a plan, for every recipe, in seconds of this
+process's CPU.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from tests.peers import Scheduler, k_diffusion_sampling
 SIZES = [(1, 3, 8, 8), (4, 3, 32, 32), (16, 4, 64, 64)]
 STEPS = 20
 TARGETS = {(1, 3, 8, 8): 0.10, (4, 3, 32, 32): 0.10, (16, 4, 64, 64): 0.30}
-FAMILY_SIZE, FAMILY_TARGET = (4, 3, 32, 32), 0.15
+FAMILY_SIZE, FAMILY_TARGET, WHOLE_TARGET = (4, 3, 32, 32), 0.15, 0.12
 BUILD_TARGETS = {20: 0.020, 1000: 1.0}
 Run = Callable[[], object]
 
@@ -233,6 +234,25 @@ def by_size(size: tuple[int, int, int, int], device: str, repeats: int) -> dict[
     return rows
 
 
+def whole_runs(device: str, repeats: int) -> dict[str, Any]:
+    """Seconds of a run of the default sampler, everything counted: of diffusers with its set_timesteps."""
+    x = torch.randn(FAMILY_SIZE, device=device)
+    clock = Clock(torch.randn(FAMILY_SIZE, device=device))
+    runs = {
+        "pfode dpm++2m (eps network)": pfode_run("dpm++2m", "eps", clock, x),
+        "diffusers DPMSolverMultistep": diffusers_run("dpmsolver_multistep", clock, x, {}, use_karras_sigmas=True),
+    }
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spent = harness.turns({name: harness.seconds(go, wait=clock.synchronise) for name, go in runs.items()}, repeats)
+    rows = {name: statistics.median(times) for name, times in spent.items()}
+    ours, theirs = rows.values()
+    print(f"\n{FAMILY_SIZE}: ms per whole run of {STEPS} steps, target {WHOLE_TARGET:.2f}x of diffusers'")
+    for name, row in rows.items():
+        print(f"  {name:32s}{1e3 * row:10.2f}{row / theirs:8.3f}x")
+    return {"seconds": rows, "ratio": ours / theirs}
+
+
 def by_family(device: str, repeats: int) -> list[dict[str, Any]]:
     x = torch.randn(FAMILY_SIZE, device=device)
     clock = Clock(torch.randn(FAMILY_SIZE, device=device))
@@ -279,6 +299,7 @@ def main() -> None:
     options = parser.parse_args()
     report: dict[str, Any] = {"steps": STEPS}
     report["sizes"] = {"x".join(map(str, size)): by_size(size, options.device, options.repeats) for size in SIZES}
+    report["whole run"] = whole_runs(options.device, options.repeats)
     report["families"] = by_family(options.device, options.repeats)
     report["plans"] = by_recipe()
     harness.record(options, report)

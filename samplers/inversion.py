@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pfode.denoiser import Denoiser
+from pfode.denoiser import Denoiser, preconditioned
 from pfode.errors import NumericalError, UsageError
 from pfode.grids import Grid
-from pfode.plans.executor import Bad, run
-from pfode.plans.rows import row_affine
+from pfode.plans.executor import Bad, calls, check_output, run
+from pfode.plans.rows import Sums, add, combine, folded, row_affine
 from pfode.plans.table import Plan
 from pfode.process import float64
 from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, find_adaptive
@@ -35,7 +35,8 @@ from pfode.samplers.catalogue import Recipe
 from pfode.samplers.sampling import non_finite, sample
 from pfode.samplers.settle import batch_size, classes, find_device, prepared, sample_states, settled, state_dtype
 
-SPACING = 2.0**-40  # of the data
+SPACING = 2.0**-40  # of the data, and of the state before it
+COARSER = 2.0**2, 2.0**12  # by how much either may grow where spacings fall from there towards the noise
 MOST = 2.0**51  # multiples of a spacing that a float64 state tells apart, whatever the spacing
 
 
@@ -164,26 +165,25 @@ def _backwards(plan: Plan, denoiser: Denoiser, cond: dict[str, Any], x: Tensor) 
     - one state per node (O-BELM, BDIA): a row of DDIM inversion makes y_{n-1} of y_n, as their authors do it;
     - an inner stage between the nodes (EDICT): it is the second copy, equal to y_n where both copies are.
     """
-    rows, spacing = _rows(plan)
-    n = plan.nfe
-    later = torch.round(x / SPACING)
-    yield n, later, later * SPACING
-    first = run(_ddim(plan, n, n - 1), denoiser, later * SPACING, **cond) if plan.node[n - 1] else later * SPACING
-    here = torch.round(first / SPACING)
-    yield n, here, here * SPACING
+    moves, n = _Moves(plan, denoiser, cond, x), plan.nfe
+    later = torch.round(x / moves.spacing[n])
+    y = later * moves.spacing[n]
+    yield n, later, y
+    first = run(_ddim(plan, n, n - 1), denoiser, y, **cond) if plan.node[n - 1] else y
+    here = torch.round(first / moves.spacing[n - 1])
+    yield n, here, here * moves.spacing[n - 1]
     for k in range(n - 1, 0, -1):
-        row = rows[k - 1]
-        later, here = here, row.sign * (later - row.moved(denoiser, here * spacing[k], cond))
-        yield k, here, here * spacing[k - 1]
+        later, here = here, moves.sign(k) * (later - moves.whole(k, here))
+        yield k, here, here * moves.spacing[k - 1]
 
 
 def _onward(plan: Plan, denoiser: Denoiser, cond: dict[str, Any], x: Tensor, previous: Tensor) -> States:
     """States 2 ... n from states 1 and 0, each with the number of the state evaluated for it."""
-    rows, spacing = _rows(plan)
-    before, here = torch.round(previous / spacing[0]), torch.round(x / spacing[1])
-    for k, row in enumerate(rows, 1):
-        before, here = here, row.moved(denoiser, here * spacing[k], cond) + row.sign * before
-        yield k, here, here * spacing[k + 1]
+    moves = _Moves(plan, denoiser, cond, x)
+    before, here = torch.round(previous / moves.spacing[0]), torch.round(x / moves.spacing[1])
+    for k in range(1, plan.nfe):
+        before, here = here, moves.whole(k, here) + moves.sign(k) * before
+        yield k, here, here * moves.spacing[k + 1]
 
 
 def _in_batches(
@@ -192,7 +192,7 @@ def _in_batches(
     """The last two states of a walk, the last of all at the end."""
     states = [sample_states("states", x) for x in states]
     if len({x.shape for x in states}) > 1:
-        raise UsageError(f"need states of one shape (n, ...), got {[tuple(x.shape) for x in states]}")
+        raise UsageError(f"need tensors of one shape (n, ...), got {[tuple(x.shape) for x in states]}")
     n = len(states[0])
     batch = batch_size(batch)
     labels = classes(denoiser, label, n)
@@ -221,36 +221,46 @@ def _in_batches(
 
 def _too_large(plan: Plan, index: int, k: int) -> NumericalError:
     """The error of a state that float64 does not hold exactly on the lattice."""
-    problem = (
-        f"{plan.name}: sample {index} grows at t = {plan.time[k].item():.6g} beyond what can be taken back exactly: "
-        f"each of its {plan.steps} steps magnifies what is off"
-    )
-    nearer = {"bdia": "gamma nearer to 1, ", "edict": "p nearer to 1, "}.get(plan.name, "")
-    return NumericalError(problem, f'fewer steps, {nearer}or sampler="o-belm"')
+    where = f"{plan.name}: sample {index} grows at t = {plan.time[k].item():.6g} beyond what can be taken back exactly"
+    if plan.name not in ("bdia", "edict"):
+        return NumericalError(f"{where}: its steps differ too much in length", 'another grid, such as "time"')
+    nearer = "gamma" if plan.name == "bdia" else "p"
+    problem = f"{where}: each of its {plan.steps} steps magnifies what is off"
+    return NumericalError(problem, f'fewer steps, {nearer} nearer to 1, or sampler="o-belm"')
 
 
-class _Row(NamedTuple):
-    """Row k: a plan of its own for r_k y_k + b_k m_k, the sign of r'_k, and the spacing of state k + 1."""
+class _Moves:
+    """What the rows of an exactly invertible plan add to what they keep of the state before.
 
-    plan: Plan
-    sign: float
-    after: float
+    Attributes:
+        spacing: s_k of all its states.
+    """
 
-    def moved(self, denoiser: Denoiser, y: Tensor, cond: dict[str, Any]) -> Tensor:
-        return torch.round(run(self.plan, denoiser, y, **cond) / self.after)
+    def __init__(self, plan: Plan, denoiser: Denoiser, cond: dict[str, Any], x: Tensor):
+        _check_invertible(plan)
+        net = preconditioned(denoiser)
+        self.calls = calls(plan, folded(plan, net, x), net, cond, x)
+        self.r_prev = plan.r_prev.tolist()
+        self.spacing, n = [SPACING] * (plan.nfe + 1), plan.nfe
+        for k in range(n - 1, 0, -1):
+            self.spacing[k - 1] = self.spacing[k + 1] / abs(self.r_prev[k])
+        for first, most in zip((n, n - 1), COARSER, strict=True):  # every other state
+            least = min(self.spacing[first::-2])
+            factor = min(max(SPACING / least, 1.0), most)
+            self.spacing[first::-2] = [2.0 ** round(math.log2(factor)) * s for s in self.spacing[first::-2]]
 
+    def sign(self, k: int) -> float:
+        """Of r'_k."""
+        return math.copysign(1.0, self.r_prev[k])
 
-def _rows(plan: Plan) -> tuple[list[_Row], list[float]]:
-    """Rows 1 ... n - 1 of an exactly invertible plan, and the spacings of all its states."""
-    _check_invertible(plan)
-    rows, n = [], plan.nfe
-    spacing = [SPACING] * (n + 1)
-    for k in range(n - 1, 0, -1):
-        r_prev = plan.r_prev[k].item()
-        spacing[k - 1] = spacing[k + 1] / abs(r_prev)
-        own = _single(plan, k, k + 1, plan.t[k], plan.r[k], plan.b[k, 0])
-        rows.append(_Row(own, math.copysign(1.0, r_prev), spacing[k + 1]))
-    return rows[::-1], spacing
+    def whole(self, k: int, here: Tensor) -> Tensor:
+        """D_k: (r_k y_k + b_k m_k) / s_{k+1}, rounded, of y_k in multiples of its spacing."""
+        row, network, t = self.calls[k]
+        y = here * self.spacing[k]
+        sums: Sums = [None, None]
+        add(sums, y, [(j, factor) for j, factor in row.state if j == 0])
+        out = check_output(network(y.clone() if row.c_in is None else y * row.c_in, t), y)
+        return torch.round(combine(sums, row, y, out) / self.spacing[k + 1])
 
 
 def _ddim(plan: Plan, k: int, j: int) -> Plan:

@@ -58,7 +58,7 @@ def sample_states(name: str, x: Any) -> Tensor:
     Raises:
         UsageError: no such tensor, or one without numbers.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or not x.numel():
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else shortened(x)
         raise UsageError(f"{name}: need a floating-point tensor of shape (n, ...), got {got}")
     if x.device.type == "meta":

@@ -16,7 +16,7 @@ from pfode import noise
 from pfode._torch import transformed
 from pfode.denoiser import Bare, Denoiser, Preconditioned, at, preconditioned
 from pfode.errors import OtherModelWarning, UsageError, shortened
-from pfode.plans.rows import Row, Sums, add, folded, used
+from pfode.plans.rows import Row, Rows, Sums, add, combine, folded, used, with_noise
 from pfode.plans.table import Plan, foreign, takes_part
 
 Walk = Generator[tuple[int, Tensor, Any, "Landing | None"], Tensor | None, None]
@@ -237,10 +237,6 @@ def _walk(
     draw = _noise_source(plan, state, seeds, brownian)
     net = preconditioned(denoiser)
     rows = folded(plan, net, state)
-    told = rows.c_noise.clone()  # the network's own, as the rows are kept
-    # a network is told the time of every sample, a bare denoiser the time
-    times = told if isinstance(net, Bare) else told[:, None].expand(-1, len(state))
-    calls = zip(rows.rows, _networks(plan, net, cond, checkpoint), times.unbind(), strict=True)
     sums: Sums = [None] * rows.window
     if rows.before is not None:
         add(sums, state, [(0, rows.before)])
@@ -249,7 +245,17 @@ def _walk(
         state = r_init * state
     if takes_part(plan.init[1]):
         state = state + c_init * draw(plan.nfe)
-    return _rows(calls, sums, state, state is x, draw, preview)
+    return _rows(calls(plan, rows, net, cond, state, checkpoint), sums, state, state is x, draw, preview)
+
+
+def calls(
+    plan: Plan, rows: Rows, net: Preconditioned, cond: dict[str, Any], x: Tensor, checkpoint: bool = False
+) -> list[tuple[Row, Callable[..., Any], Tensor]]:
+    """Every row with what it calls, conditions included, and the time that is told there, for states like x."""
+    told = rows.c_noise.clone()  # the network's own, as the rows are kept
+    # a network is told the time of every sample, a bare denoiser the time
+    times = told if isinstance(net, Bare) else told[:, None].expand(-1, len(x))
+    return list(zip(rows.rows, _networks(plan, net, cond, checkpoint), times.unbind(), strict=True))
 
 
 def _rows(
@@ -276,17 +282,11 @@ def _rows(
             out = check_output(out, x)
         if preview:
             x0 = torch.addcmul(skipped, out, row.c_out)
-        add(sums, out if row.g is None else torch.addcmul(out, x, row.g), row.output, alone)
-        made = sums.pop(0)
-        x = torch.zeros_like(x) if made is None else made
-        sums.append(None)
+        x = combine(sums, row, x, out, alone)
         landing = None
         if row.draws:
-            xi = draw(k)
-            add(sums, xi, row.noise, alone)
-            if row.fresh is not None:
-                mean, x = x, torch.addcmul(x, xi, row.fresh)
-                landing = Landing(x, mean, row.fresh) if preview else None
+            mean, x = x, with_noise(sums, row, x, draw(k), alone)
+            landing = Landing(x, mean, row.fresh) if preview and row.fresh is not None else None
         sent = yield k, x, x0, landing
         if sent is not None:
             x = replaced(x, sent)

@@ -80,6 +80,25 @@ def add(sums: Sums, value: Tensor, terms: Terms, in_place: bool = True) -> None:
             sums[j] = torch.addcmul(begun, value, factor)
 
 
+def combine(sums: Sums, row: Row, x: Tensor, out: Tensor, in_place: bool = True) -> Tensor:
+    """The state that a row ends with, but for its own noise; the sums go on to the row after it.
+
+    Args:
+        sums: to which the row's state has been added.
+        x, out: the state, needed where the row has a g, and the network's output for it.
+    """
+    add(sums, out if row.g is None else torch.addcmul(out, x, row.g), row.output, in_place)
+    made = sums.pop(0)
+    sums.append(None)
+    return torch.zeros_like(x) if made is None else made
+
+
+def with_noise(sums: Sums, row: Row, x: Tensor, noise: Tensor, in_place: bool = True) -> Tensor:
+    """The state that a row ends with, from that of `combine` and the row's noise."""
+    add(sums, noise, row.noise, in_place)
+    return x if row.fresh is None else torch.addcmul(x, noise, row.fresh)
+
+
 @dataclass(frozen=True, eq=False)
 class Folded:
     """The factors of a plan's rows for a network, float64 on the host, row k for row k.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
-from pfode.plans.rows import Row, Sums, add
+from pfode.plans.rows import Row, Sums, add, combine, with_noise
 from pfode.plans.table import Plan
 from pfode.process import float64
 from pfode.samplers.adapters.conventions import Convention
@@ -182,13 +182,6 @@ class Run:
 
         The caller may write over all of them, and over what it is given.
         """
-        sums = self.sums
-        add(sums, x, row.state)
-        add(sums, out if row.g is None else torch.addcmul(out, x, row.g), row.output)
-        made = sums.pop(0)
-        made = torch.zeros_like(x) if made is None else made
-        sums.append(None)
-        if row.draws:
-            add(sums, noise, row.noise)
-            made = made if row.fresh is None else torch.addcmul(made, noise, row.fresh)
-        return made
+        add(self.sums, x, row.state)
+        made = combine(self.sums, row, x, out)
+        return with_noise(self.sums, row, made, noise) if row.draws else made
