@@ -161,10 +161,11 @@ def find_range(text: str | None) -> float | tuple[float, float] | None:
     if text is None:
         return None
     ends = listed("--guidance", text, float, "one or two numbers", "--guidance 1,4")
-    if len(ends) > 2:
-        raise UsageError(f"--guidance: need one or two numbers, got {text!r:.60}", "--guidance 1,4")
-    low, *rest = ends
-    return (low, rest[0]) if rest else low
+    if len(ends) == 1:
+        return ends[0]
+    if len(ends) == 2:
+        return ends
+    raise UsageError(f"--guidance: need one or two numbers, got {text!r:.60}", "--guidance 1,4")
 
 
 def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from pfode.samplers.measure.spec import Spec
 Result = dict[str, Any]
 METRICS = {**END_POINT, **DISTRIBUTION}
 IN_TABLES = ("rms", "median", "flipped", "energy", "sliced")
-SHOWN = 5  # samplers in a strip
+SHOWN = 5  # samplers in a row of pictures
 AT = (4, 6, 10)  # evaluations of the strips
 
 
@@ -43,7 +43,7 @@ def write(out: Path, result: Result, title: str = "Quality against evaluations")
 
 
 def label(text: str) -> str:
-    """A sampler as it is called in a figure: without the search over grids, which is told elsewhere."""
+    """A sampler as it is called in a figure: without the search over grids, which stands elsewhere."""
     name, _, options = text.partition("?")
     kept = [pair for pair in options.split("&") if pair and pair != "grid=best"]
     words = [pair.removeprefix("chart=").removeprefix("solver_") for pair in kept]
@@ -71,7 +71,7 @@ def coloured(result: Result) -> dict[str, str]:
 
 
 def panels(result: Result, colours: dict[str, str]) -> list[plot.Panel]:
-    """A panel per bed of the RMS error, and one of the energy distance where there is a truth."""
+    """A panel per model of the RMS error, and one of the energy distance where there is a truth."""
     found = []
     for key in ("rms", "energy"):
         for bed, settings in result["beds"].items():
@@ -102,7 +102,7 @@ def _curves(result: Result, bed: str, key: str, colours: dict[str, str]) -> list
 
 
 def markdown(result: Result, title: str) -> str:
-    """The recommendations, then every bed's figures."""
+    """The recommendations, then every model's figures."""
     lines = [f"# {title}", "", *_advice(result), ""]
     for bed, settings in result["beds"].items():
         lines += [f"## {bed}", "", _about(settings), ""]
@@ -122,12 +122,12 @@ def _advice(result: Result) -> list[str]:
         rows.append([f"{ranking.evals}", *named, *[""] * (3 - len(named))])
     if not rows:
         return []
-    what = "RMS error over that of each bed's best, geometric mean over the beds measured, more than half, in brackets."
+    what = "In brackets: RMS error over each model's best, geometric mean over the models measured, more than half."
     return ["Which sampler to use:", "", *_markdown(("evaluations", "first", "second", "third"), rows), "", what]
 
 
 def _about(settings: dict[str, Any]) -> str:
-    """A bed's settings and floors, in a sentence."""
+    """A model's settings and floors, in a sentence."""
     parts = [f"{settings['process']}, {settings['n']} samples"]
     floor = settings["floor"]
     if "teacher" in floor:
@@ -171,7 +171,7 @@ def page(out: Path, result: Result, title: str, figure: plot.Drawing) -> str:
         f"<h1>{html.escape(title)}</h1>",
         _lead(result),
         f'<section class="wide">{plot.svg(figure, alone=False)}</section>',
-        "<p class=soft>Coloured: the samplers that do best over all beds, with bootstrap bands of 95 %; grey: the "
+        "<p class=soft>Coloured: the samplers that do best over all models, with bootstrap bands of 95 %; grey: the "
         "others. Point at a line to see its name. Dashed: what cannot be passed.</p>",
         _strips(out, result),
         "<h2>Every figure</h2>",
@@ -228,14 +228,14 @@ def _lead(result: Result) -> str:
     beds = ", ".join(html.escape(bed) for bed in result["beds"])
     return (
         "<p>Which sampler to use, by network evaluations per sample. The factor is the RMS error over that of the best "
-        f"sampler of each bed, geometric mean over those it was measured on, more than half of {beds}.</p>"
+        f"sampler of each model, geometric mean over those it was measured on, more than half of {beds}.</p>"
         '<div class="scroll"><table class="lead"><tr><th>evaluations</th><th>use</th><th>then</th><th>then</th></tr>'
         f"{''.join(rows)}</table></div>"
     )
 
 
 def _taken(result: Result, text: str, evals: int) -> str:
-    """What most beds take of a sampler's alternatives."""
+    """What most models take of a sampler's alternatives."""
     words = [c["chosen"] for c in result["cells"] if c["sampler"] == text and c["evals"] == evals and c.get("chosen")]
     if not words:
         return ""
@@ -243,7 +243,7 @@ def _taken(result: Result, text: str, evals: int) -> str:
     plain = most.replace("grid=", "").replace("chart=", "")
     if count == len(words):
         return plain
-    return f"{plain} on {count} of {len(words)} beds" if 2 * count > len(words) else "by bed, see below"
+    return f"{plain} on {count} of {len(words)} models" if 2 * count > len(words) else "by model, see below"
 
 
 def _details(result: Result, bed: str) -> str:
@@ -307,7 +307,7 @@ def _strips(out: Path, result: Result) -> str:
 
 
 def _picture(x: Any) -> str:
-    """A strip of pictures, as part of the page; nothing between them."""
+    """A row of pictures, as part of the page; nothing between them."""
     import numpy as np
     from PIL import Image
 
@@ -331,5 +331,5 @@ def _made(result: Result) -> str:
         f"<td>{html.escape(s['process'])}</td></tr>"
         for bed, s in result["beds"].items()
     ]
-    head = "<tr><th>bed</th><th>samples</th><th>first seed</th><th>validation samples</th><th>process</th></tr>"
+    head = "<tr><th>model</th><th>samples</th><th>first seed</th><th>validation samples</th><th>process</th></tr>"
     return f'<h2>How it was made</h2><p>{words}</p><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
