@@ -1,6 +1,7 @@
 """Tiny networks and pipelines of diffusers with random weights, none of them zero."""
 
 import importlib
+import inspect
 import json
 import warnings
 from typing import Any
@@ -11,6 +12,8 @@ from torch import nn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # diffusers under newer versions of what it imports
     diffusers: Any = importlib.import_module("diffusers")
+NEWER = "time_shift_type" in inspect.signature(diffusers.FlowMatchEulerDiscreteScheduler.__init__).parameters
+"""Whether diffusers is newer than 0.31: its flows and their pipelines take more since."""
 
 UNET: dict[str, Any] = {
     "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1,

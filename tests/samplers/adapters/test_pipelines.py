@@ -20,6 +20,7 @@ from pfode.errors import UsageError
 from pfode.prediction import PREDICTIONS
 from pfode.process import Process
 from pfode.samplers import PFODEScheduler, make_plan
+from tests.scores.tiny import NEWER
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -416,6 +417,7 @@ BENCHES = {
     kind.__name__: kind
     for kind in (Ddpm, Dit, StableDiffusion, ImageToImage, Inpainting, Sdxl, Sd3, Sd3ImageToImage, Flux)
 }
+LATER = ("Ddpm", "Sd3", "Sd3ImageToImage", "Flux")  # pipelines that take less in an old diffusers
 WHOLE = ["Ddpm", "Dit", "StableDiffusion", "Sdxl", "Sd3", "Flux"]  # from noise
 kept: dict[str, Bench] = {}
 
@@ -423,6 +425,8 @@ kept: dict[str, Bench] = {}
 @pytest.fixture
 def bench(request) -> Bench:
     name = request.param
+    if name in LATER and not NEWER:
+        pytest.skip("this version's pipeline does not take what is asked of it")
     if name not in kept:
         kept[name] = BENCHES[name]()
     return kept[name]

@@ -26,6 +26,7 @@ from pfode.samplers.adapters import scheduler as module
 from pfode.samplers.adapters.classes import KNOWN
 from pfode.scores.exact import Gaussian
 from tests import peers, problems
+from tests.scores.tiny import NEWER
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # diffusers under numpy 2
@@ -38,7 +39,6 @@ KINDS: dict[str, dict[str, Any]] = {"VP": {}, "Flow": FLOW, "EDM": EDM}
 SEEDS = [5, 6, 7, 8]
 f64 = torch.float64
 diffusers = importlib.import_module("diffusers")
-NEWER = "time_shift_type" in inspect.signature(diffusers.FlowMatchEulerDiscreteScheduler.__init__).parameters
 only_newer = pytest.mark.skipif(not NEWER, reason="this version of diffusers has no such sigmas, or fails to make them")
 
 

@@ -8,7 +8,7 @@ import torch
 import pfode
 from pfode.errors import UsageError
 from tests.scores import tiny
-from tests.scores.tiny import diffusers
+from tests.scores.tiny import NEWER, diffusers
 
 transformers = pytest.importorskip("transformers", reason="diffusers has text-to-image pipelines only beside it")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the peers
@@ -62,7 +62,9 @@ CASES: dict[str, tuple[Any, dict[str, torch.Tensor], float, str]] = {
 
 
 @pytest.mark.parametrize(("make", "embeds", "scale", "sampler"), CASES.values(), ids=CASES)
-def test_latents_and_pictures_equal_the_pipeline(make, embeds, scale, sampler):
+def test_latents_and_pictures_equal_the_pipeline(make, embeds, scale, sampler, request):
+    if "sd3-dynamic" in request.node.name and not NEWER:
+        pytest.skip("this version's pipeline passes no mu")
     pipe = make()
     options = {**two(embeds), "guidance_scale": scale, "num_inference_steps": STEPS, "latents": LATENTS}
     latents = pipe(**options, output_type="latent").images
@@ -76,6 +78,7 @@ def test_latents_and_pictures_equal_the_pipeline(make, embeds, scale, sampler):
     close(den.decode(result.x) / 2 + 0.5, pictures)
 
 
+@pytest.mark.skipif(not NEWER, reason="this version's pipeline has no true_cfg_scale")
 @pytest.mark.parametrize("true_cfg", [1.0, 2.0])
 @pytest.mark.parametrize("embedded", [True, False])
 def test_flux(embedded, true_cfg):
@@ -109,6 +112,7 @@ def test_a_plan_fitted_to_a_pipeline_runs_in_it(tmp_path):
     close(pipe(**options, output_type="pt").images, den.decode(result.x) / 2 + 0.5)
 
 
+@pytest.mark.skipif(not NEWER, reason="this version's pipeline shifts otherwise")
 def test_the_shift_is_that_of_the_resolution():
     pipe = tiny.flux(flow(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=64))
     for side, mu in ((16, 0.5), (32, 1.15)):
