@@ -115,7 +115,7 @@ class Arctangent(PID):
         """The largest error accepted, in units of the tolerance."""
         return (1 - math.tan(1 - self.safety)) ** -order
 
-    def factor(self, lanes: Any, error: Any, accepted: Any, memory: Any, order: int) -> Any:
+    def factor(self, batching: Any, error: Any, accepted: Any, memory: Any, order: int) -> Any:
         return 1 + torch.atan((error * self.limit(order) + 1e-8) ** (-1 / order) - 1), memory
 
 

@@ -6,7 +6,7 @@
     field     the user's f on flat states (state.py): any tree of tensors is flattened once, to (n,), or to (batch, d)
               in per-sample mode. It counts its calls: nfe is not assumed. It lends out scratch memory.
     control   how an error becomes the next step size (control.py): a value, its memory handed round by the loop.
-    loop      `advance` (loop.py), the only one: it attempts steps and yields a Move for each. Fixed grids are a list of
+    loop      `advance` (loop.py), the only one: it yields an Attempt for every step it tries. Fixed grids are a list of
               stops, reached by one step each. One step size for the state or one per sample are two arithmetics
               (batching modes) of the same lines: floats, read once per attempted step, or tensors of shape (batch,).
     outputs   which output times a step passes, and the states there (outputs.py).
@@ -22,7 +22,7 @@
 Times: the loop's own are float64, on the host in joint mode; the field sees the state's real dtype. Steps end exactly
 at stops (the last output time, step_t, jump_t, a grid's nodes) and evaluate nothing outside; output times in between
 come from dense output of the method's own order, which pfode/tableau.py derives from the order conditions. Where a
-time needs a gradient, a step's ends are tensors: an end that is an output time moves with it, any other with ts[0].
+time needs a gradient, a step's ends are tensors: an end that is an output time attempts with it, any other with ts[0].
 
 No operation in place happens to a tensor that gradients or transforms could see: `field.context.pure` says whether
 steps must be so. A failure (error not finite, equations not solved) is a rejected step; what then ends a solve is its

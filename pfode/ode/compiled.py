@@ -25,7 +25,7 @@ from pfode._torch import cpp_compiler, dynamo_error, while_loop
 from pfode.errors import MissingError, UsageError
 from pfode.ode.adjoints.sources import FirstCall
 from pfode.ode.control import PID
-from pfode.ode.loop import FLOOR, STRETCH, Ahead, PerSample
+from pfode.ode.loop import FLOOR, STRETCH, PerSample, Position
 from pfode.ode.methods.explicit import RungeKutta
 from pfode.ode.solver import RMS, Solver, Step, Time, clock
 from pfode.ode.state import Field, Layout, rebuild
@@ -109,13 +109,13 @@ class Compiled:
         self,
         field: Field,
         control: PID,
-        here: Ahead,
+        here: Position,
         stop: float,
         until: float,
         closes: bool,
         sign: float,
         most: int,
-    ) -> tuple[Ahead, int, int] | None:
+    ) -> tuple[Position, int, int] | None:
         """Attempts up to a stop if that `closes` the run, else before it and before `until`; at most so many.
 
         Where they lead, how many they are, how many of them accepted; None where there is nothing to do, or nothing
@@ -148,7 +148,7 @@ class Compiled:
         facts, y, slope = kernel(inputs, here.y, here.carry, field.args)
         t, h, e, earlier, rejected, steps, accepted = facts.tolist()
         field.calls += (self.tableau.stages - 1) * int(steps)
-        return Ahead(t, h, (e, earlier, bool(rejected)), y, slope), int(steps), int(accepted)
+        return Position(t, h, (e, earlier, bool(rejected)), y, slope), int(steps), int(accepted)
 
 
 def _passes(t: Any, h: Any, stop: Any, until: Any, sign: Any) -> Any:
@@ -278,7 +278,7 @@ def _step(attempt: Callable[..., _Attempt]) -> Kernel:
 def _ahead(attempt: Callable[..., _Attempt], control: PID, order: int) -> Kernel:
     """The loop over attempts (see `advance`, whose lines these are for tensors)."""
     loop = while_loop()
-    lanes = PerSample()
+    batching = PerSample()
 
     def ahead(inputs: Tensor, y: Tensor, slope: Tensor, args: tuple[Any, ...]) -> Any:
         def going(go: Tensor, *_: Any) -> Tensor:
@@ -294,7 +294,7 @@ def _ahead(attempt: Callable[..., _Attempt], control: PID, order: int) -> Kernel
             made = attempt(t, t1, rtol, atol, y, k, args)
             error = made.measured.to(t.dtype)  # type: ignore[union-attr]
             ok = error <= 1
-            factor, memory = control.factor(lanes, error, ok, (e, earlier, rejected > 0), order)
+            factor, memory = control.factor(batching, error, ok, (e, earlier, rejected > 0), order)
             wanted = torch.minimum(torch.maximum(size * factor, least), largest)
             bottom = torch.maximum(t.abs() * FLOOR[t.dtype], least)
             right = (error < math.inf) & (ok | ((wanted >= bottom) & (size > least)))

@@ -54,27 +54,27 @@ class PID:
         if not self.max_step > 0 or self.max_step < self.min_step:
             raise UsageError(f"max_step: need at least min_step = {self.min_step:g} and more than 0: {self.max_step}")
 
-    def factor(self, lanes: Any, error: Any, accepted: Any, memory: tuple[Any, Any, Any], order: int) -> Any:
+    def factor(self, batching: Any, error: Any, accepted: Any, memory: tuple[Any, Any, Any], order: int) -> Any:
         """The factor of the step size and the memory after the step.
 
         Args:
-            lanes: arithmetic on floats or on shape (batch,).
+            batching: arithmetic on floats or on shape (batch,).
             error: e_n, infinite where the step failed.
             memory: (e_(n-1), e_(n-2), whether the step before was rejected).
         """
-        e = lanes.high(error, _TINY)
+        e = batching.high(error, _TINY)
         previous, earlier, rejected = memory
         plain = e ** (-1.0 / order)
         if self.p or self.d:
             tuned = e ** (-(self.p + self.i + self.d) / order)
             tuned = tuned * previous ** ((self.p + 2 * self.d) / order) * earlier ** (-self.d / order)
-            plain = lanes.where(accepted, tuned, plain)
-        factor = lanes.low(lanes.high(self.safety * plain, self.shrink), self.grow)
-        factor = lanes.where(accepted & lanes.no(rejected), factor, lanes.low(factor, 1.0))
+            plain = batching.where(accepted, tuned, plain)
+        factor = batching.low(batching.high(self.safety * plain, self.shrink), self.grow)
+        factor = batching.where(accepted & batching.no(rejected), factor, batching.low(factor, 1.0))
         memory = (
-            lanes.where(accepted, e, previous),
-            lanes.where(accepted, previous, earlier),
-            lanes.no(accepted),
+            batching.where(accepted, e, previous),
+            batching.where(accepted, previous, earlier),
+            batching.no(accepted),
         )
         return factor, memory
 

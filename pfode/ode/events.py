@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
-from pfode.ode.loop import End, Move, Reply, Status
+from pfode.ode.loop import Attempt, End, Reply, Status
 from pfode.ode.solver import clock
 from pfode.ode.state import Field, Tree, changed, unchanged, versions
 
@@ -163,15 +163,15 @@ class Watch:
         left = self.resting[row] & (sign != 0) & ((direction == 0) | (direction == sign))
         return left | (side != 0) & (side * sign <= 0) & ((direction == 0) | (direction == -side))
 
-    def add(self, move: Move, counts: list[float]) -> Reply:
+    def add(self, attempt: Attempt, counts: list[float]) -> Reply:
         """Locate what an attempted step crossed."""
-        if not isinstance(move.accepted, Tensor) and not move.accepted:
+        if not isinstance(attempt.accepted, Tensor) and not attempt.accepted:
             return Reply()
         crossed = self.crossed
         rows = [row for row, count in enumerate(counts) if count]
         if rows:
-            move.step.dense(torch.full_like(self.t, 0.5)[None])  # what it evaluates once, it does with gradients
-        found = {row: self._locate(row, move) for row in rows}
+            attempt.step.dense(torch.full_like(self.t, 0.5)[None])  # what it evaluates once, it does with gradients
+        found = {row: self._locate(row, attempt) for row in rows}
         with torch.no_grad():
             stop = torch.full_like(self.t, math.inf)
             which, failed = torch.full_like(self.which, -1), torch.zeros_like(self.failed)
@@ -187,14 +187,14 @@ class Watch:
             self.which, self.failed = torch.where(ends, which, self.which), self.failed | failed
         for row, (theta, crosses, _, _) in found.items():
             valid = crosses & (theta <= stop)
-            t, y = self._point(row, move, torch.where(valid, theta, 0.5), valid)
+            t, y = self._point(row, attempt, torch.where(valid, theta, 0.5), valid)
             self.hits[self.parts[row][0]].append((t, y, valid))
             now = valid & ends & (which == row)
             self.t, self.y = torch.where(now, t, self.t), torch.where(now[..., None], y, self.y)
         if rows and bool(failed.any()):
-            t, y = _at(move, torch.where(failed, stop, 0.5))
+            t, y = _at(attempt, torch.where(failed, stop, 0.5))
             self.t, self.y = torch.where(failed, t, self.t), torch.where(failed[..., None], y, self.y)
-        moved = move.accepted if isinstance(move.accepted, Tensor) else torch.ones_like(self.ended)
+        moved = attempt.accepted if isinstance(attempt.accepted, Tensor) else torch.ones_like(self.ended)
         self.before, self.side = (
             torch.where(moved, self.after, self.before),
             torch.where(moved & (self.after == self.after), self.after.sign(), self.side),
@@ -204,20 +204,20 @@ class Watch:
             return Reply(looked=False)
         self.ended = self.ended | ends
         looked = crossed.any(0) if self.batched else True
-        if isinstance(move.accepted, Tensor):
+        if isinstance(attempt.accepted, Tensor):
             return Reply(ends, looked)
         # on a fixed grid samples end together
         return Reply(bool(self.ended.all()) or None, looked, ~self.ended if self.batched else None)
 
     @torch.no_grad()
-    def _locate(self, row: int, move: Move) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _locate(self, row: int, attempt: Attempt) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """theta of the crossing and in which samples there is one; theta from which on the condition is NaN, and in
         which it is."""
         i, j = self.parts[row]
         seen, side = self.crossed[row], self.side[row]
 
         def g(theta: Tensor) -> Tensor:
-            t, y = _at(move, theta)
+            t, y = _at(attempt, theta)
             return self._condition(i, t, y)[j]
 
         low, at_low = torch.zeros_like(self.t), self.before[row]
@@ -260,25 +260,27 @@ class Watch:
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
         return low
 
-    def _point(self, row: int, move: Move, theta: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def _point(self, row: int, attempt: Attempt, theta: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """The time and the state at theta; with gradients if anything has them."""
         i, j = self.parts[row]
-        t, y = _at(move, theta)
+        t, y = _at(attempt, theta)
         if not (self.field.context.pure and torch.is_grad_enabled()):
             return t, y
         if not self.events[i].gradient:
-            span = move.u1 - move.u0
-            theta = (t.detach() - move.u0) / (torch.where(span == 0, 1.0, span) if isinstance(span, Tensor) else span)
-            return t.detach(), move.step.dense(theta[None])[0]
+            span = attempt.u1 - attempt.u0
+            theta = (t.detach() - attempt.u0) / (
+                torch.where(span == 0, 1.0, span) if isinstance(span, Tensor) else span
+            )
+            return t.detach(), attempt.step.dense(theta[None])[0]
         if not (t.requires_grad or y.requires_grad or self._condition(i, t, y)[j].requires_grad):
             return t, y
         theta = theta.detach().requires_grad_()
         for _ in range(_NEWTON):
-            g = self._condition(i, *_at(move, theta))[j]
+            g = self._condition(i, *_at(attempt, theta))[j]
             slope = torch.where(valid, _gradient(g.sum(), theta, create_graph=True), 1.0)
             slope = torch.where(slope == 0, math.inf, slope)  # a time that does not move with the state
             theta = theta - torch.where(valid, g, 0.0) / slope
-        return _at(move, theta)
+        return _at(attempt, theta)
 
     def cut(self, ts: Tensor, ys: Tensor) -> Tensor:
         """States at the output times, NaN after the event that ended the solve."""
@@ -354,9 +356,9 @@ def chandrupatla(
     return best
 
 
-def _at(move: Move, theta: Tensor) -> tuple[Tensor, Tensor]:
+def _at(attempt: Attempt, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Time and flat state at theta of a step, shape () or (batch,)."""
-    return move.u0 + theta * (move.u1 - move.u0), move.step.dense(theta[None])[0]
+    return attempt.u0 + theta * (attempt.u1 - attempt.u0), attempt.step.dense(theta[None])[0]
 
 
 def _gradient(value: Tensor, of: Tensor, create_graph: bool = False) -> Tensor:

@@ -2,7 +2,7 @@
 
 What differs between one step size for the whole state and one per sample is only the arithmetic of times, errors and
 decisions: Python's floats, read from the device once per attempted step, or tensors of shape (batch,) that stay there.
-`Joint` and `PerSample` are these two arithmetics ("lanes").
+`Joint` and `PerSample` are these two arithmetics ("batching").
 """
 
 import enum
@@ -23,8 +23,6 @@ from pfode.ode.state import Context, Field, leaves, rebuild
 STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
 _TRIES = 12  # attempts in a row that are not finite or not solved before a sample is given up
 FLOOR = {real: 16 * torch.finfo(real).eps for real in (torch.float32, torch.float64)}  # least step by the time's size
-
-
 _LEAST = 1e-300  # of a first step's size
 
 
@@ -101,7 +99,7 @@ class PerSample:
         return rebuild(new, (torch.where(condition.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
 
 
-Lanes = Joint | PerSample
+Batching = Joint | PerSample
 Probe = Callable[[Any, Tensor, Any, Tensor, Any], Tensor]
 
 
@@ -115,8 +113,8 @@ class Counts(NamedTuple):
     iterations: Any
 
 
-class Move(NamedTuple):
-    """One attempted step from t0 to t1; in per-sample lanes these and `accepted` have shape (batch,).
+class Attempt(NamedTuple):
+    """One attempted step from t0 to t1; in per-sample mode these and `accepted` have shape (batch,).
 
     Fields:
         t0, t1: its ends; t1 = t0 for samples that are done.
@@ -142,7 +140,7 @@ class Move(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What may be sent back for a Move.
+    """What may be sent back for a Attempt.
 
     Fields:
         halt: whether the solve ends there, a boolean or shape (batch,): an event.
@@ -155,8 +153,8 @@ class Reply(NamedTuple):
     live: Any = None
 
 
-class Ahead(NamedTuple):
-    """Where the loop is between two attempts, in joint lanes: time, next step size, the controller's memory, state,
+class Position(NamedTuple):
+    """Where the loop is between two attempts, in joint mode: time, next step size, the controller's memory, state,
     carry.
     """
 
@@ -178,7 +176,7 @@ class End(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Course:
+class Schedule:
     """From where to where, and how exactly.
 
     Args:
@@ -215,40 +213,40 @@ def advance(
     field: Field,
     solver: Solver,
     control: PID,
-    course: Course,
+    schedule: Schedule,
     y: Tensor,
-    lanes: Lanes,
+    batching: Batching,
     probe: Probe | None = None,
     until: Callable[[], float] | None = None,
-) -> Generator[Move, Reply | None, End]:
+) -> Generator[Attempt, Reply | None, End]:
     """Yield every attempted step; a Reply may be sent back.
 
     Args:
-        field, solver, control, course: what, how, at which steps, from where to where.
+        field, solver, control, schedule: what, how, at which steps, from where to where.
         y: the flat state.
-        lanes: the batching mode: whether steps are chosen jointly or per sample.
-        probe: (t0, y0, t1, y1, accepted) -> a 1-d tensor to be read together with the loop's own facts: `Move.tried`;
-            in joint mode it is called before the verdict, accepted = None and y1 the state tried.
+        batching: the batching mode: whether steps are chosen jointly or per sample.
+        probe: (t0, y0, t1, y1, accepted) -> a 1-d tensor to be read together with the loop's own facts,
+            `Attempt.tried`; in joint mode it is called before the verdict, accepted = None and y1 the state tried.
         until: in joint mode, the time up to which nobody looks at single steps; None: every one is looked at.
     """
-    state = LoopState(field, solver, control, course, y, lanes, probe, until)
-    while state.alive and state.attempts < course.max_steps:
+    state = LoopState(field, solver, control, schedule, y, batching, probe, until)
+    while state.alive and state.attempts < schedule.max_steps:
         record = state.leap()
-        if record is None and (not state.alive or state.attempts == course.max_steps):
+        if record is None and (not state.alive or state.attempts == schedule.max_steps):
             continue
         if record is None:
-            attempt = state.propose()
+            proposal = state.propose()
             calls = field.calls
-            step = solver.step(field, attempt.u0, attempt.u1, state.y, state.carry)
-            verdict = state.judge(attempt, step)
-            record = state.commit(attempt, step, verdict, field.calls - calls)
+            step = solver.step(field, proposal.u0, proposal.u1, state.y, state.carry)
+            verdict = state.judge(proposal, step)
+            record = state.commit(proposal, step, verdict, field.calls - calls)
         calls = field.calls
         reply = yield record
         state.answer(record, reply or Reply(), field.calls - calls)
     return state.end()
 
 
-class _Attempt(NamedTuple):
+class _Proposal(NamedTuple):
     """A step to try: from t0 to t1, as the solver is given them u0 to u1; whether it ends at the stop ahead (`last`),
     and that stop's index, else -1 (`reached`)."""
 
@@ -273,7 +271,7 @@ class _Verdict(NamedTuple):
 
 
 class LoopState:
-    """Where a solve is between two attempts: `propose` says the next one, `judge` what it is worth, `commit` moves on.
+    """Where a solve is between two attempts: `propose` says the next one, `judge` what it is worth, `commit` goes on.
 
     Everything but y and carry is a float, int or boolean in joint mode and has shape (batch,) per sample.
 
@@ -293,27 +291,27 @@ class LoopState:
         field: Field,
         solver: Solver,
         control: PID,
-        course: Course,
+        schedule: Schedule,
         y: Tensor,
-        lanes: Lanes,
+        batching: Batching,
         probe: Probe | None,
         until: Callable[[], float] | None,
     ):
-        self.field, self.solver, self.control, self.course = field, solver, control, course
-        self.lanes, self.probe, self.until, self.adaptive = lanes, probe, until, course.norm is not None
-        self.never, self.zero = lanes.fill(0, course.start) != 0, lanes.fill(0, course.start)
-        self.jumps: Any = torch.tensor(course.jumps, device=y.device) if lanes.per_sample else course.jumps
-        self.jumping, self.last_stop = any(course.jumps), len(course.stops) - 1
+        self.field, self.solver, self.control, self.schedule = field, solver, control, schedule
+        self.batching, self.probe, self.until, self.adaptive = batching, probe, until, schedule.norm is not None
+        self.never, self.zero = batching.fill(0, schedule.start) != 0, batching.fill(0, schedule.start)
+        self.jumps: Any = torch.tensor(schedule.jumps, device=y.device) if batching.per_sample else schedule.jumps
+        self.jumping, self.last_stop = any(schedule.jumps), len(schedule.stops) - 1
         self.floor = FLOOR[clock(y.device)]
-        self.units = _units(course, y) if self.adaptive else None
+        self.units = _units(schedule, y) if self.adaptive else None
         self.read = torch.no_grad()(_read) if field.context.pure else _read
-        self.differentiable = field.context.pure and torch.is_grad_enabled() and self.adaptive and lanes.per_sample
+        self.differentiable = field.context.pure and torch.is_grad_enabled() and self.adaptive and batching.per_sample
 
-        self.t, self.y = course.start, y
+        self.t, self.y = schedule.start, y
         self.at, self.here, self.behind = self.zero, self.zero - 1, self.never
-        self.h, slope, self.status = _first_step(field, solver, control, course, lanes, y, self.units)
-        self.carry = solver.init(field, course.lift(self.t, self.here) if course.lift else self.t, y, slope)
-        self.memory = (lanes.fill(1.0, self.t), lanes.fill(1.0, self.t), self.never)
+        self.h, slope, self.status = _first_step(field, solver, control, schedule, batching, y, self.units)
+        self.carry = solver.init(field, schedule.lift(self.t, self.here) if schedule.lift else self.t, y, slope)
+        self.memory = (batching.fill(1.0, self.t), batching.fill(1.0, self.t), self.never)
         self.size_of_y = y.detach().abs() if self.adaptive else y
         self.solved: Tensor | None = None  # on fixed grids: whether all steps solved their equations, read at the end
         self.failures, self.attempts, self.counting = self.zero, 0, True
@@ -321,26 +319,28 @@ class LoopState:
         started = (self.zero + field.calls) * (self.status != Status.SUCCESS)
         self.counts = Counts(self.zero, self.zero, started, self.zero, self.zero)
         self._look()
-        watched = until is None or lanes.per_sample or field.context.pure or not self.adaptive or course.lift or probe
+        watched = (
+            until is None or batching.per_sample or field.context.pure or not self.adaptive or schedule.lift or probe
+        )
         self.ahead = None if watched else getattr(solver, "ahead", None)
 
     def _look(self) -> None:
         """Whether anything is still on its way."""
         running: Any = self.status == Status.RUNNING
-        self.alive = bool(running.any()) if self.lanes.per_sample else running
+        self.alive = bool(running.any()) if self.batching.per_sample else running
 
-    def leap(self) -> Move | None:
+    def leap(self) -> Attempt | None:
         """Attempts that nobody looks at, in one call of a solver that can (`Compiled.ahead`), up to the stop if that is
         looked at next: its record. None where an attempt is to be made by itself, or no more are allowed.
         """
         if not self.ahead or not self.until or self.behind:
             return None
-        field, course, until = self.field, self.course, self.until()
-        calls, stop = field.calls, course.stops[self.at]
-        closes = not self.jumping and (until - stop) * course.sign >= 0
-        here = Ahead(self.t, self.h, self.memory, self.y, self.carry)
-        most = course.max_steps - self.attempts
-        went = self.ahead(field, self.control, here, stop, until, closes, course.sign, most)
+        field, schedule, until = self.field, self.schedule, self.until()
+        calls, stop = field.calls, schedule.stops[self.at]
+        closes = not self.jumping and (until - stop) * schedule.sign >= 0
+        here = Position(self.t, self.h, self.memory, self.y, self.carry)
+        most = schedule.max_steps - self.attempts
+        went = self.ahead(field, self.control, here, stop, until, closes, schedule.sign, most)
         if not went:
             return None
         (self.t, self.h, self.memory, self.y, self.carry), made, passed = went
@@ -355,68 +355,68 @@ class LoopState:
         self.status = self.status if self.alive else Status.SUCCESS
         self.here, self.at = self.at, min(self.at + 1, self.last_stop)
         t, y = self.t, self.y
-        return Move(t, t, t, t, y, y, True, Step(y, None, _unseen), [], self.counts, self.carry)
+        return Attempt(t, t, t, t, y, y, True, Step(y, None, _unseen), [], self.counts, self.carry)
 
-    def propose(self) -> _Attempt:
+    def propose(self) -> _Proposal:
         """The step to try next: of the size wanted, or to the stop ahead where that is as near."""
-        course, where, t, h, sign = self.course, self.lanes.where, self.t, self.h, self.course.sign
+        schedule, where, t, h, sign = self.schedule, self.batching.where, self.t, self.h, self.schedule.sign
         live = self.status == Status.RUNNING
-        stop = self.lanes.pick(course.stops, self.at)
+        stop = self.batching.pick(schedule.stops, self.at)
         left = (stop - t) * sign
         last = where(left <= self.control.max_step, h * STRETCH, h) >= left
         self.size = where(last, left, h)
         t1 = where(live, where(last, stop, t + h * sign), t)
         reached = where(last & live, self.at, self.zero - 1)
-        u0, u1 = (course.lift(t, self.here), course.lift(t1, reached)) if course.lift else (t, t1)
+        u0, u1 = (schedule.lift(t, self.here), schedule.lift(t1, reached)) if schedule.lift else (t, t1)
         if self.jumping:
-            ahead = last & self.lanes.pick(self.jumps, self.at)
+            ahead = last & self.batching.pick(self.jumps, self.at)
             near = _nudged(u0, u1, sign, self.behind, self.field)
             u0, u1 = near, _nudged(u1, near, -sign, ahead, self.field)
         self.attempts += 1
-        return _Attempt(t, t1, u0, u1, last, reached)
+        return _Proposal(t, t1, u0, u1, last, reached)
 
-    def judge(self, attempt: _Attempt, step: Step) -> _Verdict:
+    def judge(self, proposal: _Proposal, step: Step) -> _Verdict:
         """Whether a step is good enough: one read-back in joint mode."""
         t, y, probe = self.t, self.y, self.probe
-        asked = probe and (lambda: probe(t, y, attempt.t1, step.y1, None))
-        error, ok, tried, size_of_y = self.read(self.units, self.lanes, step, self.size_of_y, asked)
+        asked = probe and (lambda: probe(t, y, proposal.t1, step.y1, None))
+        error, ok, tried, size_of_y = self.read(self.units, self.batching, step, self.size_of_y, asked)
         fine = (error < math.inf) & ok
         accepted = (self.status == Status.RUNNING) & fine & (error <= 1)
         if self.control.force:
             accepted = accepted | ((self.status == Status.RUNNING) & fine & (self.size <= self.control.min_step))
         return _Verdict(error, ok, fine, accepted, tried, size_of_y)
 
-    def commit(self, attempt: _Attempt, step: Step, verdict: _Verdict, calls: int) -> Move:
-        """Move on where the step was accepted, choose the next size, count; `calls` is what the step evaluated."""
-        lanes, where, accepted = self.lanes, self.lanes.where, verdict.accepted
+    def commit(self, proposal: _Proposal, step: Step, verdict: _Verdict, calls: int) -> Attempt:
+        """Go on where the step was accepted, choose the next size, count; `calls` is what the step evaluated."""
+        batching, where, accepted = self.batching, self.batching.where, verdict.accepted
         before = self.y, self.carry, self.status == Status.RUNNING
         self._count(step, accepted, calls)
         if not self.adaptive and step.ok is not None:
             self.solved = step.ok if self.solved is None else self.solved & step.ok
-        self.y = lanes.merge(accepted, step.y1, self.y)
+        self.y = batching.merge(accepted, step.y1, self.y)
         if step.measured is None:
-            self.size_of_y = lanes.merge(accepted, verdict.size_of_y, self.size_of_y)
-        self.carry = lanes.merge(accepted, step.carry, self.carry if step.again is None else step.again)
-        self.t = where(accepted, attempt.t1, self.t)
-        hit = accepted & attempt.last
+            self.size_of_y = batching.merge(accepted, verdict.size_of_y, self.size_of_y)
+        self.carry = batching.merge(accepted, step.carry, self.carry if step.again is None else step.again)
+        self.t = where(accepted, proposal.t1, self.t)
+        hit = accepted & proposal.last
         if self.adaptive:
             self._resize(verdict, hit)
         self.status = where(hit & (self.at == self.last_stop), self.zero + Status.SUCCESS, self.status)
         if self.jumping:
-            jumped = hit & lanes.pick(self.jumps, self.at)
-            self.behind = jumped | (self.behind & lanes.no(accepted))
-        self.here, self.at = where(accepted, attempt.reached, self.here), lanes.low(self.at + hit, self.last_stop)
+            jumped = hit & batching.pick(self.jumps, self.at)
+            self.behind = jumped | (self.behind & batching.no(accepted))
+        self.here, self.at = where(accepted, proposal.reached, self.here), batching.low(self.at + hit, self.last_stop)
         self.restart, tried = self.behind & hit, verdict.tried
-        if lanes.per_sample:
-            step, tried = self._settle(attempt, step, verdict, before)
+        if batching.per_sample:
+            step, tried = self._settle(proposal, step, verdict, before)
         else:
             self.alive = self.status == Status.RUNNING
-        t0, t1, u0, u1, *_ = attempt
-        return Move(t0, t1, u0, u1, before[0], self.y, accepted, step, tried, self.counts, self.carry)
+        t0, t1, u0, u1, *_ = proposal
+        return Attempt(t0, t1, u0, u1, before[0], self.y, accepted, step, tried, self.counts, self.carry)
 
     def _count(self, step: Step, accepted: Any, calls: int) -> None:
         """Add the work of an attempt, of the samples that it was made for."""
-        counted = self.status == Status.RUNNING if self.lanes.per_sample else self.counting
+        counted = self.status == Status.RUNNING if self.batching.per_sample else self.counting
         steps, passed, nfe, jacobians, iterations = self.counts
         self.counts = Counts(
             steps + counted,
@@ -428,41 +428,41 @@ class LoopState:
 
     def _resize(self, verdict: _Verdict, hit: Any) -> None:
         """The size of the next step, and whether it is too small to go on with."""
-        lanes, where, control, fine = self.lanes, self.lanes.where, self.control, verdict.fine
-        error = where(fine, verdict.error, lanes.fill(math.inf, verdict.error))
+        batching, where, control, fine = self.batching, self.batching.where, self.control, verdict.fine
+        error = where(fine, verdict.error, batching.fill(math.inf, verdict.error))
         order = self.solver.error_order
-        factor, self.memory = control.factor(lanes, error, verdict.accepted, self.memory, order)
-        wanted = lanes.low(lanes.high(self.size * factor, control.min_step), control.max_step)
+        factor, self.memory = control.factor(batching, error, verdict.accepted, self.memory, order)
+        wanted = batching.low(batching.high(self.size * factor, control.min_step), control.max_step)
         # a step cut short by a stop says little about the next one
         self.h = where(hit & (wanted < self.h), self.h, wanted)
         self.failures = where(fine, self.zero, self.failures + 1)
-        least = lanes.high(abs(self.t) * self.floor, control.min_step)
+        least = batching.high(abs(self.t) * self.floor, control.min_step)
         stuck = (self.failures >= _TRIES) | (self.h < least) | (self.size <= control.min_step)
         cause = where(verdict.ok, self.zero + Status.NON_FINITE, self.zero + Status.NEWTON_FAILED)
         cause = where(fine, self.zero + Status.MIN_STEP, cause)
         running = self.status == Status.RUNNING
-        self.status = where(running & lanes.no(verdict.accepted) & stuck, cause, self.status)
+        self.status = where(running & batching.no(verdict.accepted) & stuck, cause, self.status)
 
     def _settle(
-        self, attempt: _Attempt, step: Step, verdict: _Verdict, before: tuple[Tensor, Any, Any]
+        self, proposal: _Proposal, step: Step, verdict: _Verdict, before: tuple[Tensor, Any, Any]
     ) -> tuple[Step, list[float]]:
         """Per sample: read what the host must know, and what was probed. Where an attempt that is to be differentiated
         was not fine it is made again without these samples, as zero times the derivative of NaN is not zero.
         """
         y0, carry0, live = before
-        lanes, accepted = self.lanes, verdict.accepted
+        batching, accepted = self.batching, verdict.accepted
         facts = [(self.status == Status.RUNNING).any()[None], self.restart.any()[None]]
-        facts += [(live & lanes.no(verdict.fine)).any()[None]] if self.differentiable else []
-        facts += [self.probe(attempt.t0, y0, self.t, self.y, accepted)] if self.probe else []
+        facts += [(live & batching.no(verdict.fine)).any()[None]] if self.differentiable else []
+        facts += [self.probe(proposal.t0, y0, self.t, self.y, accepted)] if self.probe else []
         self.alive, restarts, *tried = torch.cat([fact.double() for fact in facts]).tolist()
         self.restart = self.restart if restarts else False
         if self.differentiable and tried.pop(0):
-            u1 = lanes.where(verdict.fine, attempt.u1, attempt.u0)
-            step = self.solver.step(self.field, attempt.u0, u1, y0, carry0)
-            self.y, self.carry = lanes.merge(accepted, step.y1, y0), lanes.merge(accepted, step.carry, carry0)
+            u1 = batching.where(verdict.fine, proposal.u1, proposal.u0)
+            step = self.solver.step(self.field, proposal.u0, u1, y0, carry0)
+            self.y, self.carry = batching.merge(accepted, step.y1, y0), batching.merge(accepted, step.carry, carry0)
         return step, tried
 
-    def answer(self, record: Move, reply: Reply, calls: int) -> None:
+    def answer(self, record: Attempt, reply: Reply, calls: int) -> None:
         """What came back for a record, of which dense output took so many evaluations: samples that end there. Beyond a
         jump the carry is made anew."""
         if calls:
@@ -471,22 +471,22 @@ class LoopState:
         if reply.live is not None:
             self.counting = reply.live
         if reply.halt is not None:
-            self.status = self.lanes.where(reply.halt, self.zero + Status.EVENT, self.status)
+            self.status = self.batching.where(reply.halt, self.zero + Status.EVENT, self.status)
             self._look()
         restart, self.restart = self.restart, False
         if restart is False or not self.jumping or not self.alive:
             return
-        field, course = self.field, self.course
-        u0 = course.lift(self.t, self.here) if course.lift else self.t
+        field, schedule = self.field, self.schedule
+        u0 = schedule.lift(self.t, self.here) if schedule.lift else self.t
         calls = field.calls
-        fresh = self.solver.init(field, _nudged(u0, None, course.sign, self.behind, field), self.y)
-        self.carry = self.lanes.merge(restart, fresh, self.carry)
+        fresh = self.solver.init(field, _nudged(u0, None, schedule.sign, self.behind, field), self.y)
+        self.carry = self.batching.merge(restart, fresh, self.carry)
         self.counts = self.counts._replace(nfe=self.counts.nfe + restart * (field.calls - calls))
 
     def end(self) -> End:
         """How it ended; on a fixed grid that is read here."""
         running = self.status == Status.RUNNING
-        status, t = self.lanes.where(running, self.zero + Status.MAX_STEPS, self.status), self.t
+        status, t = self.batching.where(running, self.zero + Status.MAX_STEPS, self.status), self.t
         if not self.adaptive:
             status, t = _verdict(self.field, status, t, self.y, self.solved)
         return End(status, t, self.y, self.counts)
@@ -532,8 +532,8 @@ class _Units(NamedTuple):
         return torch.add(self.atol, size, alpha=self.rtol)
 
 
-def _units(course: Course, y: Tensor) -> _Units:
-    atol, rtol, norm = course.atol, course.rtol, course.norm
+def _units(schedule: Schedule, y: Tensor) -> _Units:
+    atol, rtol, norm = schedule.atol, schedule.rtol, schedule.norm
     assert norm is not None
     if isinstance(norm, RMS):
         root = math.sqrt(norm.count)
@@ -544,7 +544,7 @@ def _units(course: Course, y: Tensor) -> _Units:
 
 
 def _read(
-    units: _Units | None, lanes: Lanes, step: Step, before: Tensor, probe: Callable[[], Tensor] | None
+    units: _Units | None, batching: Batching, step: Step, before: Tensor, probe: Callable[[], Tensor] | None
 ) -> tuple[Any, Any, list[float], Tensor]:
     """The error in units of the tolerance, whether the step was solved, what was probed: one read-back; |y1|."""
     after, error = before, None
@@ -553,11 +553,11 @@ def _read(
     elif units is not None and step.error is not None:
         after = step.y1.abs()
         error = units.norm(step.error / units.scale(torch.maximum(before, after)))
-        if not lanes.per_sample and step.ok is None and probe is None:
+        if not batching.per_sample and step.ok is None and probe is None:
             return error.item(), True, [], after
-    elif lanes.per_sample:
+    elif batching.per_sample:
         error = torch.zeros((), device=before.device)
-    if lanes.per_sample:
+    if batching.per_sample:
         assert error is not None
         return error.to(clock(error.device)), (error == error) | True if step.ok is None else step.ok, [], after
     facts = [] if error is None else [error]
@@ -573,7 +573,13 @@ def _read(
 
 
 def _first_step(
-    field: Field, solver: Solver, control: PID, course: Course, lanes: Lanes, y: Tensor, units: "_Units | None"
+    field: Field,
+    solver: Solver,
+    control: PID,
+    schedule: Schedule,
+    batching: Batching,
+    y: Tensor,
+    units: "_Units | None",
 ) -> tuple[Any, Tensor | None, Any]:
     """The size of the first step, f(t0, y0) if it was needed, and the status: NON_FINITE where f is, SUCCESS where
     there is no way to go.
@@ -582,51 +588,53 @@ def _first_step(
     time that f takes to change the state by its size. Slopes are measured in units of the largest one, so that no
     number overflows that f can return.
     """
-    zero = lanes.fill(0, course.start)
-    status = lanes.where(course.stops[-1] == course.start, zero + Status.SUCCESS, zero + Status.RUNNING)
-    arrived = not lanes.per_sample and status == Status.SUCCESS
+    zero = batching.fill(0, schedule.start)
+    status = batching.where(schedule.stops[-1] == schedule.start, zero + Status.SUCCESS, zero + Status.RUNNING)
+    arrived = not batching.per_sample and status == Status.SUCCESS
     if units is None or control.first_step is not None or arrived:
-        return lanes.fill(control.first_step or math.inf, course.start), None, status
-    t = course.lift(course.start, zero - 1) if course.lift else course.start
+        return batching.fill(control.first_step or math.inf, schedule.start), None, status
+    t = schedule.lift(schedule.start, zero - 1) if schedule.lift else schedule.start
     slope = field(field.time(t), y).clone()  # fields may use one buffer for all their results
     with torch.no_grad():
         here, f = y.detach(), slope.detach()
         scale, norm = units.scale(here.abs()), units.norm
-        largest = (f.abs().amax(-1) if lanes.per_sample else f.abs().amax()).to(scale.dtype)
+        largest = (f.abs().amax(-1) if batching.per_sample else f.abs().amax()).to(scale.dtype)
         largest = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
-        unit = largest[:, None] if lanes.per_sample else largest
-        d0, d1, most = _host(lanes, norm(here / scale), norm(f / unit / scale), largest)
+        unit = largest[:, None] if batching.per_sample else largest
+        d0, d1, most = _host(batching, norm(here / scale), norm(f / unit / scale), largest)
         finite = (d0 < math.inf) & (d1 < math.inf)
-        status = lanes.where(finite | (status == Status.SUCCESS), status, zero + Status.NON_FINITE)
-        span = abs(course.stops[-1] - course.start)
-        slow = lanes.high(d0, 1.0) / lanes.high(d1, 1e-300) / most
-        slow = lanes.where(slow < span, slow, span)
-        unit_of_time = lanes.where(slow > 1e4, slow, lanes.fill(1.0, d0))
+        status = batching.where(finite | (status == Status.SUCCESS), status, zero + Status.NON_FINITE)
+        span = abs(schedule.stops[-1] - schedule.start)
+        slow = batching.high(d0, 1.0) / batching.high(d1, 1e-300) / most
+        slow = batching.where(slow < span, slow, span)
+        unit_of_time = batching.where(slow > 1e4, slow, batching.fill(1.0, d0))
         most = most * unit_of_time
         small = (d0 < 1e-5) | (d1 * most < 1e-5)
-        h = lanes.where(small, lanes.fill(1e-6, d0), 0.01 * d0 / lanes.high(d1, 1e-300) / most) * unit_of_time
-        h = lanes.low(lanes.high(lanes.low(h, control.max_step), _LEAST), math.inf)
-        room = abs(lanes.pick(course.stops, zero) - course.start)
-        h = lanes.where(h < room, h, room)
-        moved = course.start + h * course.sign
-        far = column(h * course.sign, y)
+        h = batching.where(small, batching.fill(1e-6, d0), 0.01 * d0 / batching.high(d1, 1e-300) / most) * unit_of_time
+        h = batching.low(batching.high(batching.low(h, control.max_step), _LEAST), math.inf)
+        room = abs(batching.pick(schedule.stops, zero) - schedule.start)
+        h = batching.where(h < room, h, room)
+        moved = schedule.start + h * schedule.sign
+        far = column(h * schedule.sign, y)
         ahead = here + f * far if isinstance(far, Tensor) else torch.add(here, f, alpha=far)
-        (d2,) = _host(lanes, norm((field(field.time(moved), ahead) / unit - f / unit) / scale))
-        h, d2 = h / unit_of_time, d2 * unit_of_time / lanes.high(h, _LEAST)
-        steepest = lanes.where(d1 > d2, d1, d2)
+        (d2,) = _host(batching, norm((field(field.time(moved), ahead) / unit - f / unit) / scale))
+        h, d2 = h / unit_of_time, d2 * unit_of_time / batching.high(h, _LEAST)
+        steepest = batching.where(d1 > d2, d1, d2)
         flat = steepest * most <= 1e-15
-        h1 = lanes.where(
-            flat, lanes.high(h * 1e-3, 1e-6), (0.01 / lanes.high(steepest, 1e-300) / most) ** (1 / solver.error_order)
+        h1 = batching.where(
+            flat,
+            batching.high(h * 1e-3, 1e-6),
+            (0.01 / batching.high(steepest, 1e-300) / most) ** (1 / solver.error_order),
         )
-        h1 = lanes.where(h1 < 100 * h, h1, 100 * h)
-        h1 = lanes.where(h1 == h1, h1, h) * unit_of_time
-        h1 = lanes.high(h1, lanes.high(abs(course.start) * FLOOR[clock(y.device)], control.min_step))
-        return lanes.low(h1, control.max_step), slope, status
+        h1 = batching.where(h1 < 100 * h, h1, 100 * h)
+        h1 = batching.where(h1 == h1, h1, h) * unit_of_time
+        h1 = batching.high(h1, batching.high(abs(schedule.start) * FLOOR[clock(y.device)], control.min_step))
+        return batching.low(h1, control.max_step), slope, status
 
 
-def _host(lanes: Lanes, *values: Tensor) -> list[Any]:
-    """Values as the lanes have them: read, or left on the device in the clock's dtype."""
-    if lanes.per_sample:
+def _host(batching: Batching, *values: Tensor) -> list[Any]:
+    """Values as the batching have them: read, or left on the device in the clock's dtype."""
+    if batching.per_sample:
         return [value.to(clock(value.device)) for value in values]
     return torch.stack(values).tolist() if len(values) != 1 else [values[0].item()]
 

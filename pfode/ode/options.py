@@ -16,7 +16,7 @@ from pfode.ode import checks
 from pfode.ode.adjoints.problem import Problem
 from pfode.ode.adjoints.replay import lift
 from pfode.ode.control import PID
-from pfode.ode.loop import Course, Joint, Lanes, PerSample
+from pfode.ode.loop import Batching, Joint, PerSample, Schedule
 from pfode.ode.methods.scipy import Scipy
 from pfode.ode.registry import solver_named
 from pfode.ode.solver import RMS, Solver, clock
@@ -61,11 +61,11 @@ def prepare(f: Callable[..., Tree], y0: Tree, ts: Any, args: tuple[Any, ...], op
     y = layout.flat(y0).clone()  # y0's own memory is neither given to the field nor to the solution
     times, floats = _times(ts, layout)
     fixed = options.step_size is not None or options.grid is not None or not solver.error_order
-    lanes: Lanes = PerSample() if layout.per_sample and not fixed else Joint()
+    batching: Batching = PerSample() if layout.per_sample and not fixed else Joint()
     most = _FIXED_STEPS if fixed and max_steps == MAX_STEPS else max_steps
     rtol, atol = _tolerances(options, layout, fixed)
     if floats is None:
-        _refuse_for_rows(options, lanes)
+        _refuse_for_rows(options, batching)
         start: Any = times[0].detach()
         sign: Any = torch.where(times[-1] < times[0], -1.0, 1.0).to(times.dtype)
         stops: Any = times[-1:].detach()
@@ -73,20 +73,20 @@ def prepare(f: Callable[..., Tree], y0: Tree, ts: Any, args: tuple[Any, ...], op
     else:
         start, sign = floats[0], 1.0 if floats[-1] >= floats[0] else -1.0
         stops, jumps = _stops(floats, sign, _nodes(floats, sign, solver, fixed, options, most), options)
-        if lanes.per_sample:
+        if batching.per_sample:
             start = torch.full((layout.batch,), start, dtype=times.dtype, device=times.device)
             stops = torch.tensor(stops, dtype=times.dtype, device=times.device)
     norm = None if fixed else _norm(options.norm, layout)
     lifted = (lambda t, _: lift(times, t)) if times.requires_grad or transformed() else None
-    course = Course(start, stops, jumps, sign, rtol, atol, norm, most, lifted)
+    schedule = Schedule(start, stops, jumps, sign, rtol, atol, norm, most, lifted)
     controller = checks.controller(options.controller)
-    field = Field(f, layout, args, course.context(pure=True))
-    return Problem(field, solver, controller, course, lanes, y, times)
+    field = Field(f, layout, args, schedule.context(pure=True))
+    return Problem(field, solver, controller, schedule, batching, y, times)
 
 
-def _refuse_for_rows(options: Options, lanes: Lanes) -> None:
+def _refuse_for_rows(options: Options, batching: Batching) -> None:
     """Raise UsageError for what times of shape (batch, times) cannot go with."""
-    if not lanes.per_sample:
+    if not batching.per_sample:
         raise UsageError("ts of shape (batch, times) needs adaptive steps", "leave step_size and grid out")
     for name in ("step_t", "jump_t"):
         if getattr(options, name) is not None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfode.ode.loop import Lanes, Move
+from pfode.ode.loop import Attempt, Batching
 
 
 class JointOutputs:
@@ -32,18 +32,18 @@ class JointOutputs:
         """The next output time."""
         return self.floats[min(self.done, len(self.floats) - 1)]
 
-    def add(self, move: Move) -> bool:
+    def add(self, attempt: Attempt) -> bool:
         """Evaluate the dense output of an accepted step wherever it passes output times; whether it did."""
         first, times, sign = self.done, self.floats, self.sign
-        while self.done < len(times) and (times[self.done] - move.t1) * sign <= 0:
+        while self.done < len(times) and (times[self.done] - attempt.t1) * sign <= 0:
             self.done += 1
         inner = self.done
-        while inner > first and times[inner - 1] == move.t1:
+        while inner > first and times[inner - 1] == attempt.t1:
             inner -= 1
         if inner > first:
-            self.blocks.append(move.step.dense((self.ts[first:inner] - move.u0) / (move.u1 - move.u0)))
+            self.blocks.append(attempt.step.dense((self.ts[first:inner] - attempt.u0) / (attempt.u1 - attempt.u0)))
         if self.done > inner:
-            self.blocks.append(move.y.expand(self.done - inner, *move.y.shape))
+            self.blocks.append(attempt.y.expand(self.done - inner, *attempt.y.shape))
         return inner > first
 
     def result(self) -> Tensor:
@@ -88,7 +88,7 @@ class PerSampleOutputs:
         beyond = ((self.ts - t1) * self.sign < 0).sum(0)
         return (beyond - self.next).clamp(min=0)
 
-    def add(self, move: Move, most: int, between: int = 1) -> Tensor | None:
+    def add(self, attempt: Attempt, most: int, between: int = 1) -> Tensor | None:
         """Evaluate where samples passed output times; which of them used dense output, shape (batch,), or None.
 
         Args:
@@ -98,14 +98,14 @@ class PerSampleOutputs:
             return None
         steps = torch.arange(most, device=self.ts.device)[:, None]
         index = (self.next + steps).clamp(max=len(self.ts) - 1)
-        valid = (steps < self.passed(move.t1)) & move.accepted
+        valid = (steps < self.passed(attempt.t1)) & attempt.accepted
         times = self.ts.gather(0, index)
-        span = move.u1 - move.u0
-        theta = torch.where(valid, (times - move.u0) / torch.where(span == 0, 1.0, span), 0.0)
-        at_end = (times == move.t1) | ~valid
-        values = move.y.expand(most, *move.y.shape)
+        span = attempt.u1 - attempt.u0
+        theta = torch.where(valid, (times - attempt.u0) / torch.where(span == 0, 1.0, span), 0.0)
+        at_end = (times == attempt.t1) | ~valid
+        values = attempt.y.expand(most, *attempt.y.shape)
         if between:  # else dense output would be evaluated in vain
-            values = torch.where(at_end[..., None], values, move.step.dense(theta))
+            values = torch.where(at_end[..., None], values, attempt.step.dense(theta))
         rows = sum(len(block) for block in self.blocks) + steps.expand_as(index)
         self.source.scatter_(0, torch.where(valid, index, 0), torch.where(valid, rows, 0))
         self.blocks.append(values)
@@ -119,6 +119,6 @@ class PerSampleOutputs:
         return torch.where((self.source >= 0)[..., None], values.gather(0, index), math.nan)
 
 
-def outputs(ts: Tensor, sign: Any, lanes: Lanes, batch: int) -> JointOutputs | PerSampleOutputs:
-    """The outputs of these lanes."""
-    return PerSampleOutputs(ts, sign, batch) if lanes.per_sample else JointOutputs(ts, sign)
+def outputs(ts: Tensor, sign: Any, batching: Batching, batch: int) -> JointOutputs | PerSampleOutputs:
+    """The outputs of these batching."""
+    return PerSampleOutputs(ts, sign, batch) if batching.per_sample else JointOutputs(ts, sign)

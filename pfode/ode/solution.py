@@ -10,7 +10,7 @@ from pfode.errors import NumericalError
 from pfode.ode.adjoints.attach import Attached
 from pfode.ode.adjoints.problem import Problem, Work
 from pfode.ode.events import Hits
-from pfode.ode.loop import Counts, End, Move, Status
+from pfode.ode.loop import Attempt, Counts, End, Status
 from pfode.ode.state import Tree, leaves, rebuild
 
 __all__ = ["Point", "Solution", "Stats", "finish"]
@@ -76,19 +76,19 @@ class Point:
     t1: Any
     y: Tree
     accepted: Any
-    _move: Move
+    _move: Attempt
     _setup: Problem
 
     def at(self, t: Any) -> Tree:
         """Dense output at a time between t0 and t1; per sample also at times of shape (batch,)."""
-        move, ts = self._move, self._setup.ts
+        attempt, ts = self._move, self._setup.ts
         if isinstance(self.t0, Tensor):
-            span = move.u1 - move.u0
-            theta = torch.where(move.accepted, (t - move.u0) / torch.where(span == 0, 1.0, span), 0.0)[None]
-            flat = torch.where(move.accepted[:, None], move.step.dense(theta)[0], move.y)
+            span = attempt.u1 - attempt.u0
+            theta = torch.where(attempt.accepted, (t - attempt.u0) / torch.where(span == 0, 1.0, span), 0.0)[None]
+            flat = torch.where(attempt.accepted[:, None], attempt.step.dense(theta)[0], attempt.y)
         else:
             theta = torch.tensor([(t - self.t0) / (self.t1 - self.t0)], dtype=ts.dtype, device="cpu").to(ts.device)
-            flat = move.step.dense(theta)[0]
+            flat = attempt.step.dense(theta)[0]
         return self._setup.field.layout.tree(flat, cast=False)
 
 
@@ -125,8 +125,12 @@ def _check(setup: Problem, end: End) -> None:
         if status == Status.NON_FINITE and end.note:
             problem, hint = end.note, "a condition that is a number wherever the solution goes"
         name = setup.solver.name
-        text = problem.format(max_steps=setup.course.max_steps)
-        if status == Status.NON_FINITE and setup.course.norm and _vanishes(setup.course.atol, setup.field.layout.real):
+        text = problem.format(max_steps=setup.schedule.max_steps)
+        if (
+            status == Status.NON_FINITE
+            and setup.schedule.norm
+            and _vanishes(setup.schedule.atol, setup.field.layout.real)
+        ):
             hint = f"atol=1e-8, as with atol = 0 a state of 0 allows no error; else {hint}"
         raise NumericalError(
             f"{name} stopped at t = {t:.6g}{where}: {text}", f"{hint}; throw=False returns what there is"

@@ -105,11 +105,11 @@ def solve(
     opaque = params is None and not isinstance(f, torch.nn.Module)
     pure = bool(inside) or (recording and (depends or opaque))
     setup = setup._replace(field=setup.field.within(pure=pure))
-    if pure and setup.lanes.per_sample and events is None and not inside:
+    if pure and setup.batching.per_sample and events is None and not inside:
         return _twice(setup, ts, throw)
     with torch.set_grad_enabled(pure and recording):
-        course = setup.course
-        watch = None if events is None else Watch(events, setup.field, course.sign, course.start, setup.y)
+        schedule = setup.schedule
+        watch = None if events is None else Watch(events, setup.field, schedule.sign, schedule.start, setup.y)
         out, end = _run(setup, watch)
         solution = finish(setup, ts, out, end, throw)
         return solution if watch is None else dataclasses.replace(solution, events=watch.result())
@@ -134,7 +134,7 @@ def _refuse_inside(inside: str, setup: Problem) -> None:
     """Raise UsageError for solves that torch.func's transforms (and forward-mode differentiation) cannot follow."""
     if isinstance(setup.solver, Scipy):
         raise UsageError(f"{setup.solver.name}: cannot be used inside torch.func transforms", 'method="dopri5"')
-    if inside == "vmap" and setup.course.norm is not None:
+    if inside == "vmap" and setup.schedule.norm is not None:
         raise UsageError(
             "torch.func.vmap: adaptive steps cannot be chosen inside it", 'batch="per-sample" outside it, or step_size='
         )
@@ -147,10 +147,10 @@ def _refuse_inside(inside: str, setup: Problem) -> None:
 
 def _bare(setup: Problem, places: Sequence[int], pure: bool) -> Problem:
     """The same solve from leaves of its own."""
-    field = Field(setup.field.f, setup.field.layout, detached(setup.field.args, places), setup.course.context(pure))
-    course = dataclasses.replace(setup.course, lift=None)
+    field = Field(setup.field.f, setup.field.layout, detached(setup.field.args, places), setup.schedule.context(pure))
+    schedule = dataclasses.replace(setup.schedule, lift=None)
     y = setup.y.detach().requires_grad_(setup.y.requires_grad)
-    return setup._replace(field=field, course=course, y=y, ts=setup.ts.detach())
+    return setup._replace(field=field, schedule=schedule, y=y, ts=setup.ts.detach())
 
 
 def _twice(setup: Problem, ts: Any, throw: bool) -> Solution:
@@ -182,30 +182,30 @@ def steps(
     checks.refuse({name: value for name, value in options.items() if name not in known}, known)
     every = Options(method, rtol, atol, batch, controller, max_steps=max_steps, **options)
     setup = prepare(f, y0, ts, args if isinstance(args, tuple) else (args,), every)
-    moves = advance(*setup[:4], setup.y, setup.lanes)
+    attempts = advance(*setup[:4], setup.y, setup.batching)
     tree = setup.field.layout.tree
     while True:
         try:
-            move = next(moves)
+            attempt = next(attempts)
         except StopIteration as stop:
             end: End = stop.value
             return end if isinstance(end.status, Tensor) else end._replace(status=Status(end.status))
-        accepted = move.accepted
+        accepted = attempt.accepted
         if bool(accepted.any()) if isinstance(accepted, Tensor) else accepted:
-            t1 = torch.where(accepted, move.t1, move.t0) if isinstance(accepted, Tensor) else move.t1
-            yield Point(move.t0, t1, tree(move.y.clone(), cast=False), accepted, move, setup)
+            t1 = torch.where(accepted, attempt.t1, attempt.t0) if isinstance(accepted, Tensor) else attempt.t1
+            yield Point(attempt.t0, t1, tree(attempt.y.clone(), cast=False), accepted, attempt, setup)
 
 
 def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -> tuple[Tensor, End]:
     """The loop with its outputs, events and tape: states at the times, and how it ended."""
-    field, solver, control, course, lanes, y, ts = setup
-    out = outputs(ts, course.sign, lanes, field.layout.batch)
+    field, solver, control, schedule, batching, y, ts = setup
+    out = outputs(ts, schedule.sign, batching, field.layout.batch)
     out.start(y)
-    stands = isinstance(course.stops, list) and (not course.stops or course.stops[-1] == course.start)
+    stands = isinstance(schedule.stops, list) and (not schedule.stops or schedule.stops[-1] == schedule.start)
     if stands or len(ts) == 1 or not y.numel():  # no way to go
         each = field.layout.per_sample
         zero = torch.zeros(field.layout.batch, dtype=torch.int64, device=y.device) if each else 0
-        end = End(zero + Status.SUCCESS, course.start, y, Counts(zero, zero, zero, zero, zero))
+        end = End(zero + Status.SUCCESS, schedule.start, y, Counts(zero, zero, zero, zero, zero))
         ys = y.expand(len(ts), *y.shape).clone()
         if tape:
             tape.finish(ys, end)
@@ -224,28 +224,28 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
     until = None
     if isinstance(out, JointOutputs) and tape is None and watch is None:
         field, until = field.within(lasting=False), lambda: out.next
-    moves = advance(field, solver, control, course, y, lanes, probe if passing or watch else None, until)
+    attempts = advance(field, solver, control, schedule, y, batching, probe if passing or watch else None, until)
     reply = None
     while True:
         with tape.recording_context() if tape else NOTHING:
             try:
-                move = moves.send(reply)
+                attempt = attempts.send(reply)
             except StopIteration as stop:
                 end = stop.value
                 break
             if isinstance(out, JointOutputs):
                 passed = out.done
-                looked: Any = out.add(move) if move.accepted else False
+                looked: Any = out.add(attempt) if attempt.accepted else False
                 passed = out.done - passed
             else:
-                passed, between = (int(n) for n in move.tried[:2]) if passing else (1, 0)
-                looked = out.add(move, passed, between)
+                passed, between = (int(n) for n in attempt.tried[:2]) if passing else (1, 0)
+                looked = out.add(attempt, passed, between)
                 looked = False if looked is None else looked
         if tape:
-            tape.observe(move, passed)
+            tape.observe(attempt, passed)
         reply = Reply(looked=looked)
         if watch:
-            reply = watch.add(move, move.tried[2 * passing :])
+            reply = watch.add(attempt, attempt.tried[2 * passing :])
             reply = reply._replace(looked=reply.looked | looked)
     with torch.enable_grad() if tape else NOTHING:  # of steps made with their graphs
         ys = out.result()

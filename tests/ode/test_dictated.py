@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pfode.ode.loop import Course, Joint, PerSample, Reply, Status, advance
+from pfode.ode.loop import Joint, PerSample, Reply, Schedule, Status, advance
 from pfode.ode.solver import Step
 from pfode.ode.state import Field, Layout
 
@@ -15,7 +15,7 @@ f64 = torch.float64
 
 
 @dataclass
-class Told:
+class Dictated:
     """A solver of y' = 1 whose attempts have these errors (rows: of each sample), and are solved or not."""
 
     errors: list[Any]
@@ -23,7 +23,7 @@ class Told:
     again: bool = False
     order: int = 1
     error_order: int = 1
-    name: str = "told"
+    name: str = "dictated"
     seen: list[Any] = field(default_factory=list)
     begun: list[Any] = field(default_factory=list)
 
@@ -55,10 +55,10 @@ class Factors:
     force: bool = False
     seen: list[Any] = field(default_factory=list)
 
-    def factor(self, lanes, error, accepted, memory, order):
+    def factor(self, batching, error, accepted, memory, order):
         k = len(self.seen)
         self.seen.append((error, accepted))
-        return lanes.fill(self.factors[min(k, len(self.factors) - 1)], error), memory
+        return batching.fill(self.factors[min(k, len(self.factors) - 1)], error), memory
 
 
 def run(solver, control, stops, mode="joint", sign=1.0, start=0.0, jumps=None, most=100, replies=()):
@@ -69,13 +69,13 @@ def run(solver, control, stops, mode="joint", sign=1.0, start=0.0, jumps=None, m
     many: Any = torch.tensor(stops, dtype=f64) if per_sample else stops
     norm = (lambda e: e.abs()[:, 0]) if per_sample else (lambda e: e.abs()[0])
     begin: Any = torch.full((2,), start, dtype=f64) if per_sample else start
-    course = Course(begin, many, jumps, sign, 0.0, 1.0, norm if solver.error_order else None, most)
+    schedule = Schedule(begin, many, jumps, sign, 0.0, 1.0, norm if solver.error_order else None, most)
     y = torch.zeros(2, 1, dtype=f64) if per_sample else torch.zeros(1, dtype=f64)
     loop = advance(
         Field(lambda t, y: torch.ones_like(y), layout),
         solver,
         control,
-        course,
+        schedule,
         y,
         PerSample() if per_sample else Joint(),
     )
@@ -89,25 +89,25 @@ def run(solver, control, stops, mode="joint", sign=1.0, start=0.0, jumps=None, m
         reply = replies.pop(0) if replies else None
 
 
-def moves(records):
+def attempts(records):
     return [(r.t0, r.t1, r.accepted) for r in records]
 
 
 def test_steps_are_those_that_the_controller_wants():
-    records, end = run(Told([0.5]), Factors([2.0, 1.0, 0.5]), [1.5])
-    assert moves(records) == [(0.0, 0.25, True), (0.25, 0.75, True), (0.75, 1.25, True), (1.25, 1.5, True)]
+    records, end = run(Dictated([0.5]), Factors([2.0, 1.0, 0.5]), [1.5])
+    assert attempts(records) == [(0.0, 0.25, True), (0.25, 0.75, True), (0.75, 1.25, True), (1.25, 1.5, True)]
     assert (end.status, end.t, float(end.y)) == (Status.SUCCESS, 1.5, 1.5)
     assert end.counts == (4, 4, 0, 8, 12)
-    back, end = run(Told([0.5]), Factors([2.0, 1.0, 0.5]), [-1.5], sign=-1.0)
-    assert moves(back) == [(-a if a else 0.0, -b, c) for a, b, c in moves(records)]
+    back, end = run(Dictated([0.5]), Factors([2.0, 1.0, 0.5]), [-1.5], sign=-1.0)
+    assert attempts(back) == [(-a if a else 0.0, -b, c) for a, b, c in attempts(records)]
 
 
 def test_an_error_above_one_is_tried_again_with_the_carry_or_what_the_step_says():
     errors = [1.0, 1.0001, 0.2]
     for again in (False, True):
-        solver = Told(errors, again=again)
+        solver = Dictated(errors, again=again)
         records, end = run(solver, Factors([1.0, 0.5, 1.0]), [0.625])
-        assert moves(records) == [
+        assert attempts(records) == [
             (0.0, 0.25, True),
             (0.25, 0.5, False),
             (0.25, 0.375, True),
@@ -126,7 +126,7 @@ def test_an_error_above_one_is_tried_again_with_the_carry_or_what_the_step_says(
 
 def test_the_controller_sees_errors_and_infinity_for_failures():
     control = Factors([1.0])
-    run(Told([0.5, 3.0, math.nan, 0.1]), control, [0.5])
+    run(Dictated([0.5, 3.0, math.nan, 0.1]), control, [0.5])
     assert control.seen == [(0.5, True), (3.0, False), (math.inf, False), (0.1, True)]
 
 
@@ -143,12 +143,15 @@ def test_the_controller_sees_errors_and_infinity_for_failures():
 def test_what_a_solve_ends_with(solver, status, attempts, mode):
     solver = {k: [[v[0]] * 2] if mode == "per-sample" else v for k, v in solver.items()}
     control = Factors([0.5], min_step=0.25 / 4 if status == Status.MIN_STEP else 0.0)
-    records, end = run(Told(**solver), control, [1.0], mode)
+    records, end = run(Dictated(**solver), control, [1.0], mode)
     assert len(records) == attempts
     assert (torch.as_tensor(end.status) == status).all()
     assert (torch.as_tensor(end.t) == 0).all()
     forced, end = run(
-        Told([[9.0] * 2] if mode == "per-sample" else [9.0]), Factors([0.5], min_step=0.125, force=True), [0.5], mode
+        Dictated([[9.0] * 2] if mode == "per-sample" else [9.0]),
+        Factors([0.5], min_step=0.125, force=True),
+        [0.5],
+        mode,
     )
     assert (torch.as_tensor(end.status) == Status.SUCCESS).all()
     assert len(forced) == 5  # one rejected, four of min_step
@@ -156,33 +159,33 @@ def test_what_a_solve_ends_with(solver, status, attempts, mode):
 
 @pytest.mark.parametrize("mode", ["joint", "per-sample"])
 def test_attempts_are_bounded(mode):
-    records, end = run(Told([0.5] if mode == "joint" else [[0.5, 0.5]]), Factors([1.0]), [9.0], mode, most=7)
+    records, end = run(Dictated([0.5] if mode == "joint" else [[0.5, 0.5]]), Factors([1.0]), [9.0], mode, most=7)
     assert len(records) == 7
     assert (torch.as_tensor(end.status) == Status.MAX_STEPS).all()
     assert (torch.as_tensor(end.t) == 1.75).all()
 
 
 def test_steps_end_at_stops_and_a_step_that_is_cut_short_says_nothing_of_the_next():
-    records, _ = run(Told([0.5]), Factors([1.0]), [0.3, 1.0])
+    records, _ = run(Dictated([0.5]), Factors([1.0]), [0.3, 1.0])
     assert [r.t1 for r in records] == pytest.approx([0.25, 0.3, 0.55, 0.8, 1.0])
     assert records[1].t1 == 0.3
-    records, _ = run(Told([0.5]), Factors([1.0]), [0.2515, 1.0])  # within a hundredth: the step is stretched
+    records, _ = run(Dictated([0.5]), Factors([1.0]), [0.2515, 1.0])  # within a hundredth: the step is stretched
     assert next(r.t1 for r in records) == 0.2515
 
 
 def test_fixed_grids_take_one_step_from_stop_to_stop():
-    solver = Told([99.0], error_order=0)
+    solver = Dictated([99.0], error_order=0)
     records, end = run(solver, Factors([1.0], first_step=None), [0.1, 0.7, 1.0])
-    assert moves(records) == [(0.0, 0.1, True), (0.1, 0.7, True), (0.7, 1.0, True)]
+    assert attempts(records) == [(0.0, 0.1, True), (0.1, 0.7, True), (0.7, 1.0, True)]
     assert end.status == Status.SUCCESS
-    assert run(Told([99.0], [True, False, True], error_order=0), Factors([1.0], first_step=None), [0.1, 0.7, 1.0])[
+    assert run(Dictated([99.0], [True, False, True], error_order=0), Factors([1.0], first_step=None), [0.1, 0.7, 1.0])[
         1
     ].status == (Status.NEWTON_FAILED)
 
 
 @pytest.mark.parametrize("mode", ["joint", "per-sample"])
 def test_at_a_jump_both_sides_are_seen_and_the_carry_begins_anew(mode):
-    solver = Told([0.5] if mode == "joint" else [[0.5, 0.5]])
+    solver = Dictated([0.5] if mode == "joint" else [[0.5, 0.5]])
     records, _ = run(solver, Factors([1.0]), [0.5, 1.0], mode, jumps=[True, False])
     numbers = [tuple(float(torch.as_tensor(x, dtype=f64).reshape(-1)[0]) for x in (a, b, c)) for a, b, c in solver.seen]
     before, after = math.nextafter(0.5, 0), math.nextafter(0.5, 1)
@@ -193,7 +196,7 @@ def test_at_a_jump_both_sides_are_seen_and_the_carry_begins_anew(mode):
 
 
 def test_samples_go_their_own_ways():
-    solver = Told([[0.5, 0.5], [2.0, 0.5], [0.5, 0.5], [math.nan, 0.5]])
+    solver = Dictated([[0.5, 0.5], [2.0, 0.5], [0.5, 0.5], [math.nan, 0.5]])
     records, end = run(solver, Factors([1.0]), [0.75], "per-sample")
     assert [r.accepted.tolist() for r in records[:4]] == [[True, True], [False, True], [True, True], [False, False]]
     assert [r.t1.tolist() for r in records[:3]] == [[0.25, 0.25], [0.5, 0.5], [0.5, 0.75]]
@@ -206,11 +209,11 @@ def test_samples_go_their_own_ways():
 
 
 def test_what_is_answered():
-    assert run(Told([0.5]), Factors([1.0]), [9.0], replies=[Reply(), Reply(halt=True)])[1].status == Status.EVENT
+    assert run(Dictated([0.5]), Factors([1.0]), [9.0], replies=[Reply(), Reply(halt=True)])[1].status == Status.EVENT
     halts = [Reply(halt=torch.tensor([True, False]))]
-    _, end = run(Told([[0.5, 0.5]]), Factors([1.0]), [0.75], "per-sample", replies=halts)
+    _, end = run(Dictated([[0.5, 0.5]]), Factors([1.0]), [0.75], "per-sample", replies=halts)
     assert end.status.tolist() == [Status.EVENT, Status.SUCCESS]
     assert end.counts.steps.tolist() == [1, 3]
     live = [Reply(live=torch.tensor([True, False])), Reply(live=torch.tensor([True, False]))]
-    end = run(Told([0.5], error_order=0), Factors([1.0], first_step=None), [0.25, 0.5, 0.75], replies=live)[1]
+    end = run(Dictated([0.5], error_order=0), Factors([1.0], first_step=None), [0.25, 0.5, 0.75], replies=live)[1]
     assert end.counts.steps.tolist() == [3, 1]

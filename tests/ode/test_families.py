@@ -309,7 +309,7 @@ def test_controllers_have_names():
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_controllers_are_those_of_the_literature(name, last, before, earlier, per_sample):
     """Factors for a known sequence of errors, by the exponents in the papers (see control.py)."""
-    k, control, lanes = 5, CONTROLLERS[name], PerSample() if per_sample else Joint()
+    k, control, batching = 5, CONTROLLERS[name], PerSample() if per_sample else Joint()
 
     def lane(value):
         return torch.tensor([value, value]) if per_sample else value
@@ -330,7 +330,7 @@ def test_controllers_are_those_of_the_literature(name, last, before, earlier, pe
     memory = (lane(1.0), lane(1.0), lane(False))
     for e, factor in wanted:
         error = lane(e)
-        found, memory = control.factor(lanes, error, error <= 1, memory, k)
+        found, memory = control.factor(batching, error, error <= 1, memory, k)
         assert torch.allclose(torch.as_tensor(found, dtype=f64), torch.tensor(factor, dtype=f64), rtol=1e-5), e
 
 

@@ -136,10 +136,10 @@ class _Observed(PID):
 
     callbacks: _Callbacks | None = None
 
-    def factor(self, lanes: Any, error: Any, accepted: Any, memory: Any, order: int) -> Any:
+    def factor(self, batching: Any, error: Any, accepted: Any, memory: Any, order: int) -> Any:
         if self.callbacks is not None:
             self.callbacks("callback_accept_step" if accepted else "callback_reject_step")
-        return super().factor(lanes, error, accepted, memory, order)
+        return super().factor(batching, error, accepted, memory, order)
 
 
 @dataclass(frozen=True, eq=False)

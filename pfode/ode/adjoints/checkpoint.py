@@ -19,7 +19,7 @@ from pfode.errors import UsageError, integer
 from pfode.ode.adjoints.problem import Cotangents, Inputs, Problem, Work
 from pfode.ode.adjoints.replay import BackwardPass, Replay, ReplayTape, State
 from pfode.ode.adjoints.sources import GraphContents, graph_bytes, search_graph, sequence_number
-from pfode.ode.loop import End, Move
+from pfode.ode.loop import Attempt, End
 from pfode.ode.state import leaves, without_graph
 
 __all__ = ["Checkpoint", "CheckpointTape"]
@@ -71,27 +71,27 @@ class CheckpointTape(ReplayTape):
         super().__init__(problem)
         self.memory, self.slots = memory, 0
         self.kept, self.every = [self.start], 1
-        self.recording, self.graphs = graphs > 0 and not self.lanes.per_sample, KeptGraphs(graphs)
+        self.recording, self.graphs = graphs > 0 and not self.batching.per_sample, KeptGraphs(graphs)
         self.problem, self.field = problem, problem.field
 
     def recording_context(self) -> AbstractContextManager[Any]:
         if self.field.context.pure != self.recording:
-            self.field.context = self.problem.course.context(self.recording)
+            self.field.context = self.problem.schedule.context(self.recording)
         return torch.enable_grad() if self.recording else super().recording_context()
 
-    def observe(self, move: Move, passed: int) -> None:
+    def observe(self, attempt: Attempt, passed: int) -> None:
         if not self.recording:
-            return super().observe(move, passed)
-        if not move.accepted:
+            return super().observe(attempt, passed)
+        if not attempt.accepted:
             return
-        state = State(move.y, move.carry)
+        state = State(attempt.y, attempt.carry)
         self.found = self.graphs.add(state) or self.found
         self.recording = self.graphs.room >= self.graphs.weight and self.graphs.steps < _FREE
         bare = without_graph(state)
         if self.graphs.state is state:
-            self.done, self.fresh, self.kept = self.done + passed, move.t1 in self.jumps, [bare]
+            self.done, self.fresh, self.kept = self.done + passed, attempt.t1 in self.jumps, [bare]
         else:
-            super().observe(move._replace(**bare._asdict()), passed)
+            super().observe(attempt._replace(**bare._asdict()), passed)
 
     def finish(self, ys: Tensor, end: End) -> None:
         self.ys, self.last = ys, end.y.detach()

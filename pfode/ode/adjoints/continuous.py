@@ -22,7 +22,7 @@ from pfode.errors import NumericalError, UsageError, number
 from pfode.ode.adjoints.problem import Cotangents, Inputs, Problem, Tape, Work, replay_field
 from pfode.ode.adjoints.sources import refuse_unknown
 from pfode.ode.control import PID
-from pfode.ode.loop import Course, End, Joint, Move, Status, advance
+from pfode.ode.loop import Attempt, End, Joint, Schedule, Status, advance
 from pfode.ode.solver import Solver
 from pfode.ode.state import Field, Layout
 
@@ -70,7 +70,7 @@ class Interpolated(Backsolve):
     pure = True  # so that dense output stays valid
 
     def tape(self, problem: Problem) -> "_Continuous":
-        if problem.lanes.per_sample:
+        if problem.batching.per_sample:
             raise UsageError('adjoint="interpolated": needs batch="joint"', 'adjoint="checkpoint"')
         return _Along(problem, self)
 
@@ -89,7 +89,7 @@ class _Continuous(Tape):
     def pull_back(self, problem: Problem, inputs: Inputs, given: Cotangents, work: Work) -> list[Tensor | None]:
         if version(self.ys) != self.version:
             raise UsageError("adjoint: the states at the output times were changed in place", "ys.clone()")
-        times, sign = problem.ts.tolist(), problem.course.sign
+        times, sign = problem.ts.tolist(), problem.schedule.sign
         ends = set(torch.as_tensor(self.end.t, dtype=problem.ts.dtype).flatten().tolist())
         if len(ends) > 1:
             raise NumericalError("adjoint: samples ended at different times, which cannot be solved backwards from")
@@ -130,20 +130,20 @@ class _Along(_Continuous):
 
     def __init__(self, problem: Problem, how: Backsolve):
         super().__init__(problem, how)
-        self.moves: list[Move] = []
+        self.attempts: list[Attempt] = []
         self.ends: list[float] = []
-        self.sign = problem.course.sign
+        self.sign = problem.schedule.sign
 
-    def observe(self, move: Move, passed: int) -> None:
-        if move.accepted:
-            self.moves.append(move)
-            self.ends.append(move.t1 * self.sign)
+    def observe(self, attempt: Attempt, passed: int) -> None:
+        if attempt.accepted:
+            self.attempts.append(attempt)
+            self.ends.append(attempt.t1 * self.sign)
 
     def state(self, t: Tensor, y: Tensor | None) -> Tensor:
         time = float(t)
-        move = self.moves[min(bisect.bisect_left(self.ends, time * self.sign), len(self.moves) - 1)]
-        theta = (time - move.u0) / (move.u1 - move.u0)
-        return move.step.dense(torch.tensor([theta], dtype=torch.float64, device=t.device))[0]
+        attempt = self.attempts[min(bisect.bisect_left(self.ends, time * self.sign), len(self.attempts) - 1)]
+        theta = (time - attempt.u0) / (attempt.u1 - attempt.u0)
+        return attempt.step.dense(torch.tensor([theta], dtype=torch.float64, device=t.device))[0]
 
     def solved(self, y: Tensor) -> list[Tensor]:
         return []
@@ -183,27 +183,27 @@ class _System:
     def back(self, t1: float, t0: float, y: Tensor, a: Tensor, made: list[Tensor]) -> list[Tensor]:
         """From t1 back to t0: the adjoint, and the gradients made so far."""
         problem, how = self.problem, self.how
-        course, solver = problem.course, how.solver or problem.solver
+        schedule, solver = problem.schedule, how.solver or problem.solver
         first = tuple(x.detach() for x in (*self.tape.solved(y), a, *made))
         layout = Layout(first)
-        adaptive = course.norm is not None and solver.error_order
-        marks = dict(zip(_listed(course.stops), course.jumps or [False] * len(course.stops), strict=False))
-        between = [t for t in reversed(marks) if (t - t0) * course.sign > 0 and (t1 - t) * course.sign > 0]
-        rtol = course.rtol if how.rtol is None else how.rtol
-        atol = course.atol if how.atol is None else how.atol
+        adaptive = schedule.norm is not None and solver.error_order
+        marks = dict(zip(_listed(schedule.stops), schedule.jumps or [False] * len(schedule.stops), strict=False))
+        between = [t for t in reversed(marks) if (t - t0) * schedule.sign > 0 and (t1 - t) * schedule.sign > 0]
+        rtol = schedule.rtol if how.rtol is None else how.rtol
+        atol = schedule.atol if how.atol is None else how.atol
         if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
             raise UsageError(
                 "adjoint: tolerances that are trees need their own going back", "Backsolve(rtol=..., atol=...)"
             )
-        back = Course(
-            t1, [*between, t0], (*(marks[t] for t in between), False), -course.sign, rtol, atol,
-            self._norm(layout) if adaptive else None, course.max_steps,
+        back = Schedule(
+            t1, [*between, t0], (*(marks[t] for t in between), False), -schedule.sign, rtol, atol,
+            self._norm(layout) if adaptive else None, schedule.max_steps,
         )  # fmt: skip
         field = Field(self.slope, layout, (), back.context(pure=False))
-        moves = advance(field, solver, how.controller or problem.control, back, layout.flat(first), Joint())
+        attempts = advance(field, solver, how.controller or problem.control, back, layout.flat(first), Joint())
         while True:
             try:
-                self.steps += bool(next(moves).accepted)
+                self.steps += bool(next(attempts).accepted)
             except StopIteration as stop:
                 end: End = stop.value
                 break

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pfode.ode.adjoints.sources import GraphContents
 from pfode.ode.control import PID
-from pfode.ode.loop import Course, End, Lanes, Move
+from pfode.ode.loop import Attempt, Batching, End, Schedule
 from pfode.ode.solver import Solver
 from pfode.ode.state import Field, leaves, rebuild
 
@@ -35,8 +35,8 @@ class Problem(NamedTuple):
     field: Field
     solver: Solver
     control: PID
-    course: Course
-    lanes: Lanes
+    schedule: Schedule
+    batching: Batching
     y: Tensor
     ts: Tensor
 
@@ -84,7 +84,7 @@ class Tape:
         """The surroundings to make the next step in."""
         return NOTHING
 
-    def observe(self, move: Move, passed: int) -> None:
+    def observe(self, attempt: Attempt, passed: int) -> None:
         """Look at an attempted step; `passed`: output times that it passed (at most, over samples)."""
 
     def finish(self, ys: Tensor, end: End) -> None:
@@ -111,7 +111,7 @@ class Direct:
 
 def replay_field(problem: Problem, args: tuple[Any, ...], pure: bool) -> Field:
     """The field of a solve with other arguments, that counts from 0."""
-    made = Field(problem.field.f, problem.field.layout, args, problem.course.context(pure))
+    made = Field(problem.field.f, problem.field.layout, args, problem.schedule.context(pure))
     made.way = problem.field.way
     return made
 

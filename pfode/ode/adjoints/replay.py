@@ -16,7 +16,7 @@ from pfode._torch import keeps_graph
 from pfode.errors import UsageError
 from pfode.ode.adjoints.problem import Cotangents, Inputs, Problem, Tape, Work, replay_field
 from pfode.ode.adjoints.sources import refuse_unknown
-from pfode.ode.loop import Counts, Move
+from pfode.ode.loop import Attempt, Counts
 from pfode.ode.outputs import JointOutputs, PerSampleOutputs, outputs
 from pfode.ode.solver import Step
 from pfode.ode.state import Field, leaves, rebuild
@@ -28,11 +28,11 @@ class StepRecord(NamedTuple):
     """An accepted step.
 
     Fields:
-        t0, t1, u0, u1: as in Move; of samples whose step was not accepted u1 = u0.
-        accepted: shape (batch,), or None in joint lanes.
+        t0, t1, u0, u1: as in Attempt; of samples whose step was not accepted u1 = u0.
+        accepted: shape (batch,), or None in joint mode.
         fresh: whether the carry is made anew at its start: the first one, and beyond jumps; or shape (batch,).
         passed: output times that it passed, at most over the samples.
-        node: further output times that it began at or before, joint lanes only.
+        node: further output times that it began at or before, joint mode only.
     """
 
     t0: Any
@@ -57,27 +57,27 @@ class ReplayTape(Tape):
 
     def __init__(self, problem: Problem):
         self.records: list[StepRecord] = []
-        self.lanes, self.start = problem.lanes, State(problem.y, None)
-        course = problem.course
-        jumps = [stop for stop, jump in zip(course.stops, course.jumps, strict=False) if jump]
-        self.jumps: Any = torch.stack(jumps) if jumps and self.lanes.per_sample else jumps
+        self.batching, self.start = problem.batching, State(problem.y, None)
+        schedule = problem.schedule
+        jumps = [stop for stop, jump in zip(schedule.stops, schedule.jumps, strict=False) if jump]
+        self.jumps: Any = torch.stack(jumps) if jumps and self.batching.per_sample else jumps
         self.fresh: Any = True
         self.first = problem.ts == problem.ts[0]  # outputs at the start: (times,) or (times, batch)
         self.done = int(self.first.sum()) if self.first.ndim == 1 else 1
 
-    def observe(self, move: Move, passed: int) -> None:
-        if not self.lanes.per_sample and not move.accepted:
+    def observe(self, attempt: Attempt, passed: int) -> None:
+        if not self.batching.per_sample and not attempt.accepted:
             return
-        accepted = move.accepted if self.lanes.per_sample else None
-        u1 = move.u1 if accepted is None else torch.where(accepted, move.u1, move.u0)
-        t1 = move.t1 if accepted is None else torch.where(accepted, move.t1, move.t0)
-        self.records.append(StepRecord(move.t0, t1, move.u0, u1, accepted, self.fresh, passed, self.done))
+        accepted = attempt.accepted if self.batching.per_sample else None
+        u1 = attempt.u1 if accepted is None else torch.where(accepted, attempt.u1, attempt.u0)
+        t1 = attempt.t1 if accepted is None else torch.where(accepted, attempt.t1, attempt.t0)
+        self.records.append(StepRecord(attempt.t0, t1, attempt.u0, u1, accepted, self.fresh, passed, self.done))
         self.done += passed
         if accepted is None:
-            self.fresh = move.t1 in self.jumps
+            self.fresh = attempt.t1 in self.jumps
         else:
-            self.fresh = accepted & torch.isin(move.t1, self.jumps) if len(self.jumps) else False
-        self.keep(State(move.y, move.carry))
+            self.fresh = accepted & torch.isin(attempt.t1, self.jumps) if len(self.jumps) else False
+        self.keep(State(attempt.y, attempt.carry))
 
     def keep(self, state: State) -> None:
         """Keep what is wanted of the state after the newest step."""
@@ -89,11 +89,11 @@ class Replay:
 
     def __init__(self, tape: ReplayTape, problem: Problem, inputs: Inputs):
         self.tape, self.problem, self.inputs = tape, problem, inputs
-        self.lanes, self.solver = problem.lanes, problem.solver
+        self.batching, self.solver = problem.batching, problem.solver
         self.quick = replay_field(problem, inputs.args, pure=False)
         self.exact = replay_field(problem, inputs.args, pure=True)
         with torch.enable_grad():
-            self.out = outputs(inputs.ts, problem.course.sign, problem.lanes, problem.field.layout.batch)
+            self.out = outputs(inputs.ts, problem.schedule.sign, problem.batching, problem.field.layout.batch)
 
     def _retake_one(self, field: Field, record: StepRecord, state: State) -> tuple[StepRecord, Step, State]:
         """Take a step again: its record with times that have gradients, the step, the state after it."""
@@ -104,12 +104,12 @@ class Replay:
         y, carry = state
         if record.fresh is not False:
             fresh = self.solver.init(field, record.u0, y)
-            carry = fresh if record.fresh is True else self.lanes.merge(record.fresh, fresh, carry)
+            carry = fresh if record.fresh is True else self.batching.merge(record.fresh, fresh, carry)
         step = self.solver.step(field, record.u0, record.u1, y, carry)
         if record.accepted is None:
             return record, step, State(step.y1, step.carry)
         after = State(
-            self.lanes.merge(record.accepted, step.y1, y), self.lanes.merge(record.accepted, step.carry, carry)
+            self.batching.merge(record.accepted, step.y1, y), self.batching.merge(record.accepted, step.carry, carry)
         )
         return record, step, after
 
@@ -128,8 +128,8 @@ class Replay:
                 accepted = True if record.accepted is None else record.accepted
                 counts = Counts(0, 0, 0, 0, 0)
                 out_of = (record.t0, record.t1, lifted.u0, lifted.u1, state.y, after.y)
-                move = Move(*out_of, accepted, step, [], counts)
-                out.add(move, record.passed) if isinstance(out, PerSampleOutputs) else out.add(move)
+                attempt = Attempt(*out_of, accepted, step, [], counts)
+                out.add(attempt, record.passed) if isinstance(out, PerSampleOutputs) else out.add(attempt)
             state = after
         return state
 
@@ -170,10 +170,10 @@ class BackwardPass(Replay):
 
     def _compare(self, y0: Tensor, y1: Tensor, before: Tensor) -> None:
         """Remember whether steps came out other than before, by more than rounding and what the solve allows."""
-        course, eps = self.problem.course, torch.finfo(y1.real.dtype).eps
+        schedule, eps = self.problem.schedule, torch.finfo(y1.real.dtype).eps
         allowed = 0.01 * (before - y0).abs().amax() + 100 * eps * before.abs().amax()
-        if course.norm is not None:
-            allowed = allowed + course.rtol * before.abs() + course.atol
+        if schedule.norm is not None:
+            allowed = allowed + schedule.rtol * before.abs() + schedule.atol
         wrong = ((y1 - before).abs() > allowed).any()
         self.wrong = wrong if self.wrong is None else self.wrong | wrong
 
@@ -290,7 +290,7 @@ def _wanted(part: Any) -> bool:
 
 
 def lift(ts: Tensor, t: Any) -> Tensor:
-    """A time as one that moves with ts: with the output time that it is, else with the first."""
+    """A time as one that attempts with ts: with the output time that it is, else with the first."""
     if not isinstance(t, Tensor):
         t = torch.full((), t, dtype=ts.dtype, device=ts.device)
     same = ts.detach() == t if ts.ndim > t.ndim else ts.detach()[:, None] == t

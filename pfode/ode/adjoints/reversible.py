@@ -40,7 +40,7 @@ class Reversible:
         number("tolerance", self.tolerance, 0.0)
 
     def tape(self, problem: Problem) -> "ReversibleTape":
-        if problem.lanes.per_sample and any(problem.course.jumps):
+        if problem.batching.per_sample and any(problem.schedule.jumps):
             raise UsageError('adjoint="reversible": cannot go back over jumps in per-sample mode', 'batch="joint"')
         if not hasattr(problem.solver, "back"):
             raise UsageError(
@@ -72,7 +72,7 @@ class ReversibleTape(ReplayTape):
             before = State(y, carry)
             if record.accepted is not None:
                 before = State(
-                    *(self.lanes.merge(record.accepted, new, old) for new, old in zip(before, state, strict=True))
+                    *(self.batching.merge(record.accepted, new, old) for new, old in zip(before, state, strict=True))
                 )
             state = before
             if i in self.anchors:

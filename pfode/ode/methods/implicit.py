@@ -191,14 +191,14 @@ class ImplicitRungeKutta:
         known: Any = slope if self.tableau.fsal else ()
         blocks: Any = ()
         past: Any = ()
-        lanes, device = (), torch.device("cpu")
+        batch, device = (), torch.device("cpu")
         if field.layout.per_sample:
-            lanes, device = (len(y),), y.device
+            batch, device = (len(y),), y.device
             m = Rows(field.layout, len(y)).pack(y.detach()).shape[-1]
             blocks = torch.zeros((len(y), m, m), dtype=field.layout.real, device=device)
         if not self.sequential:
             past = torch.zeros((*y.shape, self.tableau.stages - 1), dtype=y.dtype, device=y.device)
-        stale = torch.ones(lanes, dtype=torch.bool, device=device)
+        stale = torch.ones(batch, dtype=torch.bool, device=device)
         return Carry(known, blocks, stale, stale.to(clock(device)) * 0, past, ())
 
     def step(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: Carry | None) -> Step:
@@ -345,8 +345,8 @@ class _Solve:
         self.tableau, self.solver, self.field, self.carry, self.t0 = solver.tableau, solver, field, carry, t0
         self.y0, self.slope, self.times = y0.detach(), slope.detach(), [t.detach() for t in times]
         size = (t1 - t0).detach() if isinstance(t1, Tensor) else t1 - t0
-        self.lanes = isinstance(size, Tensor) and size.ndim > 0
-        self.size: Any = size if self.lanes else float(size)
+        self.each = isinstance(size, Tensor) and size.ndim > 0
+        self.size: Any = size if self.each else float(size)
         self.h: Any = column(self.size, self.y0)
         self.jacobian: Any = None
         self.fresh = torch.zeros_like(carry.stale)  # whether the Jacobian was made in this step
@@ -503,15 +503,15 @@ class _Solve:
         last: Any = ()
         if self.tableau.fsal:
             still = self.h == 0
-            last = torch.where(still, slope, k[-1] / torch.where(still, 1, h)) if self.lanes else k[-1] / h
+            last = torch.where(still, slope, k[-1] / torch.where(still, 1, h)) if self.each else k[-1] / h
         past: Any = ()
         if not self.solver.sequential:
             past = _mix(self.spectrum.a, k[1:].detach()).movedim(0, -1)
         solves = self.tableau.stages - 1 if self.solver.sequential else 1
         slow = (found.iterations > 2 * solves) & (found.rate > _SLOW)
         old = self.carry
-        size = self.size if self.lanes else torch.full_like(old.size, self.size)
-        factors = () if self.lanes else self.factors
+        size = self.size if self.each else torch.full_like(old.size, self.size)
+        factors = () if self.each else self.factors
         return Carry(last, self.jacobian.blocks, slow.to(old.stale.device), size, past, factors)
 
 

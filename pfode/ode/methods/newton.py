@@ -221,15 +221,15 @@ def tolerance(field: Field, y0: Tensor, part: float = 1.0) -> Tolerance:
     real = torch.finfo(field.layout.real)
     over = (-1,) if field.layout.per_sample else tuple(range(-y0.ndim, 0))
 
-    def lanes(x: Tensor) -> tuple[int, ...]:  # all dimensions but the batch
+    def within(x: Tensor) -> tuple[int, ...]:  # all dimensions but the batch
         return tuple(i for i in range(x.ndim) if not field.layout.per_sample or i != x.ndim - 2)
 
     if field.context.tolerance is None:
         start = y0.abs().amax(over)
 
         def units(d: Tensor, z: Tensor) -> Tensor:
-            most = (start + z.abs().amax(lanes(z))) * real.eps + real.tiny
-            return d.abs().amax(lanes(d)) / most
+            most = (start + z.abs().amax(within(z))) * real.eps + real.tiny
+            return d.abs().amax(within(d)) / most
 
         return Tolerance(units, 4.0, 30.0)
     rtol, atol = field.context.tolerance

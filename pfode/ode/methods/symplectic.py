@@ -1,4 +1,4 @@
-"""Symplectic methods for pairs (q, p): q moves at a speed that depends on p, and p at one that depends on q.
+"""Symplectic methods for pairs (q, p): q attempts at a speed that depends on p, and p at one that depends on q.
 
 The state is a tuple, list, dict or dataclass of two trees, and the field returns both derivatives. Kicks move p, drifts
 move q, each as if the other stood still; a kick is at the time that the drifts before it have come to, a drift at the
