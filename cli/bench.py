@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pfode.samplers.measure.metrics import Features
     from pfode.samplers.measure.problem import Problem
 
+__all__ = ["command"]
+
 SAMPLERS = ("auto", "ddim", "dpm++2m?grid=best", "ipndm3?grid=best", "unipc2?chart=dpm++/flow&grid=best")
 EVALS = ",".join(map(str, defaults.Bench.EVALS))
 
@@ -43,7 +45,7 @@ EVALS = ",".join(map(str, defaults.Bench.EVALS))
     type=FileName(),
     default=SAMPLERS,
     metavar="TEXT",
-    help="A sampler with options, alternatives between strokes: 'ipndm3?chart=ddim/trig&grid=best'; "
+    help="A sampler with options, alternatives separated by slashes: 'ipndm3?chart=ddim/trig&grid=best'; "
     "'ipndm3?grid=gits'; a plan file or a folder of them; diffusers:CLASS; k-diffusion:sample_NAME.",
 )
 @click.option("--nfe", default=EVALS, metavar="LIST", help="Numbers of network evaluations per sample.")
@@ -194,7 +196,7 @@ def find_truth(source: str, denoiser: "Denoiser") -> "Tensor":
 
 
 def find_features(name: str) -> "tuple[Features, str]":
-    """The function of --features, and what tells it from others."""
+    """The function of --features, and a text that identifies it in the settings."""
     from pfode.samplers.measure.metrics import inception
 
     if not names_code(name):

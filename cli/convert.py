@@ -14,6 +14,8 @@ from pfode.errors import UsageError
 from pfode.header import read_header
 from pfode.scores.io.find import model_path
 
+__all__ = ["command"]
+
 
 @click.command(cls=Command, name="convert")
 @click.argument("source", type=FileName(), metavar="FOLDER|ID|FILE")
@@ -64,7 +66,7 @@ def command(ctx: click.Context, source: str, target: str, **options: str | None)
 
 
 def own_card(path: Path) -> dict[str, Any]:
-    """What a file of pfode says of its model beside the configuration: its licence, what it was trained on."""
+    """The entries of a model file beside the configuration: its licence, what it was trained on."""
     from pfode.scores.io.save import FIELDS
 
     if path.suffix != ".safetensors":

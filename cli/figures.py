@@ -32,19 +32,19 @@ GROUPS: dict[str, "Callable[[Recipe], bool]"] = {
 
 
 def options(recipe: "Recipe") -> dict[str, Any]:
-    """What can be set, and what it is if it is not."""
+    """The options of a sampler with their defaults."""
     return {name: getattr(recipe.method, name) for name in recipe.method.options}
 
 
 def group(name: str) -> "list[Recipe]":
-    """The recipes of a group."""
+    """The recipes of a group of `GROUPS`."""
     from pfode.samplers import CATALOGUE
 
     return [recipe for recipe in CATALOGUE.values() if GROUPS[name](recipe)]
 
 
 def choices() -> list[list[str]]:
-    """What auto takes by process and guidance, a row per range of NFE."""
+    """The choices of auto: a row of `OF_AUTO` for every process, with and without guidance, and range of NFE."""
     from pfode.process import EDM, VP, Flow
     from pfode.samplers.auto import choose
 
@@ -58,12 +58,12 @@ def choices() -> list[list[str]]:
 
 
 def figures(recipe: "Recipe") -> list[str]:
-    """Name, order, measured order, NFE per step and charts."""
+    """The cells of a sampler: name, order, measured order, NFE per step and charts."""
     return [recipe.name, order(recipe), measured(recipe), f"{recipe.nfe_per_step}", charts(recipe)]
 
 
 def adaptive_figures(row: "AdaptiveRecipe") -> list[str]:
-    """Name, order, default tolerance, NFE per attempted step and charts."""
+    """The cells of an adaptive sampler: name, order, default tolerance, NFE per attempted step and charts."""
     return [row.name, f"{row.order}", f"{row.rtol:g}", f"{row.nfe_per_step}", charts(row)]
 
 

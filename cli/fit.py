@@ -19,6 +19,8 @@ from pfode.files import lock_folder, make_folder
 if TYPE_CHECKING:
     from pfode.plans.table import Plan
 
+__all__ = ["command"]
+
 LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
 
 
@@ -115,7 +117,10 @@ def command(ctx: click.Context, **options: Any) -> None:
     how = {key: options[key] for key in ("iterations", "n", "active", "check", "teacher", "loss", "seed", "time_only")}
     how |= {key: options[key] for key in ("parameterisation", "grid", "chart", "batch")}
     how |= {"device": device, "dtype": getattr(torch, DTYPES[options["dtype"]]), "cache": folder / "cache"}
-    how |= {"label": find_label(options["label"], net), "guidance": find_range(options["guidance"])}
+    how |= {
+        "label": find_label(options["label"], net),
+        "guidance": find_range(options["guidance"]),
+    }
     starts = {nfe: [find_start(name.replace("{nfe}", str(nfe))) for name in options["start"]] for nfe in counts}
     make_folder(folder)
     ctx.call_on_close(lock_folder(folder, "fit").close)
@@ -143,17 +148,17 @@ def command(ctx: click.Context, **options: Any) -> None:
 
 
 def find_start(name: str) -> "str | Plan":
-    """The name of a recipe, or the plan in a file."""
+    """The name of a sampler, or the plan of a file."""
     return pfode.Plan.load(name) if name.endswith(".safetensors") else name
 
 
 def find_label(text: str, net: Any) -> int | str | None:
-    """The class by number; "all", or None for none."""
+    """The label as `fit_plan` takes it: the number of a class, "all", or None for no class."""
     return {"all": "all", "none": None}[text] if text in ("all", "none") else net.label_index(text)
 
 
 def find_range(text: str | None) -> float | tuple[float, float] | None:
-    """One scale, or the ends of a range.
+    """The scale of --guidance, or the two ends of a range.
 
     Raises:
         UsageError: neither.
@@ -169,7 +174,7 @@ def find_range(text: str | None) -> float | tuple[float, float] | None:
 
 
 def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
-    """Refuse to take a plan that is there for one that would be another.
+    """Refuse an existing plan that is not the one these settings would give.
 
     Raises:
         UsageError: fitted to another model, or with other settings. FileError: no plan that `fit` wrote.
@@ -193,5 +198,5 @@ def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
 
 
 def _figures(said: dict[str, Any]) -> list[float]:
-    """The figures of a fitted plan that the table shows."""
+    """The row of a fitted plan in the table."""
     return [said["validation"][key] for key in ("rms", "median", "start rms", "start median")]

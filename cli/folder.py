@@ -32,7 +32,7 @@ Line = dict[str, Any]  # of results.jsonl
 
 
 def picture(seed: int) -> str:
-    """The name of a picture."""
+    """The name of a seed's picture in the folder."""
     return f"{seed:06d}.png"
 
 
@@ -74,7 +74,7 @@ class Folder:
             raise _unwritable(self.path, error) from error
 
     def cost(self, seeds: Sequence[int]) -> Cost:
-        """What these pictures took; with fixed steps known beforehand."""
+        """The steps, calls and evaluations of the pictures of these seeds; those of a plan are known before the run."""
         plan, lines = self.job.plan, self.lines() if seeds and not self.job.fixed else {}
         if isinstance(plan, pfode.Plan):
             return Cost(plan.steps, plan.nfe, forwards(self.job.net, plan.t))
@@ -85,7 +85,7 @@ class Folder:
         self._rewrite(self.lines(DONE, NON_FINITE))
 
     def close(self) -> None:
-        """Let other runs in."""
+        """Release the lock, so that other runs may use the folder."""
         if self.lock is not None:
             self.lock.close()
 
@@ -103,7 +103,7 @@ class Folder:
         return {seed: line for seed, line in found if line is not None and line.get("status", DONE) in wanted}
 
     def journal(self, rank: int = 0) -> Journal:
-        """A process's part of the results."""
+        """The journal to which the process of this rank adds its lines."""
         name = f"results.{rank}.jsonl" if rank else RESULTS
         return Journal(self.path / name, "a results.jsonl", "another --separate", digest=LINE_DIGEST)
 
@@ -141,7 +141,7 @@ class Folder:
         return found if isinstance(found, dict) else {}
 
     def _compare(self, found: dict[str, Any]) -> None:
-        """Refuse to go on where another setting would make other pictures; more of them are welcome."""
+        """Refuse to continue a run whose settings would make other pictures; more pictures of the same are welcome."""
         try:
             there, here = _flat(found), _flat(self.settings)
             seeds = _seeds(found)
@@ -168,7 +168,7 @@ class Folder:
             raise UsageError(f"{self.path / strange} is there, but no {RUN} that says how it was made", ANEW)
 
     def _clear(self) -> None:
-        """Remove the pictures and the results of the run before, its settings at last."""
+        """Remove the pictures, the results and, last, the settings of the run before."""
         for name in os.listdir(self.path):
             if re.fullmatch(r"\d{6,}\.png|results(\.\d+)?\.jsonl", name):
                 (self.path / name).unlink()
@@ -180,7 +180,7 @@ def _unwritable(path: Path, error: OSError) -> WriteError:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make a picture what it is, by the names to show."""
+    """The settings on which a picture depends, under the names that messages show."""
     apart = ("n", "seed", "seeds", "scale")
     options = {f"--{key}": value for key, value in settings["options"].items() if key not in apart}
     others = {key: value for key, value in settings.items() if key not in ("options", *apart)}

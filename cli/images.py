@@ -13,6 +13,26 @@ from PIL import Image, PngImagePlugin
 from pfode.errors import FileError, UsageError
 from pfode.scores.io.pictures import opened
 
+__all__ = [
+    "ANIMATIONS",
+    "GAP",
+    "GREY",
+    "MAX_PIXELS",
+    "MAX_SETTINGS",
+    "contact_sheet",
+    "cross_out",
+    "default_scale",
+    "encode_animation",
+    "encode_png",
+    "from_picture",
+    "parameters",
+    "read_settings",
+    "read_text",
+    "sheet_columns",
+    "sheet_size",
+    "to_pixels",
+]
+
 GAP = 2  # white pixels between and around the pictures of a sheet
 MAX_PIXELS = 80_000_000  # of a sheet; Pillow calls more a bomb when it reads it back
 MAX_SETTINGS = 1_000_000  # characters

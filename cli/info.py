@@ -19,6 +19,8 @@ from pfode.scores.io import kinds
 from pfode.scores.io.find import model_path
 from pfode.scores.io.shipped import shipped
 
+__all__ = ["command"]
+
 PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "pillow", "click", "huggingface_hub")
 PNG = b"\x89PNG\r\n\x1a\n"
 LONG = 160  # characters of a value that are shown
@@ -43,7 +45,7 @@ def command(ctx: click.Context, what: str, verify: bool) -> None:
     else:
         path = model_path(what)
         found = _file(path, verify)
-        text = _lines(_told(found))
+        text = _lines(_shown(found))
     output(ctx).emit(found, text)
 
 
@@ -86,8 +88,8 @@ def _tensors(header: Header, verify: bool) -> dict[str, Any]:
     return found
 
 
-def _told(found: dict[str, Any]) -> dict[str, Any]:
-    """What is shown: of a fitted plan how good it is, too, in lines of their own."""
+def _shown(found: dict[str, Any]) -> dict[str, Any]:
+    """The entries to show; the errors of a fitted plan get lines of their own."""
     meta = found.get("meta")
     fitted = meta.get("fitted") if isinstance(meta, dict) else None
     if not isinstance(fitted, dict) or not isinstance(fitted.get("validation"), dict):
@@ -128,7 +130,7 @@ def _models(ctx: click.Context) -> tuple[Any, str]:
 
 
 def _config(ctx: click.Context) -> tuple[Any, str]:
-    """Every option of the commands that compute, with the configuration this call sees; or what one refuses in it."""
+    """The value and source of every option of the commands that compute, or what a command refuses in a value."""
     found: dict[str, Any] = {}
     parts = []
     for name in ("sample", "train", "fit", "bench"):

@@ -43,7 +43,10 @@ OF_THE_MODEL = "model"  # --afs without a value
 
 @dataclass(frozen=True)
 class Cost:
-    """What pictures took: steps, NFE and evals, the most where they differ, and then the NFE of each."""
+    """What pictures cost: steps, denoiser calls (NFE) and network evaluations (evals).
+
+    Where pictures differ, which those of adaptive samplers do, these are the most, and `each` holds the NFE of each.
+    """
 
     steps: int | None
     nfe: int | None
@@ -52,13 +55,13 @@ class Cost:
 
     @classmethod
     def of(cls, result: Any) -> "Cost":
-        """That of a result."""
+        """The cost of a `Samples`."""
         each = result.stats.get("nfe")
         return cls(result.steps, result.nfe, result.evals, () if each is None else tuple(each.tolist()))
 
     @classmethod
     def over(cls, pictures: Sequence[dict[str, Any]]) -> "Cost":
-        """That of pictures that differ, from what is known of each; of none at all nothing is known."""
+        """The cost of pictures that differ, each given by its "steps", "nfe" and "evals"; all None for no pictures."""
         if not pictures:
             return cls(None, None, None)
         most = (max(picture[key] for picture in pictures) for key in ("steps", "nfe", "evals"))
@@ -66,7 +69,7 @@ class Cost:
 
     @property
     def mean(self) -> float:
-        """NFE per picture."""
+        """The mean NFE of the pictures."""
         return sum(self.each) / len(self.each)
 
     @property
@@ -77,7 +80,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be drawn: the options, what they name, and the seeds."""
+    """A run of `pfode sample`: the options, the model, plan and picture that they name, and the seeds."""
 
     options: dict[str, Any]
     net: Any  # guided
@@ -90,11 +93,11 @@ class Job:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one picture."""
+        """The shape of one picture: (channels, height, width)."""
         return picture_shape(self.model)
 
     def pixels(self, x: "Tensor") -> "np.ndarray":
-        """The pictures of samples, or of states of the variance of data."""
+        """Samples (n, ...) as pictures, uint8 (n, height, width[, 3]); latents are decoded."""
         from pfode.cli import images
 
         decode = getattr(self.model, "decode", None)
@@ -107,7 +110,7 @@ class Job:
 
     @property
     def dtype(self) -> "torch.dtype":
-        """Of the state."""
+        """The dtype of the state."""
         import torch
 
         return torch.float64 if self.options["dtype"] == "fp64" else torch.float32
@@ -122,7 +125,7 @@ class Job:
 
     @property
     def how(self) -> dict[str, Any]:
-        """How `pfode.sample` is to draw, apart from the seeds."""
+        """The arguments of `pfode.sample`, apart from the seeds."""
         return {
             "plan": self.plan,
             "init": self.init,
@@ -135,12 +138,12 @@ class Job:
 
     @property
     def sheet(self) -> "Job":
-        """The pictures on the sheet: all, or the first ones of --separate."""
+        """The job of the pictures on the sheet: all of them, or with --separate the first hundred."""
         return self if self.options["separate"] is None else replace(self, seeds=self.seeds[:SHEET])
 
     @property
     def columns(self) -> int:
-        """Of the sheet."""
+        """The number of columns of the sheet."""
         from pfode.cli import images
 
         classes = len(self.net.labels) if self.options["label"] == "all" else 0
@@ -148,7 +151,7 @@ class Job:
 
     @property
     def scale(self) -> int:
-        """Of the pictures on the sheet."""
+        """How many times the pictures are enlarged on the sheet."""
         from pfode.cli import images
 
         _, height, width = self.shape
@@ -236,8 +239,8 @@ def check_pictures(job: Job) -> None:
         raise UsageError(problem, "leave it out, or a sampler of fixed steps")
     if job.options["brownian"] and not plan.stochastic:
         raise UsageError(f"--brownian: {plan.name} draws no noise", "leave it out, or see the samplers that do")
-    _, *size = job.shape
-    height, width = images.sheet_size(len(job.sheet.seeds), *size, job.scale, job.columns)
+    _, height, width = job.shape
+    height, width = images.sheet_size(len(job.sheet.seeds), height, width, job.scale, job.columns)
     frames = plan.steps + 1 if animated and isinstance(plan, pfode.Plan) else 0
     if height * width * frames > 4 * images.MAX_PIXELS:
         problem = f"--trajectory: {frames} frames of twice {width} x {height} pixels are too many"
@@ -255,13 +258,17 @@ def picture_shape(net: Any) -> tuple[int, ...]:
 
 
 def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
-    """How the sheet, or one picture of it, was made; `options` are what to type to make it again."""
+    """The settings that a PNG keeps: of the sheet, or of the picture of this index.
+
+    Its "options" are what to type to make it again.
+    """
     plan = job.plan
     given = ("model", "sampler", "init", "guidance", *OF_THE_GUIDANCE, "dtype")
     options = {key: job.options[key] for key in given if job.options[key] is not None}
     if job.options["brownian"]:
         options["brownian"] = True
-    if job.options["sampler"] == "auto" and job.digests["sampler"] is not None:
+    fitted = job.options["sampler"] == "auto" and job.digests["sampler"] is not None
+    if fitted and isinstance(plan, pfode.Plan):
         options["steps"] = plan.steps
     elif job.digests["sampler"] is None:
         options |= {"sampler": plan.name}
@@ -299,7 +306,7 @@ def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
 
 
 def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan | Adaptive, str | None]":
-    """The plan or the adaptive sampler to run, and the digest of its file if it comes from one."""
+    """The plan or the adaptive sampler of --sampler, and the digest of its file if it comes from one."""
     from pfode.samplers.settle import data_std, settled, start_time
 
     name = options["sampler"]
@@ -324,14 +331,18 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan | Adaptive, str 
 
 
 def checked_digest(options: dict[str, Any], plan: str | Path) -> str:
-    """The digest of a plan's file, which must be the one that the options were recorded with, if they were."""
+    """The digest of a plan's file.
+
+    Raises:
+        FileError: --like was made with another plan.
+    """
     digest = read_header(plan).metadata.get("pfode.digest", "")
     check_digest(options, "sampler", digest)
     return digest
 
 
 def guided(options: dict[str, Any], net: Any) -> Any:
-    """The network under the guidance that is asked for.
+    """The model under --guidance, --negative, --guidance-interval and --guidance-rescale.
 
     Raises:
         UsageError: no class to guide to, or guidance that cannot be.

@@ -31,7 +31,10 @@ __all__ = ["draw"]
 
 
 def draw(job: Job, out: Output) -> dict[str, Any] | None:
-    """Draw what the folder lacks, then write the sheet; what was done, None in all processes but the first.
+    """Draw the pictures that the folder lacks, then write the sheet.
+
+    Returns:
+        the figures of the run; None in all processes but the first.
 
     Raises:
         PfodeError: as `pfode.sample`, or a folder that cannot be used; what is finished stays.
@@ -82,7 +85,7 @@ def _draw(job: Job, folder: Folder, share: Share, out: Output) -> dict[str, Any]
 
 
 def _fill(job: Job, folder: Folder, mine: list[int], batch: int, kept: set[int], rank: int, out: Output) -> None:
-    """Draw and write the pictures of these indices, batch by batch."""
+    """Draw the pictures of the indices `mine` batch by batch, and write each to the folder and to its journal."""
     from pfode.samplers.sampling import batches
 
     if not mine:
@@ -134,7 +137,7 @@ def _write(job: Job, part: "Samples", indices: list[int], folder: Folder, kept: 
 
 
 def _read(job: Job, folder: Folder) -> "np.ndarray":
-    """The pictures of the sheet, from the folder; one that is not finite is crossed out."""
+    """Read the pictures of the sheet from the folder, uint8 (n, height, width[, 3]); missing ones become crosses."""
     import numpy as np
 
     from pfode.cli import images
@@ -153,5 +156,5 @@ def _read(job: Job, folder: Folder) -> "np.ndarray":
 
 
 def _film(job: Job) -> str:
-    """The way of the pictures on the sheet; they are drawn once more."""
+    """Write the animation of the pictures on the sheet, for which they are drawn once more."""
     return write_film(job, pfode.sample(job.net, seeds=job.seeds, trajectory=True, nan="flag", **job.how))

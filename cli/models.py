@@ -7,11 +7,13 @@ from typing import Any
 from pfode.errors import FileError
 from pfode.header import read_header
 
+__all__ = ["folder", "model_digest", "pickle"]
+
 CHUNK = 1 << 20
 
 
 def folder(path: Path) -> dict[str, Any]:
-    """What a folder of diffusers says; diffusers is not imported.
+    """The entries of `pfode info` for a folder of diffusers, which is not imported.
 
     Raises:
         FileError: it is none, or something in it is broken.
@@ -43,7 +45,7 @@ def folder(path: Path) -> dict[str, Any]:
 
 
 def pickle(path: Path) -> dict[str, Any]:
-    """What a network pickle of EDM or EDM2 holds; nothing in it is executed.
+    """The entries of `pfode info` for a network pickle of EDM or EDM2; nothing in it is executed.
 
     Raises:
         FileError: it is none.

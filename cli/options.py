@@ -16,6 +16,21 @@ from pfode.cli.streams import output
 from pfode.errors import FileError, PfodeError, did_you_mean, nearly
 from pfode.files import read_file
 
+__all__ = [
+    "COMMANDS",
+    "CONFIG_FILE",
+    "EPILOG",
+    "Command",
+    "FileName",
+    "Finite",
+    "as_flags",
+    "check_value",
+    "find_command",
+    "misspelt_variables",
+    "read_config",
+    "source",
+]
+
 COMMANDS = {
     "sample": "Draw pictures from a score network.",
     "train": "Train a score network.",

@@ -20,7 +20,7 @@ __all__ = ["check_outputs", "flaw", "flaws", "non_finite", "write", "write_film"
 
 
 def check_outputs(out: str, trajectory: str | None, separate: str | None) -> None:
-    """Find out before sampling whether the results can be written.
+    """Find out whether the results can be written, before anything is drawn.
 
     Raises:
         UsageError: a name that no output can have. WriteError: a folder that takes no file.
@@ -50,7 +50,7 @@ def _within(name: str, folder: str) -> bool:
 
 
 def _check_writable(name: str, option: str, made: bool) -> None:
-    """Whether a file `name` can be made; `made`: the folders above it will be, where they are missing."""
+    """Find out whether a file can be made under this name; `made`: missing folders above it will be made first."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.stat(f"{name}.temporary")  # too long a name?
@@ -64,30 +64,30 @@ def _check_writable(name: str, option: str, made: bool) -> None:
 
 
 def flaw(job: Job, seed: int, step: int, t: float, why: str | None = None) -> str:
-    """Where a picture was lost, and, of an adaptive sampler, why."""
+    """The seed, step and time at which a picture stopped being finite and, for an adaptive sampler, why."""
     of = f" of {job.plan.steps}" if isinstance(job.plan, pfode.Plan) else ""
     return f"seed {seed} after step {step}{of}, t = {t:.6g}" + (f": {why}" if why else "")
 
 
 def flaws(job: Job, result: Any) -> list[str]:
-    """The same of every picture that a result lost."""
+    """The `flaw` of every picture of a result that is not finite."""
     return [flaw(job, result.seeds[bad.index], bad.step, bad.time, bad.why) for bad in result.bad]
 
 
 def non_finite(lost: list[str], job: Job, hint: str) -> NumericalError:
-    """The error that names the first few pictures that are not finite."""
+    """The error for pictures that are not finite; it names the first three."""
     more = [f"and {len(lost) - 3} more"] if len(lost) > 3 else []
     return NumericalError(f"{len(lost)} of {len(job.seeds)} pictures not finite: {'; '.join(lost[:3] + more)}", hint)
 
 
 def write(job: Job, result: Any) -> list[str]:
-    """Write everything that was asked for; the sheet comes first in the list and last on the disk."""
+    """Write the animation, if there is one, then the sheet; return their names, the sheet first."""
     films = [write_film(job, result)] if job.options["trajectory"] is not None else []
     return [write_sheet(job, job.pixels(result.x), Cost.of(result)), *films]
 
 
 def write_sheet(job: Job, pixels: "np.ndarray", cost: Cost) -> str:
-    """Write the contact sheet of all pictures of the job."""
+    """Write the contact sheet, and return its name."""
     from pfode.cli import images
 
     sheet = images.contact_sheet(pixels, job.scale, job.columns)
@@ -96,7 +96,7 @@ def write_sheet(job: Job, pixels: "np.ndarray", cost: Cost) -> str:
 
 
 def write_film(job: Job, result: Any) -> str:
-    """Write the animation of a result with its trajectory."""
+    """Write the animation of a result that has its trajectory, and return its name."""
     from pfode.cli import images
 
     path = job.options["trajectory"]
@@ -106,7 +106,7 @@ def write_film(job: Job, result: Any) -> str:
 
 
 def _frame(job: Job, result: Any, k: int) -> "np.ndarray":
-    """Sheet of the states at node k, brought to the variance of the data, beside what the denoiser sees in them."""
+    """The frame of node k: the states, scaled to the data's variance, beside the denoiser's outputs."""
     import numpy as np
 
     from pfode.cli import images

@@ -10,6 +10,8 @@ from pfode.cli.figures import ADAPTIVE_GROUP, GROUPS, OF_AUTO, adaptive_figures,
 if TYPE_CHECKING:
     from pfode.samplers import AdaptiveRecipe, Recipe
 
+__all__ = ["page"]
+
 INTRO = """\
 # Samplers
 
@@ -91,7 +93,7 @@ grid may also be the times themselves, or what `pfode.samplers.fit.search` finds
 
 
 def page() -> str:
-    """The page."""
+    """The text of docs/samplers.md."""
     from pfode.samplers import ADAPTIVE
 
     parts = [INTRO]

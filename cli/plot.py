@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+__all__ = ["DARK", "LIGHT", "SERIES", "Curve", "Drawing", "Mark", "Panel", "draw", "png", "style", "svg"]
+
 Point = tuple[float, float]
 SERIES = ("s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7")
 LIGHT = {
@@ -90,7 +92,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50.0, 8.0, 34.0, 40.0  # within a panel
 
 
 def draw(panels: Sequence[Panel], legend: Sequence[tuple[str, str]], columns: int = 3) -> Drawing:
-    """Panels in rows under a legend of (label, colour)."""
+    """Draw the panels in rows, under a legend of (label, colour)."""
     columns = max(1, min(columns, len(panels)))
     rows = -(-len(panels) // columns)
     width = 2 * MARGIN + columns * WIDTH + (columns - 1) * GAP
@@ -173,7 +175,7 @@ def _panel(drawing: Drawing, panel: Panel, x: float, y: float) -> None:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round values on a logarithmic axis, three to eight where that can be."""
+    """Round values for the ticks of a logarithmic axis from 10^low to 10^high, three to eight if possible."""
     halves = [1 + 0.5 * i for i in range(18)]
     for steps in (halves, range(1, 10), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         decades = range(math.floor(low), math.ceil(high) + 1)
@@ -277,7 +279,7 @@ def png(drawing: Drawing, scale: int = 2) -> bytes:
 
 
 def _dashed(points: Sequence[Point], on: float, off: float) -> list[list[Point]]:
-    """A horizontal line in pieces."""
+    """The dashes of a horizontal line."""
     (first, y), (last, _) = points[0], points[-1]
     count = math.ceil((last - first) / (on + off))
     starts = (first + i * (on + off) for i in range(count))

@@ -15,6 +15,8 @@ from pfode.samplers.measure import results
 from pfode.samplers.measure.comparison import DISTRIBUTION, END_POINT
 from pfode.samplers.measure.spec import Spec
 
+__all__ = ["label", "write"]
+
 Result = dict[str, Any]
 METRICS = {**END_POINT, **DISTRIBUTION}
 IN_TABLES = ("rms", "median", "flipped", "energy", "sliced")
@@ -43,7 +45,7 @@ def write(out: Path, result: Result, title: str = "Quality against evaluations")
 
 
 def label(text: str) -> str:
-    """A sampler as it is called in a figure: without the search over grids, which stands elsewhere."""
+    """A sampler as it is called in a figure: without the search over grids, which the tables of choices show."""
     name, _, options = text.partition("?")
     kept = [pair for pair in options.split("&") if pair and pair != "grid=best"]
     words = [pair.removeprefix("chart=").removeprefix("solver_") for pair in kept]
@@ -56,7 +58,7 @@ def label(text: str) -> str:
 
 
 def coloured(result: Result) -> dict[str, str]:
-    """The samplers that get a colour: fitted ones, auto, then by their mean rank, two peers at least."""
+    """The samplers that get a colour of their own: fitted ones, auto, two peers, then the others by their mean rank."""
     means: dict[str, list[float]] = {}
     for ranking in results.rank(result) or results.rank(result, "frechet"):
         for text, mean in ranking.order:
@@ -71,7 +73,7 @@ def coloured(result: Result) -> dict[str, str]:
 
 
 def panels(result: Result, colours: dict[str, str]) -> list[plot.Panel]:
-    """A panel per model of the RMS error, and one of the energy distance where there is a truth."""
+    """One panel per model of the RMS error, and one of the energy distance where there are true samples."""
     found = []
     for key in ("rms", "energy"):
         for bed, settings in result["beds"].items():
@@ -102,7 +104,7 @@ def _curves(result: Result, bed: str, key: str, colours: dict[str, str]) -> list
 
 
 def markdown(result: Result, title: str) -> str:
-    """The recommendations, then every model's figures."""
+    """The page table.md: the recommendations, then the figures of every model."""
     lines = [f"# {title}", "", *_advice(result), ""]
     for bed, settings in result["beds"].items():
         lines += [f"## {bed}", "", _about(settings), ""]
@@ -127,7 +129,7 @@ def _advice(result: Result) -> list[str]:
 
 
 def _about(settings: dict[str, Any]) -> str:
-    """A model's settings and floors, in a sentence."""
+    """The settings of a model, and the errors that no sampler can pass, in a sentence."""
     parts = [f"{settings['process']}, {settings['n']} samples"]
     floor = settings["floor"]
     if "teacher" in floor:
@@ -142,7 +144,7 @@ def _about(settings: dict[str, Any]) -> str:
 
 
 def _rows(result: Result, bed: str, key: str) -> tuple[list[str], list[list[str]]]:
-    """Samplers by number of evaluations, the best of each column marked by asterisks."""
+    """The head and rows of a table, samplers by evaluations; the best of each column stands between asterisks."""
     values = {(s, k): value for (b, s, k), value in results.table(result, key).items() if b == bed}
     counts = sorted({k for _, k in values})
     samplers = sorted({s for s, _ in values})
@@ -166,7 +168,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def page(out: Path, result: Result, title: str, figure: plot.Drawing) -> str:
-    """The report."""
+    """The page report.html."""
     body = [
         f"<h1>{html.escape(title)}</h1>",
         _lead(result),
@@ -213,7 +215,7 @@ code{font-size:12.5px;background:var(--grid);padding:1px 5px;border-radius:4px}
 
 
 def _lead(result: Result) -> str:
-    """Which sampler to use at which number of evaluations."""
+    """The first paragraph and table: which sampler to use at which number of evaluations."""
     rows = []
     for ranking in results.rank(result):
         cells = [f"<td>{ranking.evals}</td>"]
@@ -235,7 +237,7 @@ def _lead(result: Result) -> str:
 
 
 def _taken(result: Result, text: str, evals: int) -> str:
-    """What most models take of a sampler's alternatives."""
+    """The alternative of a sampler that most models chose."""
     words = [c["chosen"] for c in result["cells"] if c["sampler"] == text and c["evals"] == evals and c.get("chosen")]
     if not words:
         return ""
@@ -268,7 +270,7 @@ def _cell(cell: str, key: str) -> str:
 
 
 def _chosen(result: Result, bed: str) -> str:
-    """What was taken among alternatives."""
+    """The table of the alternatives that were chosen."""
     cells = [c for c in result["cells"] if c["bed"] == bed and c.get("chosen")]
     counts = sorted({c["evals"] for c in cells})
     found = {(c["sampler"], c["evals"]): c["chosen"].replace("grid=", "").replace("chart=", "") for c in cells}
@@ -281,7 +283,7 @@ def _chosen(result: Result, bed: str) -> str:
 
 
 def _strips(out: Path, result: Result) -> str:
-    """The same seeds by every sampler, under the converged pictures."""
+    """Strips of pictures: the same seeds drawn by every sampler, under the converged ones."""
     parts, cache = [], results.Cache(out / results.CACHE)
     colours = coloured(result)
     for bed in result["beds"]:
@@ -307,7 +309,7 @@ def _strips(out: Path, result: Result) -> str:
 
 
 def _picture(x: Any) -> str:
-    """A row of pictures, as part of the page; nothing between them."""
+    """A strip of pictures side by side, as an element of the page."""
     import numpy as np
     from PIL import Image
 
@@ -324,7 +326,7 @@ def _picture(x: Any) -> str:
 
 
 def _made(result: Result) -> str:
-    """How it was made."""
+    """The last paragraph: the versions with which the figures were made."""
     words = ", ".join(f"{name} {version}" for name, version in {"pfode": result["pfode"], **result["versions"]}.items())
     rows = [
         f"<tr><td>{html.escape(bed)}</td><td>{s['n']}</td><td>{s['seed']}</td><td>{s['validation']}</td>"

@@ -18,6 +18,8 @@ from pfode.cli.settings import DTYPES, format_seeds, settle
 from pfode.cli.streams import Output, output
 from pfode.errors import OtherModelWarning, UnsoundWarning, UsageError
 
+__all__ = ["command", "one_sheet"]
+
 
 @click.command(cls=Command, name="sample")
 @click.option(
@@ -146,7 +148,7 @@ def command(ctx: click.Context, **options: Any) -> None:
         raise UsageError("several processes share the pictures of a folder", "--separate DIR")
     job = prepare(options)
     plan, n = job.plan, len(job.seeds)
-    if foreign(plan, job.net):
+    if isinstance(plan, pfode.Plan) and foreign(plan, job.net):
         out.note(f"{options['sampler']} was fitted to another model: a hand-made sampler may serve better")
         warnings.simplefilter("ignore", OtherModelWarning)
     if (text := unsound(plan)) is not None:

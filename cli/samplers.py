@@ -28,6 +28,8 @@ from pfode.errors import UsageError
 if TYPE_CHECKING:
     from pfode.samplers import AdaptiveRecipe, Recipe
 
+__all__ = ["command"]
+
 
 @click.command(cls=Command, name="samplers")
 @click.argument("name", required=False)
@@ -75,7 +77,7 @@ def _adaptive_data(row: "AdaptiveRecipe") -> dict[str, Any]:
 
 
 def _listing() -> str:
-    """A table per group, their columns in line, cut to the width of a terminal."""
+    """The tables of all groups with their columns aligned, cut to the width of a terminal."""
     from pfode.samplers import ADAPTIVE
 
     lines: list[Sequence[str]] = []
@@ -92,7 +94,7 @@ def _listing() -> str:
 
 
 def _full(recipe: "Recipe") -> str:
-    """One sampler with all that is known of it."""
+    """Everything that is known of a sampler, as text."""
     memory, pair, given = recipe.method.memory, recipe.method.pair, options(recipe)
     eta = [f"--eta {given['eta']}"] if "eta" in given else []
     rows = {
@@ -110,7 +112,7 @@ def _full(recipe: "Recipe") -> str:
 
 
 def _adaptive_full(row: "AdaptiveRecipe") -> str:
-    """The same of an adaptive sampler."""
+    """Everything that is known of an adaptive sampler, as text."""
     from pfode.samplers import make_adaptive
     from pfode.samplers.adaptive import MAX_STEPS
 

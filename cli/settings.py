@@ -1,4 +1,4 @@
-"""Which settings a run uses: of rivals the one with the stronger source, those of a picture, values that are lists."""
+"""Which settings a run uses: of two that exclude each other the stronger, those of --like, and lists of values."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -10,6 +10,31 @@ from click.core import ParameterSource
 
 from pfode.cli.options import check_value
 from pfode.errors import FileError, UsageError, unknown
+
+__all__ = [
+    "DTYPES",
+    "KEPT",
+    "MAX_SAMPLES",
+    "OF_A_TOLERANCE",
+    "OF_FIXED_STEPS",
+    "OF_THE_GUIDANCE",
+    "OF_THE_PLAN",
+    "OF_THE_SAMPLER",
+    "RECORDED",
+    "check_digest",
+    "find_sampler",
+    "flag",
+    "format_seeds",
+    "format_set",
+    "is_adaptive",
+    "listed",
+    "parse_interval",
+    "parse_seeds",
+    "parse_set",
+    "seed_range",
+    "settle",
+    "typed",
+]
 
 T = TypeVar("T")
 OF_FIXED_STEPS = ("steps", "nfe", "grid", "eta", "set", "lower_order_final", "afs")
@@ -72,7 +97,7 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_sampler(name: str) -> Any:
-    """A recipe of the catalogue.
+    """The recipe of this name in the catalogue.
 
     Raises:
         UsageError: unknown name.
@@ -94,7 +119,7 @@ _RANKS = {ParameterSource.COMMANDLINE: 0, ParameterSource.ENVIRONMENT: 2, Parame
 
 
 def _rank(ctx: click.Context, name: str) -> int:
-    """How strong the source of a value is; 1 is a picture's settings."""
+    """The rank of the source of a value: 0 a flag, 1 --like, 2 a variable, 3 a file, 9 a default."""
     where = ctx.get_parameter_source(name)
     return _RANKS.get(where, _DEFAULT) if where else _DEFAULT
 
@@ -133,7 +158,7 @@ def _merge(ctx: click.Context, options: dict[str, Any], ranks: dict[str, int]) -
 
 
 def _default(param: click.Parameter) -> Any:
-    """The value where nothing says otherwise."""
+    """The default of an option."""
     given = param.default
     return given if isinstance(given, str | int | float) else () if param.multiple else None
 
@@ -175,7 +200,7 @@ def typed(command: click.Command, options: dict[str, Any]) -> list[str]:
 
 
 def listed(name: str, text: str, kind: Callable[[str], T], what: str, example: str) -> tuple[T, ...]:
-    """The parts between commas, at least one.
+    """The values between the commas of an option, at least one.
 
     Raises:
         UsageError: one that is not of the kind.
@@ -187,7 +212,7 @@ def listed(name: str, text: str, kind: Callable[[str], T], what: str, example: s
 
 
 def parse_interval(text: str) -> tuple[float, float]:
-    """The ends of --guidance-interval.
+    """The two ends of --guidance-interval.
 
     Raises:
         UsageError: not two numbers.
@@ -199,7 +224,7 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 
 def parse_set(words: Iterable[str]) -> dict[str, Any]:
-    """The sampler's options in "NAME=VALUE" words, a value being a number, or a tuple of those between commas.
+    """The options of a sampler from "NAME=VALUE" words; a value is a number, or a tuple of numbers between commas.
 
     Raises:
         UsageError: another form, a name twice, or one that no sampler takes.
@@ -221,14 +246,14 @@ def parse_set(words: Iterable[str]) -> dict[str, Any]:
 
 
 def format_set(meta: dict[str, Any]) -> list[str]:
-    """The inverse of `parse_set`, for those among what a plan says of its making."""
+    """The "NAME=VALUE" words for the sampler options among the metadata of a plan: the inverse of `parse_set`."""
     known = _options_of_samplers() - {"eta"}
     values = {name: meta[name] for name in meta if name in known}
     return [f"{name}={','.join(map(repr, v)) if isinstance(v, tuple) else repr(v)}" for name, v in values.items()]
 
 
 def _number(text: str) -> float:
-    """An integer where it is written as one: some options count."""
+    """The number that a text is; an integer if it is written as one, which options that count need."""
     try:
         return int(text)
     except ValueError:
@@ -242,7 +267,7 @@ def _options_of_samplers() -> set[str]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds of "0-63,80".
+    """The seeds of a list such as "0-63,80".
 
     Raises:
         UsageError: not a list of seeds, one twice, or too many.
@@ -262,7 +287,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def format_seeds(seeds: list[int]) -> str:
-    """The inverse of `parse_seeds`, as short as it gets."""
+    """The shortest list of these seeds: the inverse of `parse_seeds`."""
     parts: list[list[int]] = []
     for seed in seeds:
         if parts and seed == parts[-1][1] + 1:
@@ -273,7 +298,7 @@ def format_seeds(seeds: list[int]) -> str:
 
 
 def seed_range(seed: int, n: int) -> list[int]:
-    """n seeds from `seed` on.
+    """The seeds seed, seed + 1, ..., n of them.
 
     Raises:
         UsageError: too many, or seeds of more than 64 bits.

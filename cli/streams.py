@@ -1,6 +1,7 @@
 """How a run speaks: the result on stdout, remarks and progress on stderr, and what happens where one of them fails."""
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -82,7 +83,7 @@ def open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
 
 
