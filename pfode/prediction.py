@@ -17,12 +17,12 @@ Pair = tuple[Coefficient, Coefficient]
 class Prediction:
     """One row of the table: out = p x + q D and D = c x + d out, with (p, q) = of_x0(alpha, sigma), (c, d) = to_x0.
 
-    `blind` predictions say nothing about the data where alpha = 0: there D cannot be had from them.
+    `singular`: at alpha = 0 it says nothing about the data, so that D cannot be had from it there.
     """
 
     of_x0: Callable[[Coefficient, Coefficient], Pair]
     to_x0: Callable[[Coefficient, Coefficient], Pair]
-    blind: bool = False
+    singular: bool = False
 
 
 def _one(a: Coefficient, s: Coefficient) -> Pair:
@@ -31,8 +31,8 @@ def _one(a: Coefficient, s: Coefficient) -> Pair:
 
 PREDICTIONS: dict[str, Prediction] = {
     "x0": Prediction(_one, _one),
-    "eps": Prediction(lambda a, s: (1 / s, -a / s), lambda a, s: (1 / a, -s / a), blind=True),
-    "score": Prediction(lambda a, s: (-1 / s**2, a / s**2), lambda a, s: (1 / a, s**2 / a), blind=True),
+    "eps": Prediction(lambda a, s: (1 / s, -a / s), lambda a, s: (1 / a, -s / a), singular=True),
+    "score": Prediction(lambda a, s: (-1 / s**2, a / s**2), lambda a, s: (1 / a, s**2 / a), singular=True),
     "v": Prediction(
         lambda a, s: (a / (s * _hypot(a, s)), -_hypot(a, s) / s),
         lambda a, s: (a / _hypot(a, s) ** 2, -s / _hypot(a, s)),

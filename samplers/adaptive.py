@@ -22,7 +22,7 @@ from pfode.grids import end_time
 from pfode.ode import PID, SOLVERS, Solver, Status, Step, solve
 from pfode.ode.solver import Time, column
 from pfode.ode.state import Field
-from pfode.plans.executor import Bad, as_state, check_output
+from pfode.plans.executor import Failure, as_state, check_output
 from pfode.prediction import PREDICTIONS
 from pfode.process import Process, float64
 
@@ -176,7 +176,7 @@ ADAPTIVE: dict[str, AdaptiveRecipe] = {
 
 
 @dataclass(frozen=True)
-class Stopped(Bad):
+class Stopped(Failure):
     """A sample that did not get to the end: its index, the steps it made, the time where it stopped, and why."""
 
     status: Status

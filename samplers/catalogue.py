@@ -394,5 +394,5 @@ def _analytical(space: Space, node: Node, scale: float) -> Linear:
     """The prediction at x_T for Gaussian data: D = alpha scale^2 / (alpha^2 scale^2 + sigma^2) x."""
     gain = node.alpha * scale**2 / (node.alpha**2 * scale**2 + node.sigma**2)
     named = PREDICTIONS[space.chart.prediction]
-    p, q = (0.0, 1.0) if node.alpha == 0 and named.blind else named.of_x0(node.alpha, node.sigma)
+    p, q = (0.0, 1.0) if node.alpha == 0 and named.singular else named.of_x0(node.alpha, node.sigma)
     return Linear({("y", -1): p + q * gain})

@@ -26,7 +26,7 @@ from torch import Tensor
 from pfode.denoiser import Denoiser, preconditioned
 from pfode.errors import NumericalError, UsageError
 from pfode.grids import Grid
-from pfode.plans.executor import Bad, calls, check_output, run
+from pfode.plans.executor import Failure, calls, check_output, run
 from pfode.plans.rows import Sums, add, combine, folded, row_affine
 from pfode.plans.table import Plan
 from pfode.process import float64
@@ -213,7 +213,7 @@ def _in_batches(
             at = int((~(largest[:, j] <= MOST)).nonzero()[0])
             k = sizes[at][0]
             if not torch.isfinite(largest[at, j]):
-                raise non_finite(plan, Bad(i + j, int(plan.step[min(k, plan.nfe - 1)]) + 1, plan.time[k].item()))
+                raise non_finite(plan, Failure(i + j, int(plan.step[min(k, plan.nfe - 1)]) + 1, plan.time[k].item()))
             raise _too_large(plan, i + j, k)
         ends.append([*end])
     return [torch.cat(parts) for parts in zip(*ends, strict=True)]

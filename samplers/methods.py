@@ -75,8 +75,8 @@ class Trail:
     seen: Linear = NOTHING
     other: Linear = NOTHING  # the second of two coupled trajectories
     past: list[tuple[Node, Linear]] = field(default_factory=list)  # nodes and predictions, newest first
-    came: "Came | None" = None
-    kick: Linear = NOTHING  # the noise that the last step ended with
+    last: "LastStep | None" = None
+    added: Linear = NOTHING  # the noise that the last step ended with
     predicted: bool = False  # whether past[0] is this node's
 
     def predict(self) -> Linear:
@@ -113,7 +113,7 @@ class Trail:
         n = self.predict() if n is None else n
         stays = keep * target.sigma / start.sigma
         weight = target.alpha - start.alpha * stays
-        if named.blind and start.alpha == 0:
+        if named.singular and start.alpha == 0:
             return self.x * stays + n * weight
         p, q = named.of_x0(start.alpha, start.sigma)
         return self.x * stays + (n - self.seen * p) * (weight / q)
@@ -122,19 +122,21 @@ class Trail:
         """The step is made; the last `memory` predictions serve on, but not that of a node where the chart fails."""
         regular = self.node.regular
         self.past = self.past[:memory] if regular else []
-        self.came = Came(self.space, self.node, self.x, tuple(self.past[: self.cap]), self.kick) if regular else None
+        self.last = (
+            LastStep(self.space, self.node, self.x, tuple(self.past[: self.cap]), self.added) if regular else None
+        )
         self.x, self.node, self.predicted, self.index = x, target, False, self.index + 1
 
 
 @dataclass(frozen=True)
-class Came:
+class LastStep:
     """The step before: its space, where it began, the state and the predictions there, the noise it ended with."""
 
     space: Space
     node: Node
     x: Linear
     past: tuple[tuple[Node, Linear], ...]
-    kick: Linear
+    added: Linear
 
 
 class Method(ABC):
@@ -374,16 +376,16 @@ class PredictorCorrector(Integrator):
         return trail.moved(trail.x, target, self._weights(trail.space, nodes, target, nodes[0]), predictions)
 
     def correct(self, trail: Trail) -> None:
-        came = trail.came
-        if came is None or not self.corrector:
+        last = trail.last
+        if last is None or not self.corrector:
             return
         n = trail.predict()
-        nodes, predictions = zip(*came.past[: self.corrector], strict=True)
-        weights = self._weights(came.space, [came.node, *nodes[1:], trail.node], trail.node, came.node)
+        nodes, predictions = zip(*last.past[: self.corrector], strict=True)
+        weights = self._weights(last.space, [last.node, *nodes[1:], trail.node], trail.node, last.node)
         # the base point first, the new node last; `moved` starts at trail.node, so the scale is said here
-        target = came.space.again(trail.node)
+        target = last.space.again(trail.node)
         combination = combined((target.m * w for w in weights), [*predictions, n])
-        trail.x = trail.tape.settled(came.x * (target.m / came.node.m) + combination + trail.kick)
+        trail.x = trail.tape.settled(last.x * (target.m / last.node.m) + combination + trail.added)
 
     def _weights(self, space: Space, known: Sequence[Node], target: Node, start: Node) -> list[float]:
         if len(known) != 2:
@@ -435,11 +437,11 @@ class Belm(Integrator):
     def inner(self, trail: Trail, target: Node) -> Linear:
         start, n = trail.node, trail.predict()
         h = target.u - start.u
-        if trail.came is None:
+        if trail.last is None:
             return trail.moved(trail.x, target, [h], [n])
-        before = start.u - trail.came.node.u
+        before = start.u - trail.last.node.u
         ratio = (h / before) ** 2
-        back = trail.came.x * (ratio * target.m / trail.came.node.m)
+        back = trail.last.x * (ratio * target.m / trail.last.node.m)
         return back + trail.x * ((1 - ratio) * target.m / start.m) + n * (target.m * h * (h + before) / before)
 
 
@@ -464,9 +466,9 @@ class Bdia(Integrator):
         def ddim(node: Node) -> Linear:
             return trail.moved(trail.x, node, [node.u - start.u], [n])
 
-        if trail.came is None:
+        if trail.last is None:
             return ddim(target)
-        return ddim(target) + (trail.came.x - ddim(trail.came.node)) * self.gamma
+        return ddim(target) + (trail.last.x - ddim(trail.last.node)) * self.gamma
 
 
 @dataclass(frozen=True)
@@ -490,7 +492,7 @@ class Edict(Integrator):
         width = [target.u - start.u]
         n = trail.predict()
         y = trail.x
-        x = y if trail.came is None else trail.other
+        x = y if trail.last is None else trail.other
         x = trail.moved(x, target, width, [n])
         x, n = trail.stage(x, target)
         y = trail.moved(y, target, width, [n])

@@ -20,7 +20,7 @@ from pfode.errors import (
     UsageError,
 )
 from pfode.labels import class_count
-from pfode.plans.executor import Bad, Point, find_bad, iterate, not_finite, replaced, run
+from pfode.plans.executor import Failure, Point, find_failures, iterate, not_finite, replaced, run
 from pfode.plans.table import Plan
 from pfode.plans.unrolled import spread
 from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, Stopped
@@ -69,7 +69,7 @@ class Samples:
     nfe: int
     evals: int
     times: Tensor
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[Failure] = field(default_factory=list)
     trajectory: list[Tensor] = field(default_factory=list)
     preview: list[Tensor] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
@@ -311,7 +311,7 @@ class _Drawn(NamedTuple):
 
     states: list[Tensor]
     previews: list[Tensor]
-    bad: list[Bad]
+    bad: list[Failure]
     each: dict[str, Tensor]
 
 
@@ -342,17 +342,17 @@ def _draw(
     lost = not_finite(states[-1])
     if not lost:
         return _Drawn(states, previews, [], {})
-    found = find_bad(plan, denoiser, x, seeds, **cond) if callback is None else {}
+    found = find_failures(plan, denoiser, x, seeds, **cond) if callback is None else {}
     return _Drawn(states, previews, [found.get(i) or _seen(plan, i, spoilt) for i in lost], {})
 
 
-def _seen(plan: Plan, index: int, spoilt: list[Tensor]) -> Bad:
+def _seen(plan: Plan, index: int, spoilt: list[Tensor]) -> Failure:
     """Where a sample was first seen not to be finite, for what a replay does not show; the end if nowhere before."""
     step = next((k for k, samples in enumerate(spoilt) if samples[index]), plan.steps - 1)
-    return Bad(index, step + 1, float(plan.t[plan.step == step][0]))
+    return Failure(index, step + 1, float(plan.t[plan.step == step][0]))
 
 
-def non_finite(plan: Plan | Adaptive, bad: Bad) -> NumericalError:
+def non_finite(plan: Plan | Adaptive, bad: Failure) -> NumericalError:
     if isinstance(bad, Stopped):
         return bad.error
     hint = "the denoiser (or the callback) gave NaN or infinity there: check the network and its precision"

@@ -127,8 +127,8 @@ class Reverse(Noisy):
             keep = 0.0 if noisy else 1.0
             x = trail.towards_data(target, keep)
         fresh = math.sqrt(max(0.0, 1 - keep**2)) * target.sigma if noisy else 0.0
-        trail.kick = trail.tape.noise(start, target) * fresh if fresh else Linear({})
-        return x + trail.kick
+        trail.added = trail.tape.noise(start, target) * fresh if fresh else Linear({})
+        return x + trail.added
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Denoiser(Preconditioned, Published):
             UsageError: alpha = 0 at one of them (pure noise), where the network's output says nothing about the data.
         """
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        undefined = self.prediction in ("edm", "ve") or PREDICTIONS[self.prediction].blind
+        undefined = self.prediction in ("edm", "ve") or PREDICTIONS[self.prediction].singular
         if undefined and readable(t) and bool((alpha == 0).any()):
             raise UsageError(
                 f"prediction {self.prediction!r} says nothing about the data where alpha = 0 (t = {float(t.max()):g})",

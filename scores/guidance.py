@@ -168,9 +168,11 @@ class Autoguided(Wrapper):
         away, towards = rule.needs
         if not towards:
             return self.weak(x, t, **cond)
-        x0 = self.denoiser(x, t, **cond).to(x.dtype)
         if not away:
-            return x0
+            return self.denoiser(x, t, **cond).to(x.dtype)
+        # either may work in place on what it is given, and both may return one buffer
+        own = t.clone() if isinstance(t, Tensor) else t
+        x0 = self.denoiser(x.clone(), own, **cond).to(x.dtype, copy=True)
         return rule.mix(self.weak(x, t, **cond).to(x.dtype), x0, x0=x0 if rule.projects else None)
 
 

@@ -19,13 +19,13 @@ from pfode.errors import OtherModelWarning, UsageError, shortened
 from pfode.plans.rows import Row, Rows, Sums, add, combine, folded, used, with_noise
 from pfode.plans.table import Plan, foreign, takes_part
 
-Walk = Generator[tuple[int, Tensor, Any, "Landing | None"], Tensor | None, None]
+Walk = Generator[tuple[int, Tensor, Any, "Transition | None"], Tensor | None, None]
 Seeds = Sequence[int] | Callable[[int], Tensor] | None  # or a function: row k -> its noise; the init row is plan.nfe
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a state may come in
 
 
-class Landing(NamedTuple):
-    """Where a row with fresh noise landed: x ~ N(mean, std^2)."""
+class Transition(NamedTuple):
+    """The random part of a row: the state x that it ended with was drawn from N(mean, std^2), std 0-d."""
 
     x: Tensor
     mean: Tensor
@@ -42,8 +42,8 @@ class Landing(NamedTuple):
 class Point:
     """A node reached by a plan.
 
-    Fields: step (1 ... steps) of `steps`; t and x there; x0, the denoiser's latest output; nfe so far; landings: where
-    each row of the step landed, None if it drew no noise.
+    Fields: step (1 ... steps) of `steps`; t and x there; x0, the denoiser's latest output; nfe so far; transitions: that
+    of each row of the step, None for a row that drew no noise.
     """
 
     step: int
@@ -52,7 +52,7 @@ class Point:
     x: Tensor
     x0: Tensor
     nfe: int
-    landings: tuple[Landing | None, ...] = field(default=(), repr=False)
+    transitions: tuple[Transition | None, ...] = field(default=(), repr=False)
 
     @property
     def log_prob(self) -> Tensor | None:
@@ -62,7 +62,7 @@ class Point:
         Where a row landed counts as data; gradients flow through the means, as policy gradients want (DDPO, Black et
         al. 2024), and through the state the step began at unless `point.x.detach()` was sent back at the node before.
         """
-        parts = [landing.log_prob(landing.x) for landing in self.landings if landing]
+        parts = [transition.log_prob(transition.x) for transition in self.transitions if transition]
         return torch.stack(parts).sum(0) if parts else None
 
     def log_prob_of(self, x: Tensor) -> Tensor | None:
@@ -74,11 +74,11 @@ class Point:
         Raises:
             UsageError: another shape, or a step that drew noise before its last row: x does not say what.
         """
-        *inner, landing = self.landings
+        *inner, transition = self.transitions
         if any(inner):
             problem = f"step {self.step} draws noise in an inner stage: where it ends does not tell how it got there"
             raise UsageError(problem, "a sampler that draws noise in the last row of a step alone, as euler-a does")
-        return landing and landing.log_prob(replaced(self.x, x))
+        return transition and transition.log_prob(replaced(self.x, x))
 
 
 def run(
@@ -128,19 +128,19 @@ def iterate(
 def _points(plan: Plan, rows: Walk) -> Generator[Point, Tensor | None, None]:
     """The nodes of a walk."""
     node, times, steps = plan.node.tolist(), plan.time.tolist(), plan.steps
-    step, sent, landings = 0, None, []
+    step, sent, transitions = 0, None, []
     for _ in range(plan.nfe):
-        k, x, x0, landing = rows.send(sent)
+        k, x, x0, transition = rows.send(sent)
         sent = None
-        landings.append(landing)
+        transitions.append(transition)
         if node[k + 1]:
             step += 1
-            sent = yield Point(step, steps, times[k + 1], x, x0, k + 1, tuple(landings))
-            landings = []
+            sent = yield Point(step, steps, times[k + 1], x, x0, k + 1, tuple(transitions))
+            transitions = []
 
 
 @dataclass(frozen=True)
-class Bad:
+class Failure:
     """A sample that is not finite: its index, and step (1 ... steps) and time of the evaluation that spoilt it."""
 
     index: int
@@ -153,7 +153,7 @@ class Bad:
         return None
 
 
-def find_bad(
+def find_failures(
     plan: Plan,
     denoiser: Denoiser,
     x: Tensor,
@@ -161,12 +161,12 @@ def find_bad(
     *,
     brownian: bool = False,
     **cond: Any,
-) -> dict[int, Bad]:
+) -> dict[int, Failure]:
     """Replay a plan row by row: the samples of which a state or a denoiser output is not finite, by their index."""
-    found: dict[int, Bad] = {}
+    found: dict[int, Failure] = {}
     for k, y, x0, _ in _walk(plan, denoiser, x, seeds, cond, brownian, checkpoint=False, preview=True):
         for i in not_finite(y) + not_finite(x0):
-            found.setdefault(i, Bad(i, int(plan.step[k]) + 1, float(plan.t[k])))
+            found.setdefault(i, Failure(i, int(plan.step[k]) + 1, float(plan.t[k])))
     return found
 
 
@@ -215,9 +215,9 @@ def _walk(
     checkpoint: bool,
     preview: bool,
 ) -> Walk:
-    """The executor: yields (row, state after it, x0, how it landed); a tensor sent back replaces the state.
+    """The executor: yields (row, state after it, x0, the row's transition); a tensor sent back replaces the state.
 
-    x0 and landing are None without `preview`. The network may change what it is given, and may give out what it will
+    x0 and transition are None without `preview`. The network may change what it is given, and may give out what it will
     change: no state that others hold, or that is needed after the call, is handed to it, and its output is used up
     before it is called again.
     """
@@ -283,11 +283,11 @@ def _rows(
         if preview:
             x0 = torch.addcmul(skipped, out, row.c_out)
         x = combine(sums, row, x, out, alone)
-        landing = None
+        transition = None
         if row.draws:
             mean, x = x, with_noise(sums, row, x, draw(k), alone)
-            landing = Landing(x, mean, row.fresh) if preview and row.fresh is not None else None
-        sent = yield k, x, x0, landing
+            transition = Transition(x, mean, row.fresh) if preview and row.fresh is not None else None
+        sent = yield k, x, x0, transition
         if sent is not None:
             x = replaced(x, sent)
 

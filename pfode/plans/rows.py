@@ -24,9 +24,9 @@ KEPT = 8  # sets of folded rows that a plan keeps
 
 
 def row_affine(name: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, q) with m = p x + q D at these levels: the prediction's, or x0's where alpha = 0 and it is blind."""
+    """(p, q) with m = p x + q D at these levels: the prediction's, or x0's where it is singular, at alpha = 0."""
     p, q = prediction(name).of_x0(alpha, sigma)
-    if not prediction(name).blind:
+    if not prediction(name).singular:
         return p, q
     return torch.where(alpha == 0, 0.0, p), torch.where(alpha == 0, 1.0, q)
 

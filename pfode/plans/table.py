@@ -36,7 +36,7 @@ class Plan:
 
     Args:
         process: the noise process the numbers were made for; `run` refuses another.
-        prediction: what m is. In a row with alpha = 0 a blind prediction (eps, score) is replaced by x0.
+        prediction: what m is. Where alpha = 0, x0 stands for one that is singular there (eps, score).
         t: query times, shape (n,).
         time, alpha, sigma: time and noise level of the register at states 0 ... n, shape (n + 1,).
         r, r_prev: factors of y_k and y_{k-1}, shape (n,).

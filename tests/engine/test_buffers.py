@@ -5,7 +5,7 @@ import torch
 
 import pfode
 from pfode.denoiser import Preconditioned, Preconditioning
-from pfode.plans.executor import find_bad, iterate, run
+from pfode.plans.executor import find_failures, iterate, run
 from pfode.samplers import CATALOGUE, make_adaptive, make_plan
 from tests import problems
 
@@ -137,7 +137,7 @@ def test_points_keep_their_values(kind, name):
         for point, right in zip(points, expected, strict=True):
             assert torch.equal(point.x, right.x)
             assert torch.equal(point.x0, right.x0)
-        assert find_bad(plan, theirs, x, SEEDS) == {}
+        assert find_failures(plan, theirs, x, SEEDS) == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,3 +218,14 @@ def test_no_state_is_copied_where_the_network_is_given_another_tensor():
         with Copies() as copies:
             run(plan, denoiser, x)
         assert copies.number <= allowed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autoguidance_by_networks_that_share_a_buffer(kind):
+    """The weaker network is called after the other, on the same x."""
+    process, x, t = pfode.EDM(), torch.randn(2, 3), torch.tensor(2.0)
+    shared, weaker = kind(), lambda x, t: 0.5 * plain(x, t)
+    strong = Bare(process, shared)
+    weak = Bare(process, lambda x, t: shared(x, t).mul_(0.5))
+    right = pfode.scores.guide(Bare(process, plain), 2.0, weak=Bare(process, weaker))
+    assert torch.allclose(pfode.scores.guide(strong, 2.0, weak=weak)(x.clone(), t.clone()), right(x, t))

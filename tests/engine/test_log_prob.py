@@ -109,11 +109,11 @@ def test_rows_of_a_step_add_up_and_earlier_noise_is_given():
 
 def test_the_density_falls_away_from_the_mean():
     (point, *_) = iterate(make_plan("euler-a", Learnt.process, 6), Learnt(), X, SEEDS)
-    (landing,) = point.landings
-    assert landing is not None
-    top = log_prob(point, landing.mean)
+    (transition,) = point.transitions
+    assert transition is not None
+    top = log_prob(point, transition.mean)
     for shift in (1.0, -2.0):
-        away = log_prob(point, landing.mean + shift * landing.std)
+        away = log_prob(point, transition.mean + shift * transition.std)
         assert torch.allclose(top - away, torch.full((4,), 6 * shift**2 / 2, dtype=torch.float64))
 
 

@@ -9,7 +9,7 @@ import pfode
 from pfode import Plan, iterate, noise, run
 from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.errors import FileError, UsageError
-from pfode.plans.executor import Bad, find_bad
+from pfode.plans.executor import Failure, find_failures
 from pfode.plans.rows import ahead, row_affine
 from pfode.samplers import CATALOGUE, make_plan
 from tests import problems
@@ -252,7 +252,7 @@ def test_brownian_noise_needs_intervals():
         with pytest.raises(UsageError, match=f"noise of row {row} belongs to no interval"):
             run(broken, denoiser, x, SEEDS, brownian=True)
         with pytest.raises(UsageError, match=f"noise of row {row} belongs to no interval"):
-            find_bad(broken, denoiser, x, SEEDS, brownian=True)
+            find_failures(broken, denoiser, x, SEEDS, brownian=True)
         run(broken, denoiser, x, SEEDS)
     unused = dataclasses.replace(broken, init=torch.tensor([0.9, 0.0]))
     run(unused, denoiser, x, SEEDS, brownian=True)
@@ -362,7 +362,7 @@ def test_nan_is_traced_to_sample_step_and_time(name):
     x = torch.randn(4, 3)
     assert torch.isfinite(run(plan, Sick(plan.process), x, SEEDS)).all(1).tolist() == [True, True, False, True]
     step = int(plan.step[3]) + 1
-    assert find_bad(plan, Sick(plan.process), x, SEEDS) == {2: Bad(2, step, float(plan.t[3]))}
+    assert find_failures(plan, Sick(plan.process), x, SEEDS) == {2: Failure(2, step, float(plan.t[3]))}
 
 
 @pytest.mark.parametrize("process", [pfode.EDM(), pfode.VP(), pfode.Flow()])

@@ -8,7 +8,7 @@ import torch
 
 import pfode
 from pfode.errors import MemoryLimitError, NumericalError
-from pfode.plans.executor import Bad
+from pfode.plans.executor import Failure
 from pfode.samplers.sampling import batches
 from tests import problems
 
@@ -49,7 +49,7 @@ def test_nan_is_reported_wherever_it_comes(name):
             named = f"sample {sample} is not finite after step {step} of {STEPS}, t = {t:.6g}"
             assert raised.value.message == named
             out = pfode.sample(Sick(sample, row, plan.nfe, value), SAMPLES, plan=plan, nan="flag")
-            assert out.bad == [Bad(sample, step, t)]
+            assert out.bad == [Failure(sample, step, t)]
             assert not torch.isfinite(out.x[sample]).all()
             assert torch.equal(out.x[others], clean[others])
 
@@ -58,8 +58,8 @@ def test_a_failure_that_does_not_come_again():
     """A replay is sound: the end is named, or the node where a callback or a trajectory saw it."""
     plan = pfode.make_plan("dpm++2m", MIX.process, STEPS)
     options: dict[str, Any] = {"n": SAMPLES, "plan": plan, "nan": "flag"}
-    assert pfode.sample(Sick(3, 4, math.inf), **options).bad == [Bad(3, STEPS, float(plan.t[-1]))]
-    seen = [Bad(3, 5, float(plan.t[4]))]
+    assert pfode.sample(Sick(3, 4, math.inf), **options).bad == [Failure(3, STEPS, float(plan.t[-1]))]
+    seen = [Failure(3, 5, float(plan.t[4]))]
     assert pfode.sample(Sick(3, 4, math.inf), **options, trajectory=True).bad == seen
     assert pfode.sample(Sick(3, 4, math.inf), **options, callback=lambda point: None).bad == seen
 
