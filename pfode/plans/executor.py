@@ -42,8 +42,8 @@ class Transition(NamedTuple):
 class Point:
     """A node reached by a plan.
 
-    Fields: step (1 ... steps) of `steps`; t and x there; x0, the denoiser's latest output; nfe so far; transitions: that
-    of each row of the step, None for a row that drew no noise.
+    Fields: step (1 ... steps) of `steps`; t and x there; x0, the denoiser's latest output; nfe so far; transitions:
+    that of each row of the step, None for a row that drew no noise.
     """
 
     step: int
