@@ -87,3 +87,45 @@ def test_pipes_and_folders(journal, tmp_path):
             Journal(tmp_path / name, "ours", "").read()
     with pytest.raises(WriteError, match="folder"):
         Journal(tmp_path / "folder", "ours", "").add({})
+
+
+def test_a_digest_under_another_name_leaves_sha256_to_the_lines(tmp_path):
+    made = Journal(tmp_path / "lines.jsonl", "ours", "start anew", digest="line_sha256")
+    line = {"file": "a.png", "sha256": "of the picture"}
+    made.add(line)
+    assert made.read() == [line]
+    assert set(json.loads(made.path.read_bytes())) == {"file", "sha256", "line_sha256"}
+    made.path.write_bytes(made.path.read_bytes().replace(b"a.png", b"b.png"))
+    with pytest.raises(FileError, match="line 1: damaged"):
+        made.read()
+
+
+def test_damaged_lines_may_be_left_out_and_nothing_is_changed(journal):
+    """What they stand for is made again; the end is not cut off, as another process may be writing it."""
+    whole = journal.path.read_bytes()
+    spoilt = b"[]\n\xff\x00\n" + whole.replace(b'"a": 2', b'"a": 7') + b'{"a": 4, "sh'
+    journal.path.write_bytes(spoilt)
+    assert journal.read(skip=True) == [LINES[0], LINES[2]]
+    assert journal.path.read_bytes() == spoilt
+
+
+def test_a_line_of_which_the_disk_took_a_part_is_an_error(journal, monkeypatch):
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            return self.file.write(data[:5])
+
+    real = open
+    monkeypatch.setattr("builtins.open", lambda *a, **k: Full(real(*a, **k)))
+    with pytest.raises(WriteError, match="No space left"):
+        journal.add({"a": 4}, sync=False)
+    monkeypatch.undo()
+    assert journal.read() == LINES
