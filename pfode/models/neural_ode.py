@@ -11,6 +11,8 @@ from pfode.errors import UsageError, integer, unknown
 from pfode.models.spectral import bound_spectral_norm
 from pfode.ode import Solution, solve
 
+__all__ = ["JACOBIANS", "AugmentedNeuralODE", "NeuralODE", "Run", "VectorField"]
+
 JACOBIANS = ("hutchinson", "exact")
 
 

@@ -8,6 +8,8 @@ from torch.nn.utils import parametrize
 
 from pfode.errors import UsageError, number
 
+__all__ = ["bound_spectral_norm"]
+
 AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
 
 

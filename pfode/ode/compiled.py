@@ -31,6 +31,8 @@ from pfode.ode.solver import RMS, Solver, Step, Time, clock
 from pfode.ode.state import Field, Layout, rebuild
 from pfode.tableau import Tableau
 
+__all__ = ["Compiled"]
+
 _MOST = 64  # kernels that are kept
 _OPTIONS = (
     ("cpp.use_decompose_tanh", True),  # on a CPU, where the compiler's own tanh takes six times as long as eager

@@ -1,5 +1,6 @@
 """What a solve returns, and the error it amounts to where it did not get to its end."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,11 +28,13 @@ _MESSAGES = {
 
 
 class Stats(NamedTuple):
-    """Work of a solve: ints, or shape (batch,) with batch="per-sample".
+    """The work of a solve: whole numbers, or int64 tensors of shape (batch,) with batch="per-sample".
 
-    Fields: steps attempted, accepted and rejected; nfe: evaluations of the field (of a sample that was still running);
-    jacobians; iterations (Newton's); backward: what backward passes have done so far (its `nfe`, its `steps`), which
-    grows when they run.
+    Fields:
+        steps, accepted, rejected: attempted steps, and what became of them.
+        nfe: evaluations of the field; of a sample, those made while it was still running.
+        jacobians, iterations: Jacobians that were made, and iterations of Newton's method.
+        backward: what backward passes have done so far, its `nfe` and its `steps`; it grows when they run.
     """
 
     steps: Any
@@ -47,16 +50,20 @@ class Stats(NamedTuple):
 class Solution:
     """What `solve` returns.
 
+    A module may keep its own solution, `solution` or `solution.ys`: Python's garbage collector frees both. What was
+    computed from them keeps the field alive until its backward pass, or until it is dropped.
+
     Attributes:
         ts: the output times as given.
         ys: the states there, a tree like y0 with the times first; NaN where the solve did not get to.
-        status: a Status, or shape (batch,) of their numbers in per-sample mode.
-        t, y: where the solve ended (of every sample, in per-sample mode) and the state there.
+        status: how the solve ended, a Status; with batch="per-sample" their numbers, an int64 tensor of shape (batch,).
+        t: the time where it ended, a float; with batch="per-sample" shape (batch,).
+        y: the state there, a tree like y0.
         stats: the work done.
         events: where each event was met; the solve ended at the last hit of one that is terminal.
     """
 
-    ts: Any
+    ts: Tensor | Sequence[float]
     ys: Tree
     status: Any
     t: Any
@@ -67,21 +74,22 @@ class Solution:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """An accepted step from t0 to t1, where the state is y; `at(t)` is the state in between.
+    """An accepted step of `steps`, from t0 to t1, where the state is y; `at(t)` is the state in between.
 
-    Per sample, t0, t1 and `accepted` have shape (batch,); t1 = t0 where a sample is done or its step was rejected.
+    With batch="per-sample", t0, t1 and `accepted` have shape (batch,); t1 = t0 where a sample is done or its step was
+    rejected.
     """
 
     t0: Any
     t1: Any
     y: Tree
     accepted: Any
-    _move: Attempt
-    _setup: Problem
+    _attempt: Attempt
+    _problem: Problem
 
     def at(self, t: Any) -> Tree:
-        """Dense output at a time between t0 and t1; per sample also at times of shape (batch,)."""
-        attempt, ts = self._move, self._setup.ts
+        """The state, a tree like y0, at a time between t0 and t1; per sample also at times of shape (batch,)."""
+        attempt, ts = self._attempt, self._problem.ts
         if isinstance(self.t0, Tensor):
             span = attempt.u1 - attempt.u0
             theta = torch.where(attempt.accepted, (t - attempt.u0) / torch.where(span == 0, 1.0, span), 0.0)[None]
@@ -89,11 +97,21 @@ class Point:
         else:
             theta = torch.tensor([(t - self.t0) / (self.t1 - self.t0)], dtype=ts.dtype, device="cpu").to(ts.device)
             flat = attempt.step.dense(theta)[0]
-        return self._setup.field.layout.tree(flat, cast=False)
+        return self._problem.field.layout.tree(flat, cast=False)
 
 
 def finish(setup: Problem, ts: Any, flat: Tensor, end: End, throw: bool, made: Attached | None = None) -> Solution:
-    """The solution, or the error it amounts to."""
+    """The solution of a problem.
+
+    Args:
+        ts: the output times as the caller gave them.
+        flat: the flat states there; end: how the loop ended.
+        throw: raise where it did not get to its end.
+        made: what `attach` made of it, if gradients go through an adjoint.
+
+    Raises:
+        NumericalError: with throw, unless every sample succeeded or met its event.
+    """
     if throw:
         _check(setup, end)
     layout, counts = setup.field.layout, end.counts

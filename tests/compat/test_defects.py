@@ -258,4 +258,5 @@ def test_events_that_are_true_or_false_are_met(condition, options):
     met, ys = odeint_event(lambda t, y: -y, y0, t0, event_fn=condition, **options)
     assert abs(float(met) - math.log(2)) < 1e-5
     ys[-1].sum().backward()
+    assert y0.grad is not None
     assert abs(float(y0.grad) - 0.5) < 1e-5

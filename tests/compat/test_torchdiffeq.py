@@ -316,7 +316,7 @@ def test_errors_have_torchdiffeqs_types_and_words(change, kind, message):
 
 
 def test_a_fixed_step_event_that_never_comes(monkeypatch):
-    monkeypatch.setattr(torchdiffeq.forward, "MAX_EVENT_STEPS", 20)
+    monkeypatch.setattr("pfode.compat.torchdiffeq.forward.MAX_EVENT_STEPS", 20)
     with pytest.raises(RuntimeError, match=r"Reached maximum number of iterations 20\."):
         call(method="euler", options={"step_size": 0.1}, event_fn=lambda t, y: y[0] + 1)
 

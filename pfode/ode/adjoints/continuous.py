@@ -26,6 +26,8 @@ from pfode.ode.loop import Attempt, End, Joint, Schedule, Status, advance
 from pfode.ode.solver import Solver
 from pfode.ode.state import Field, Layout
 
+__all__ = ["Backsolve", "Interpolated"]
+
 
 @dataclass(frozen=True)
 class Backsolve:

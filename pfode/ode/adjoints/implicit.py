@@ -11,6 +11,8 @@ from pfode.ode.adjoints.sources import refuse_unknown
 from pfode.ode.loop import End
 from pfode.ode.methods.newton import jacobian
 
+__all__ = ["Implicit"]
+
 
 @dataclass(frozen=True)
 class Implicit:
