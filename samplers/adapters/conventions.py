@@ -31,11 +31,11 @@ class Convention(ABC):
     """
 
     process: Any  # VPDiscrete, Flow or EDM
-    counts = True  # whether the network is told a number of training steps, which others round to a whole one
+    counts = True  # whether the network's time counts training steps, and others round it to a whole number
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network is told at a time of the process."""
+        """The time in the network's own units, at a time of the process."""
 
     @abstractmethod
     def time(self, timestep: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Convention(ABC):
         return 0 * sigma + 1
 
     def levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) at what the network is told, wherever that lies."""
+        """(alpha, sigma) at a time in the network's units, wherever that lies."""
         exact = timestep.float() if timestep.device.type == "mps" else timestep.double()
         t = self.time(exact)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
@@ -68,7 +68,7 @@ class Convention(ABC):
 
 @dataclass(frozen=True)
 class Discrete(Convention):
-    """A table of betas; the network is told the index."""
+    """A table of betas; the network is given the index."""
 
     process: VPDiscrete
     prediction: str
@@ -91,7 +91,7 @@ class Discrete(Convention):
 
 @dataclass(frozen=True)
 class Straight(Convention):
-    """A flow; the network is told num_train_timesteps t. inverted: of 1 - t, and its output points to data."""
+    """A flow; the network is given num_train_timesteps t. inverted: of 1 - t, and its output points to data."""
 
     process: Flow
     prediction: str
@@ -120,7 +120,7 @@ class Straight(Convention):
 class Scaled(Convention):
     """EDM's preconditioning (Karras et al. 2022, table 1) around a network of output F or, with `negated`, -F.
 
-    The network is told log(sigma)/4.
+    The network is given log(sigma)/4.
     """
 
     process: EDM
@@ -171,7 +171,9 @@ def convention(config: Config) -> Convention:
     if config["sigma_data"] is not None or continuous:
         allowed = ("v_prediction",) if config["sigma_data"] is None else ("epsilon", "v_prediction")
         if kind not in allowed:
-            raise UsageError(f"prediction_type {kind!r}: models told log(sigma)/4 have {' or '.join(allowed)}")
+            raise UsageError(
+                f"prediction_type {kind!r}: models that are given log(sigma)/4 have {' or '.join(allowed)}"
+            )
         low, high = config["sigma_min"] or 0.002, config["sigma_max"] or (700.0 if continuous else 80.0)
         data = 1.0 if config["sigma_data"] is None else number("sigma_data", config["sigma_data"], 1e-6)
         return Scaled(EDM(low, high), data, kind == "v_prediction")

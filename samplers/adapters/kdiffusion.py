@@ -161,10 +161,10 @@ class _Model:
         k, x = self.row, x.to(self.dtype)
         self.row += 1
         sigma = t.to(self.dtype).expand(len(x)).contiguous()
-        told = x.clone() if self.shows else x  # the model may work on its input in place
+        seen = x.clone() if self.shows else x  # the model may work on its input in place
         denoised = self.model(x, sigma, **self.extra_args)
         if self.entered is not None:
-            self.entered(k, told, t, denoised)
+            self.entered(k, seen, t, denoised)
         return denoised
 
 
@@ -378,8 +378,8 @@ def sample_dpm_adaptive(
         bar.update(1)
         if callback is not None:
             t = -sigma.log()
-            told = {"x": x, "i": k, "sigma": sigma, "sigma_hat": sigma, "t": t, "t_up": t, "denoised": denoised}
-            callback(told)
+            info = {"x": x, "i": k, "sigma": sigma, "sigma_hat": sigma, "t": t, "t_up": t, "denoised": denoised}
+            callback(info)
 
     with torch.no_grad(), tqdm(disable=disable) as bar:
         denoiser.entered = report

@@ -66,7 +66,7 @@ def nodes(
     at the least level, which is no node twice.
 
     Args:
-        steps: between nodes, where nothing is given. timesteps: what the network is to be told at the nodes.
+        steps: between nodes, where nothing is given. timesteps: the network's times at the nodes.
         sigmas: the levels there; of flows before their shift. A 0 at the end may be there or not.
         mu: of a dynamic shift.
 
@@ -107,9 +107,9 @@ def _given(kind: Convention, timesteps: list[float] | None, sigmas: list[float] 
     if timesteps is not None and sigmas is not None:
         raise UsageError("timesteps and sigmas exclude each other", "give one of them")
     if timesteps is not None:
-        told = float64(timesteps)
-        t = kind.time(told)
-        if not torch.allclose(kind.timestep(t), told):
+        given = float64(timesteps)
+        t = kind.time(given)
+        if not torch.allclose(kind.timestep(t), given):
             raise UsageError(f"timesteps: {timesteps!r:.80} leave the range of {kind.process}", "those of its training")
         return t.tolist()
     assert sigmas is not None

@@ -61,7 +61,7 @@ class Table:
 
 
 def asked_levels(plan: Plan) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) of the times that the network is told, which need not be the register's in a fitted plan."""
+    """(alpha, sigma) of the times that the network is given, which need not be the state's in a fitted plan."""
     apart, process = plan.t != plan.time[:-1], plan.process
     alpha = torch.where(apart, process.alpha(plan.t), plan.alpha[:-1])
     return alpha, torch.where(apart, process.sigma(plan.t), plan.sigma[:-1])

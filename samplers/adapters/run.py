@@ -25,7 +25,7 @@ class Run:
     Args:
         plan, kind: what is run, and for which kind of network.
         restart: makes the plan of the same recipe over other nodes; None where there is no way, as for a saved plan.
-        unusual: the network's output is not used as it is.
+        adjusted: the network's output is changed before it is used (channels dropped, its denoiser clipped).
     """
 
     def __init__(
@@ -34,25 +34,25 @@ class Run:
         kind: Convention,
         restart: Restart | None,
         device: torch.device | str | None,
-        unusual: bool,
+        adjusted: bool,
     ):
         self.plan, self.kind, self.restart = plan, kind, restart
         self.whole = Table(plan, kind)
-        self.told = self.own = Timesteps(kind.timestep(plan.t), plan.node[:-1], kind.counts, device)
+        self.schedule = self.own = Timesteps(kind.timestep(plan.t), plan.node[:-1], kind.counts, device)
         self.sigmas = kind.sigma(plan.alpha, plan.sigma).to(torch.float32)
-        self.begin: int | None = None
+        self.begin_index: int | None = None
         self.begun = False
-        self.unusual = unusual
+        self.adjusted = adjusted
         self.eta: float | None = None
         self.seeds: list[int] | None = None
-        self.go(0)
+        self.begin_at(0)
 
     @property
     def timesteps(self) -> Tensor:
-        """What the network is to be told, one number per row."""
-        return self.told.values
+        """The time that the network is to be given in every row, in its own units."""
+        return self.schedule.values
 
-    def go(self, i: int) -> None:
+    def begin_at(self, i: int) -> None:
         """Begin at row i, with nothing to look back on.
 
         Raises:
@@ -63,14 +63,16 @@ class Run:
             table, offset = self._from(i), i
         self._enter(i, table, offset)
 
-    def _enter(self, i: int, table: Table, offset: int, told: Timesteps | None = None) -> None:
+    def _enter(self, i: int, table: Table, offset: int, schedule: Timesteps | None = None) -> None:
+        """Set the position to row i, which is row i - offset of this table; `schedule` replaces the plan's own."""
         self.position, self.table, self.offset = i, table, offset
-        self.told = told or self.own
+        self.schedule = schedule or self.own
         self.dense: Tensor | None = None
         self.forget()
         self.fit(torch.empty((), dtype=torch.float32, device=self.timesteps.device))
 
     def forget(self) -> None:
+        """Drop what earlier rows added to the states to come, and the state that was returned."""
         self.sums: Sums = [None] * self.table.window
         self.given: Tensor | None = None
         self.state: Tensor | None = None
@@ -88,8 +90,8 @@ class Run:
             raise UsageError(problem, "begin with the first timestep, or choose another recipe")
         return Table(made, self.kind)
 
-    def _go_between(self, value: float) -> None:
-        """Begin at a timestep that is none of ours, and go on to the next node below it.
+    def _begin_between(self, value: float) -> None:
+        """Begin at a timestep of no row, and go on to the next node below it.
 
         A level below the last node is taken as that of the last step. The inner stages of the first step, if it has
         any, have timesteps of their own then, which are those of the run.
@@ -98,9 +100,9 @@ class Run:
             UsageError: beyond the process's range, a saved plan, or a recipe that has other calls from there on.
         """
         plan, times = self.plan, self.plan.times.tolist()
-        told = float64(value)
-        t = self.kind.time(told)
-        if not torch.allclose(self.kind.timestep(t), told, rtol=1e-6) or t > plan.process.t_max * (1 + 1e-6):
+        timestep = float64(value)
+        t = self.kind.time(timestep)
+        if not torch.allclose(self.kind.timestep(t), timestep, rtol=1e-6) or t > plan.process.t_max * (1 + 1e-6):
             problem = f"timestep: {value:g} lies outside those that the network was trained for"
             raise UsageError(problem, "one of scheduler.timesteps")
         t = max(float(t), plan.process.t_min)
@@ -109,7 +111,7 @@ class Run:
         i = int((plan.step == step).nonzero()[0])
         beyond = t <= times[-1] if falls else t >= times[-1]
         if beyond or abs(t - times[step]) < 1e-9 * max(1.0, abs(t)):
-            return self.go(i)
+            return self.begin_at(i)
         made = None if self.restart is None else self.restart([t, *times[step + 1 :]], self.eta)
         if made is None or made.nfe != plan.nfe - i:
             problem = f"{plan.name}: a run cannot begin at timestep {value:g}, between its nodes"
@@ -120,10 +122,10 @@ class Run:
         )
 
     def with_eta(self, eta: float) -> None:
-        """Go on with another eta: the nodes and what has been made so far stay.
+        """Begin with another eta at the row where the run is; the nodes stay.
 
         Raises:
-            UsageError: a recipe that takes no eta, one whose timesteps depend on it, or a saved plan.
+            UsageError: a recipe that takes no eta, one whose timesteps depend on it, a saved plan, or an inner stage.
         """
         if self.restart is None:
             raise UsageError(f"eta = {eta:g}: the plan {self.plan.name!r} has its own noise", "leave eta out")
@@ -132,10 +134,7 @@ class Run:
             problem = f"eta = {eta:g}: the timesteps of {plan.name} depend on eta, and are set by now"
             raise UsageError(problem, f'from_config(..., options={{"eta": {eta:g}}}), and no eta in the call')
         self.plan, self.eta, self.whole = plan, eta, Table(plan, self.kind)
-        self.table = self._from(self.offset) if self.offset else self.whole
-        self.sums += [None] * (self.table.window - len(self.sums))
-        self.dense = None
-        self.fit(torch.empty((), dtype=torch.float32, device=self.timesteps.device))
+        self.begin_at(self.position)
 
     def fit(self, x: Tensor) -> None:
         """The rows in the dtype and on the device of a state."""
@@ -147,34 +146,34 @@ class Run:
 
     def nearest(self, timestep: Any) -> int:
         """The row at which a run can begin, of the timestep next to this one."""
-        value, row = self.told.find(timestep, self.position)
+        value, row = self.schedule.find(timestep, self.position)
         if row is not None:
             return row
-        away = (self.told.host.double() - value).abs()
+        away = (self.schedule.host.double() - value).abs()
         begins = self.plan.node[:-1].clone()
         if self.restart is None:
             begins &= torch.tensor([self.whole.begins_at(i) for i in range(self.plan.nfe)], device="cpu")
         return int(torch.where(begins, away, torch.inf).argmin())
 
     def place(self, timestep: Any) -> None:
-        """Go to the row that is told this timestep, where that is not where we are.
+        """Go to the row of this timestep, where the run is at another.
 
         Raises:
-            UsageError: in the midst of a run, a timestep that is told in none of its rows.
+            UsageError: in the midst of a run, a timestep of none of its rows.
         """
-        index, fresh = self.told.alias(timestep), not self.begun or self.position == self.plan.nfe
+        index, fresh = self.schedule.alias(timestep), not self.begun or self.position == self.plan.nfe
         if index is None:
-            value, index = self.told.find(timestep, self.position)
+            value, index = self.schedule.find(timestep, self.position)
             if fresh and index not in (None, self.position) and not self.plan.node[index]:
                 index = None  # a run does not begin with an inner stage
             if index is None:
-                if not fresh or self.begin is not None:
-                    problem = f"timestep: {value:g} is none of the scheduler's ({self.told.host[0]:g} ...)"
+                if not fresh or self.begin_index is not None:
+                    problem = f"timestep: {value:g} is none of the scheduler's ({self.schedule.host[0]:g} ...)"
                     raise UsageError(problem, "one of scheduler.timesteps, or set_timesteps(timesteps=[...]) before")
-                self._go_between(value)
+                self._begin_between(value)
                 index = self.position
         if index != self.position:
-            self.go(index)
+            self.begin_at(index)
         self.begun = True
 
     def advance(self, row: Row, x: Tensor, out: Tensor, noise: Tensor) -> Tensor:

@@ -188,12 +188,12 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         if run is None:
             sigma = self._kind.process.sigma_max
             return sigma * self._kind.scale(sigma)
-        asked = asked_levels(run.plan)[1][0].item()
-        return run.plan.sigma[0].item() * self._kind.scale(asked)
+        level = asked_levels(run.plan)[1][0].item()
+        return run.plan.sigma[0].item() * self._kind.scale(level)
 
     @property
     def timesteps(self) -> Tensor:
-        """What the network is to be told, one per call of `step`; before `set_timesteps` those of training."""
+        """The times that the network is to get, one per call of `step`; before `set_timesteps` those of training."""
         run = self._run()
         if run is not None:
             return run.timesteps
@@ -222,7 +222,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
     @property
     def begin_index(self) -> int | None:
         run = self._run()
-        return None if run is None else run.begin
+        return None if run is None else run.begin_index
 
     @property
     def plan(self) -> Plan | None:
@@ -284,8 +284,8 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             low = few is True or len(times) - 1 < few
             restart = functools.partial(self._make, process, low=low)
             plan = restart(times, None)
-        unusual = config["variance_type"] in LEARNED or config["clip_sample"] or config["thresholding"]
-        self._last = (plan, self._kind, restart, device, bool(unusual))
+        adjusted = config["variance_type"] in LEARNED or config["clip_sample"] or config["thresholding"]
+        self._last = (plan, self._kind, restart, device, bool(adjusted))
         self._runs.run = Run(*self._last)
 
     def _make(self, process: Process, times: list[float], eta: float | None, low: bool = False) -> Plan:
@@ -310,9 +310,9 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             UsageError: where it cannot begin.
         """
         run = self._running()
-        run.begin = begin_index
+        run.begin_index = begin_index
         if begin_index != run.position:
-            run.go(begin_index)
+            run.begin_at(begin_index)
         run.begun = False
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -337,9 +337,9 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: of the network for `sample`; not kept, so that it may be written over afterwards.
-            timestep: the one that the network was told, the same for every sample.
+            timestep: the one that the network was given, the same for every sample.
             sample: the state, (batch, ...). generator: of the batch, or one per sample.
-            eta: of the noise, for recipes that have one. 0, which pipelines pass if they are not told, is the config's.
+            eta: of the noise, for recipes that have one. 0, which pipelines pass by default, means the config's.
 
         Raises:
             UsageError: no timesteps set; in the midst of a run a timestep that is none of them; samples at different
@@ -358,8 +358,8 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             x = self._state(run, sample)
             row = run.rows[run.position - run.offset]
         out = model_output if model_output.dtype is x.dtype else model_output.to(x.dtype)
-        if run.unusual:
-            out = self._denoised_again(row, x, out)
+        if run.adjusted:
+            out = self._adjusted(row, x, out)
         noise = self._noise(run, x, generator) if row.draws else x  # type: ignore[attr-defined]
         x = run.advance(row, x, out, noise)
         run.position += 1
@@ -378,8 +378,8 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         run.fit(x)
         return x
 
-    def _denoised_again(self, row: Row, x: Tensor, out: Tensor) -> Tensor:
-        """The network's output: its mean alone, and as if its denoiser were clipped."""
+    def _adjusted(self, row: Row, x: Tensor, out: Tensor) -> Tensor:
+        """The network's output without its variance channels, and with its denoiser D bounded as the config says."""
         if self.config["variance_type"] in LEARNED and out.shape[1] == 2 * x.shape[1]:
             out = out.chunk(2, 1)[0]
         if not (self.config["clip_sample"] or self.config["thresholding"]):
@@ -428,7 +428,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
         """The position of a timestep, or of the one next to it."""
         run = self._running()
-        found = run.told.alias(timestep)
+        found = run.schedule.alias(timestep)
         return run.nearest(timestep) if found is None else found
 
     def __getstate__(self) -> dict[str, Any]:

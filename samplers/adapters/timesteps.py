@@ -16,16 +16,16 @@ _ROUNDING = 4e-6  # of the largest timestep: how far a copy that went through ot
 
 
 class Timesteps:
-    """What the network is told in every row of a plan, float32.
+    """The time that the network is given in every row of a plan, in its own units, float32.
 
     Args:
-        told: that, on the host, where it is looked up; `values` is the tensor that pipelines iterate over.
+        values: these, on the host, where they are looked up; the attribute is the tensor that pipelines iterate over.
         node: whether a row begins a step.
         counts: whether the numbers count training steps, which others round to whole ones.
     """
 
-    def __init__(self, told: Tensor, node: Tensor, counts: bool, device: torch.device | str | None):
-        self.host = told.to(torch.float32)
+    def __init__(self, values: Tensor, node: Tensor, counts: bool, device: torch.device | str | None):
+        self.host = values.to(torch.float32)
         self.values = self.host.to(device)
         self.node, self.counts = node, counts
 
@@ -41,17 +41,17 @@ class Timesteps:
         return None
 
     def find(self, timestep: Any, position: int) -> tuple[float, int | None]:
-        """The value of a timestep, and the row that is told it.
+        """The value of a timestep, and the row that it belongs to.
 
         A copy may have any dtype: its original is the timestep that is equal to it after the same rounding, or, for a
-        whole number, the one that lies within 1 of it. Where several rows are told the same it is the one at
+        whole number, the one that lies within 1 of it. Where several rows have the same it is the one at
         `position`, where the run is, or else the one that begins a step.
 
         Args:
             timestep: a number, a list, an array or a tensor; if it holds several values, they must be the same.
 
         Returns:
-            The row is None where no row is told this.
+            The row is None where no row has this timestep.
 
         Raises:
             UsageError: no number, several values that differ, or a rounding that fits several timesteps.

@@ -944,6 +944,21 @@ def test_eta_of_a_call_is_that_of_the_options(name):
     assert torch.equal(made["set"], made["other"])
 
 
+def test_an_eta_that_changes_begins_anew_with_it():
+    """What earlier rows left for later ones was meant for another eta."""
+    made = []
+    for first in (0.7, 0.3):
+        scheduler = PFODEScheduler(sampler="dpm++3m-sde", seed=5)
+        scheduler.set_timesteps(7)
+        call, y = network(scheduler, bed(scheduler)), unit()
+        for t in scheduler.timesteps[:3] if first == 0.7 else ():
+            scheduler.step(call(y, t), t, y, eta=first)
+        for t in scheduler.timesteps[3:]:
+            y = scheduler.step(call(y, t), t, y, eta=0.3).prev_sample
+        made.append(y)
+    assert torch.equal(*made)
+
+
 def test_an_eta_of_0_is_that_of_the_recipe():
     scheduler = PFODEScheduler(sampler="ddpm", seed=5)
     scheduler.set_timesteps(7)
