@@ -190,27 +190,44 @@ class Folder:
             if name not in self.known:
                 self.add({"settings": settings, "bed": name})
 
-    def finish(self) -> dict[str, Any]:
-        """Write results.json of all lines; what it says, without its digest."""
+    def result(self) -> dict[str, Any]:
+        """What results.json says of all lines, without its digest."""
         beds = {name: settings | {"floor": self.floors.get(name, {})} for name, settings in self.known.items()}
         order = {name: i for i, name in enumerate(beds)}
         cells = sorted(self.cells.values(), key=lambda c: (order[c["bed"]], c["sampler"], c["evals"]))
-        result = {"pfode": pfode.__version__, "versions": versions(), "beds": beds, "cells": cells}
-        write_atomic(self.path / RESULTS, dumped(result))
-        return result
+        return {"pfode": pfode.__version__, "versions": versions(), "beds": beds, "cells": cells}
+
+    def finish(self) -> dict[str, Any]:
+        """Write results.json; what it says."""
+        found = self.result()
+        write_atomic(self.path / RESULTS, dumped(found))
+        return found
 
     def _take(self, line: dict[str, Any]) -> None:
-        """Note what a line says."""
-        try:
-            name = line["bed"]
-            if "settings" in line:
-                self.known[name] = line["settings"]
-            elif "floor" in line:
-                self.floors[name] = line["floor"]
-            else:
-                self.cells[name, line["sampler"], line["evals"]] = line
-        except (KeyError, TypeError) as error:
-            raise FileError(f"{self.path}: its results are not a benchmark's", ANEW) from error
+        """Note what a line says.
+
+        Raises:
+            FileError: it is none that a benchmark writes.
+        """
+        name, rest = line.get("bed"), {key: value for key, value in line.items() if key != "bed"}
+        settings, floor = rest.get("settings"), rest.get("floor")
+        if not isinstance(name, str):
+            sound = False
+        elif settings is not None:
+            self.known[name] = settings
+            sound = rest.keys() == {"settings"} and _sound_settings(settings)
+        elif floor is not None:
+            self.floors[name] = floor
+            parts = floor.values() if isinstance(floor, dict) else [None]
+            sound = rest.keys() == {"floor"} and all(isinstance(part, dict) and _sound_figures(part) for part in parts)
+        else:
+            sampler, evals = rest.pop("sampler", None), rest.pop("evals", None)
+            sound = isinstance(sampler, str) and type(evals) is int and evals > 0 and name in self.known
+            sound = sound and _sound_figures(rest)
+            if sound:
+                self.cells[name, sampler, evals] = line
+        if not sound:
+            raise FileError(f"{self.path}: its results are not a benchmark's: {line!r:.100}", ANEW)
 
     def _of_results(self) -> list[dict[str, Any]]:
         """The lines that results.json stands for."""
@@ -227,6 +244,38 @@ class Folder:
             return lines + list(found["cells"])
         except (KeyError, TypeError, AttributeError) as error:
             raise FileError(f"{file}: not a benchmark's", ANEW) from error
+
+
+WORDS = {"chosen", "skipped"}  # entries of a cell that are texts
+TRIPLES = {"rms", "median", "flipped", "energy", "sliced"}  # entries with the ends of their intervals
+
+
+def _sound_settings(settings: object) -> bool:
+    """Whether these are the settings of a problem, as far as reports read them."""
+    if not isinstance(settings, dict) or "floor" in settings:
+        return False
+    counts = (settings.get(key) for key in ("n", "seed", "validation"))
+    return isinstance(settings.get("process"), str) and all(type(count) is int for count in counts)
+
+
+def _sound_figures(figures: dict[str, Any]) -> bool:
+    """Whether these are the figures of a cell or of a floor: finite numbers, triples and texts."""
+
+    def number(value: object) -> bool:
+        return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[operator]
+
+    for key, value in figures.items():
+        if key in WORDS:
+            sound = isinstance(value, str)
+        elif key == "tried":
+            sound = isinstance(value, dict) and all(map(number, value.values()))
+        elif key in TRIPLES:
+            sound = isinstance(value, list) and len(value) == 3 and all(map(number, value))
+        else:
+            sound = number(value)
+        if not sound:
+            return False
+    return True
 
 
 def dumped(result: dict[str, Any]) -> bytes:

@@ -5,7 +5,7 @@ import importlib
 
 from tests.fuzz.engine import Report, Target, run
 
-FORMATS = ("model", "plan", "folder", "pickle", "npz", "zip", "png", "picture", "checkpoint", "toml")
+FORMATS = ("model", "plan", "folder", "pickle", "npz", "zip", "png", "picture", "checkpoint", "toml", "bench")
 
 
 @functools.cache
