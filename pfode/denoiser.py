@@ -5,13 +5,15 @@ is used through that network, so that its preconditioning folds into the solver'
 """
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pfode.introspection import compute_dtype
 from pfode.process import Process, float64
 from pfode.tensors import raw
 
@@ -63,22 +65,45 @@ class Preconditioned(ABC):
         return c.c_skip * x + c.c_out * self.network(c.c_in * x, noise, **cond).to(x.dtype)
 
 
+OF_TYPES = re.compile(r"dtype|scalar type|type \(")  # in what torch says of tensors that differ in their types
+
+
 class Bare(Preconditioned):
-    """Any denoiser seen as a network with the identity preconditioning: c_in = c_out = 1, c_skip = 0, c_noise = t."""
+    """Any denoiser seen as a network with the identity preconditioning: c_in = c_out = 1, c_skip = 0, c_noise = t.
+
+    One that is a torch module, or an object that holds one, is asked in the dtype of the state, and where torch refuses
+    that, in the module's own `dtype`.
+    """
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
         self.process = denoiser.process
+        held = [denoiser] if isinstance(denoiser, nn.Module) else getattr(denoiser, "__dict__", {}).values()
+        dtypes = {compute_dtype(module) for module in held if isinstance(module, nn.Module)}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
+        self.casts = False
 
     def precondition(self, t: Tensor) -> Preconditioning:
         return Preconditioning(torch.ones_like(t), t, torch.zeros_like(t), torch.ones_like(t))
 
     def network(self, x: Tensor, c_noise: Tensor, **cond: Any) -> Tensor:
-        return self.denoiser(x, c_noise, **cond)
+        """The denoiser in the dtype of x; where torch refuses that, in the one of the module that it is or holds."""
+        if self.dtype is None or self.dtype == x.dtype:
+            return self.denoiser(x, c_noise, **cond)
+        if not self.casts:
+            try:
+                return self.denoiser(x.clone(), c_noise, **cond)  # which it may change before it fails
+            except RuntimeError as error:
+                if not OF_TYPES.search(str(error)):
+                    raise
+                self.casts = True
+        time = torch.promote_types(self.dtype, torch.float32)
+        return self.denoiser(x.to(self.dtype), c_noise.to(time), **cond)
 
     def at(self, t: float) -> "Bare":
         """See `at`."""
-        return Bare(at(self.denoiser, t))
+        there = at(self.denoiser, t)
+        return self if there is self.denoiser else Bare(there)
 
 
 AnyDenoiser = TypeVar("AnyDenoiser", bound=Denoiser)

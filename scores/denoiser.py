@@ -11,13 +11,13 @@ from pfode.denoiser import Denoiser as DenoiserProtocol
 from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.denoiser import digest as digest_of
 from pfode.errors import UsageError, did_you_mean, integer, number
+from pfode.introspection import Stamp, compute_dtype, stamp
 from pfode.labels import class_index, label_tensor
 from pfode.plans.table import Plan
 from pfode.prediction import PREDICTIONS, Coefficient, Pair
 from pfode.process import VP, Process, VPCosine, VPDiscrete, need_process
 from pfode.scores.guidance import guide
 from pfode.scores.io.published import Published
-from pfode.scores.networks.introspection import Stamp, compute_dtype, stamp
 from pfode.tensors import readable
 
 __all__ = ["KNOWN", "Denoiser"]

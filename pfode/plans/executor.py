@@ -255,7 +255,7 @@ def calls(
     told = rows.c_noise.clone()  # the network's own, as the rows are kept
     # a network is told the time of every sample, a bare denoiser the time
     times = told if isinstance(net, Bare) else told[:, None].expand(-1, len(x))
-    return list(zip(rows.rows, _networks(plan, net, cond, checkpoint), times.unbind(), strict=True))
+    return list(zip(rows.rows, _networks(plan, net, cond, x, checkpoint), times.unbind(), strict=True))
 
 
 def _rows(
@@ -292,10 +292,14 @@ def _rows(
             x = replaced(x, sent)
 
 
-def _networks(plan: Plan, net: Preconditioned, cond: dict[str, Any], checkpoint: bool) -> list[Callable[..., Any]]:
+def _networks(
+    plan: Plan, net: Preconditioned, cond: dict[str, Any], x: Tensor, checkpoint: bool
+) -> list[Callable[..., Any]]:
     """What every row calls, with the conditions: no layer more than needed, as small networks feel each."""
     found = [at(net, t) for t in plan.t.tolist()]
-    calls: list[Callable[..., Any]] = [one.denoiser if isinstance(one, Bare) else one.network for one in found]
+    calls: list[Callable[..., Any]] = [
+        one.denoiser if isinstance(one, Bare) and one.dtype in (None, x.dtype) else one.network for one in found
+    ]
     if cond:
         calls = [functools.partial(call, **cond) for call in calls]
     if checkpoint:

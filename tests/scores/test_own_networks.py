@@ -10,10 +10,10 @@ from torch import nn
 
 import pfode
 from pfode.errors import UsageError
+from pfode.introspection import compute_dtype, stamp
 from pfode.scores import Empirical, Gaussian, GaussianMixture
 from pfode.scores import denoiser as denoisers
 from pfode.scores.denoiser import Denoiser
-from pfode.scores.networks.introspection import compute_dtype, stamp
 
 
 class Net(nn.Module):
@@ -85,6 +85,59 @@ def test_a_network_in_float64_runs_from_float32_states():
     half.net = lambda x, t, **cond: seen.append((x.dtype, t.dtype)) or x
     half(torch.ones(2, 2), torch.tensor(0.5))
     assert seen == [(torch.bfloat16, torch.float32)]
+
+
+class OwnDenoiser(nn.Module):
+    """A denoiser of a user's own, without pfode's classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.process = NET, pfode.EDM()
+
+    def forward(self, x, t):
+        return self.net(x, t.expand(len(x)))
+
+
+class Holding:
+    """The same as an object that holds a module."""
+
+    def __init__(self):
+        self.inner, self.process = OwnDenoiser(), pfode.EDM()
+
+    def __call__(self, x, t):
+        return self.inner(x, t)
+
+
+class InTwoTypes(OwnDenoiser):
+    """One that casts by itself, and keeps the precision of the state."""
+
+    def forward(self, x, t):
+        return 0.5 * x + 1e-9 * super().forward(x.float(), t.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm++2m", "er-sde"])
+@pytest.mark.parametrize("kind", [OwnDenoiser, Holding])
+def test_denoisers_of_users_in_float32_run_from_float64_states(kind, sampler):
+    how = {"n": 2, "steps": 4, "shape": (2,), "sampler": sampler, "seed": 1}
+    double, single = (pfode.sample(kind(), dtype=dtype, **how).x for dtype in (torch.float64, torch.float32))
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, rtol=1e-3, atol=1e-4)
+
+
+def test_denoisers_that_cast_by_themselves_keep_their_precision():
+    x = torch.tensor([[1 / 3, 1.0]], dtype=torch.float64)
+    plan = pfode.make_plan("ddim", process=pfode.EDM(), steps=1)
+    assert torch.allclose(pfode.run(plan, InTwoTypes(), x), 0.5 * x, rtol=0, atol=1e-8)
+    assert not torch.equal(pfode.run(plan, InTwoTypes(), x), pfode.run(plan, InTwoTypes(), x.float()).double())
+
+
+def test_other_errors_of_a_denoiser_pass():
+    class Broken(OwnDenoiser):
+        def forward(self, x, t):
+            raise RuntimeError("out of paper")
+
+    with pytest.raises(RuntimeError, match="out of paper"):
+        pfode.sample(Broken(), n=1, steps=1, shape=(2,), dtype=torch.float64)
 
 
 def test_functions_without_a_network_get_the_state_as_it_is():
