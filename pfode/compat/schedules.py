@@ -15,6 +15,8 @@ from pfode.errors import UsageError, did_you_mean
 from pfode.fields import FLAG, Field, checked, either, real, several, whole, word
 from pfode.process import EDM, Flow, Process, VPDiscrete
 
+__all__ = ["BETAS", "CLASSES", "NOISE", "OWN", "PREDICTION_TYPES", "Stated", "betas", "stated"]
+
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 DISCRETE = (
     "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler",

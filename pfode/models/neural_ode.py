@@ -61,9 +61,10 @@ class NeuralODE(torch.nn.Module):
 
     With method="euler" and step_size = 1/L on ts = (0, 1) it is the ResNet y_{l+1} = y_l + f(l/L, y_l)/L of L blocks.
 
-    The regularisers of Finlay et al. (2020, eq. 8 to 11) are integrals along the way, which `run` returns for the loss:
+    The regularisers of Finlay et al. (2020, eq. 8 to 11) are integrals along the trajectory, which `run` returns for
+    the loss:
 
-        kinetic   int |f|^2 dt          straight ways at constant speed
+        kinetic   int |f|^2 dt          straight trajectories at constant speed
         jacobian  int |df/dy|_F^2 dt    fields that change little from place to place: fewer steps
 
     They are integrated with the state, but the steps are chosen for the state alone.
@@ -131,8 +132,8 @@ class NeuralODE(torch.nn.Module):
 class AugmentedNeuralODE(NeuralODE):
     """A NeuralODE with further features (channels) that begin at zero (Dupont, Doucet & Teh 2019).
 
-    Its ways may pass each other in the new dimensions: it represents maps, such as those that take nested spheres
-    apart, that no ODE in the dimensions of the data does, as ways never cross.
+    Its trajectories may pass each other in the new dimensions: it represents maps, such as those that take nested
+    spheres apart, that no ODE in the dimensions of the data does, as trajectories never cross.
 
     Args:
         field: f(t, y) of the larger state, shape (batch, d + extra, ...).

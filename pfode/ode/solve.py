@@ -146,7 +146,7 @@ def _refuse_inside(inside: str, setup: Problem) -> None:
 
 
 def _bare(setup: Problem, places: Sequence[int], pure: bool) -> Problem:
-    """The same solve from leaves of its own."""
+    """The same problem, its state and the tensors at `places` in args as leaves of its own, times without gradients."""
     field = Field(setup.field.f, setup.field.layout, detached(setup.field.args, places), setup.schedule.context(pure))
     schedule = dataclasses.replace(setup.schedule, lift=None)
     y = setup.y.detach().requires_grad_(setup.y.requires_grad)
@@ -154,7 +154,7 @@ def _bare(setup: Problem, places: Sequence[int], pure: bool) -> Problem:
 
 
 def _twice(setup: Problem, ts: Any, throw: bool) -> Solution:
-    """Per-sample steps, found without a graph and taken again with it: what is rejected leaves no trace."""
+    """Direct gradients per sample: steps are found without a graph and the accepted ones taken again with it."""
     with torch.no_grad():
         bare = _bare(setup, (), False)
         tape = CheckpointTape(bare, None)
@@ -177,7 +177,19 @@ def steps(
     max_steps: int = MAX_STEPS,
     **options: Any,
 ) -> Generator["Point", None, End]:
-    """Yield the accepted steps of `solve` as they are made, for ts = (t0, ..., t1); per sample, those of any sample."""
+    """Yield the accepted steps of `solve` as they are made, from ts[0] to ts[-1].
+
+    Args:
+        f, y0, ts, method, rtol, atol, batch, args, controller, max_steps: as for `solve`; with batch="per-sample" a
+            step is yielded where any sample accepts it.
+        options: step_size, grid, step_t, jump_t, as for `solve`.
+
+    Returns:
+        How the solve ended; nothing is raised for a solve that does not get to its end.
+
+    Raises:
+        UsageError: anything that cannot be carried out as written.
+    """
     known = ("step_size", "grid", "step_t", "jump_t")
     checks.refuse({name: value for name, value in options.items() if name not in known}, known)
     every = Options(method, rtol, atol, batch, controller, max_steps=max_steps, **options)
