@@ -15,6 +15,20 @@ import numpy as np
 
 from pfode.errors import UsageError
 
+__all__ = [
+    "EULER",
+    "HEUN2",
+    "HEUN3",
+    "MIDPOINT",
+    "RK4",
+    "Extension",
+    "Tableau",
+    "elementary",
+    "gamma",
+    "order_of",
+    "trees",
+]
+
 TreeShape = tuple["TreeShape", ...]
 Rows = Sequence[Sequence[float]]
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from pfode.errors import UsageError, number
 
+__all__ = ["CONTROLLERS", "PI", "PID", "I"]
+
 _TINY = 1e-10  # errors below count as this
 
 

@@ -31,6 +31,8 @@ from pfode.ode.loop import Attempt, End, Reply, Status
 from pfode.ode.solver import clock
 from pfode.ode.state import Field, Tree, changed, unchanged, versions
 
+__all__ = ["Event", "Events", "Hits", "Watch", "chandrupatla"]
+
 _ULPS = 64  # a condition counts as zero at the start within this rounding of its arguments
 _NEWTON = 2
 

@@ -20,6 +20,21 @@ from pfode.ode.control import PID
 from pfode.ode.solver import RMS, Solver, Step, clock, column
 from pfode.ode.state import Context, Field, leaves, rebuild
 
+__all__ = [
+    "Attempt",
+    "Batching",
+    "Counts",
+    "End",
+    "Joint",
+    "LoopState",
+    "PerSample",
+    "Position",
+    "Reply",
+    "Schedule",
+    "Status",
+    "advance",
+]
+
 STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
 _TRIES = 12  # attempts in a row that are not finite or not solved before a sample is given up
 FLOOR = {real: 16 * torch.finfo(real).eps for real in (torch.float32, torch.float64)}  # least step by the time's size

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from pfode.ode.loop import Attempt, Batching
 
+__all__ = ["JointOutputs", "PerSampleOutputs", "outputs"]
+
 
 class JointOutputs:
     """States at the output times of a joint solve, a block per step that passes some.

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from pfode.ode.state import Field
 
+__all__ = ["RMS", "Dense", "Solver", "Step", "Time", "clock", "column", "hermite"]
+
 Time = float | Tensor
 
 

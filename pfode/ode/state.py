@@ -223,8 +223,9 @@ def changed(whose: str) -> UsageError:
 
 def versions(tensors: Iterable[Tensor]) -> list[int] | None:
     """How often each tensor was changed in place; None in inference mode, where torch does not count."""
-    counts = [in_place_changes(x) for x in tensors]
-    return None if None in counts else counts
+    found = [in_place_changes(x) for x in tensors]
+    counts = [count for count in found if count is not None]
+    return counts if len(counts) == len(found) else None
 
 
 @contextmanager

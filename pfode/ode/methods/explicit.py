@@ -12,6 +12,8 @@ from pfode.ode.solver import Dense, Step, Time, clock, column
 from pfode.ode.state import Field, Loan, changed
 from pfode.tableau import Tableau
 
+__all__ = ["RungeKutta"]
+
 
 @dataclass(frozen=True, eq=False)
 class _Weights:

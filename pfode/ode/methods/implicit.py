@@ -13,7 +13,7 @@ one has its second derivatives, too.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,11 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfode.ode.methods.equations import Filter, Stage, Stages, attach, mix, spectrum
 from pfode.ode.methods.implicit_tables import IMPLICIT, KVAERNO5, RADAU5
-from pfode.ode.methods.newton import Factors, Found, Jacobian, Rows, damped, factor, jacobian, newton, tolerance
+from pfode.ode.methods.newton import Found, Jacobian, Rows, damped, jacobian, newton, tolerance
 from pfode.ode.solver import Dense, Step, Time, clock, column
 from pfode.ode.state import Field, leaves, rebuild
 from pfode.tableau import Tableau
+
+__all__ = ["ImplicitRungeKutta", "implicit_solvers"]
 
 _SIMPLIFIED = 8  # iterations with a Jacobian that is kept
 _EXACT = 24  # with one of their own, where a fixed step would fail otherwise
@@ -51,45 +54,6 @@ def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> _Wei
     return _Weights(b, error, torch.tensor(tableau.c[1:], dtype=clock(device), device=device))
 
 
-class _Spectrum(NamedTuple):
-    """A and A^-1 = sum of Re(column shift row), a term for each real eigenvalue and each pair of complex ones.
-
-    `nodes` are powers of c: the inverse of their matrix makes polynomials through the stages.
-    """
-
-    a: Tensor
-    back: Tensor
-    shifts: tuple[complex, ...]
-    columns: tuple[Tensor, ...]
-    rows: tuple[Tensor, ...]
-    nodes: Tensor
-
-
-@functools.lru_cache(256)
-def _spectrum(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> _Spectrum:
-    a, c = tableau.matrix[1:, 1:], np.array(tableau.c[1:])
-    back = np.linalg.inv(a)
-    values, vectors = np.linalg.eig(back)
-    shifts: list[complex] = []
-    columns, rows = [], []
-
-    def put(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x.copy()).to(device, dtype.to_complex() if np.iscomplexobj(x) else dtype)
-
-    for value, column_, row in zip(values, vectors.T, np.linalg.inv(vectors), strict=True):
-        if abs(value.imag) < 1e-9:
-            scale = column_[abs(column_).argmax()]  # makes both real
-            shifts.append(float(value.real))
-            columns.append(put((column_ / scale).real))
-            rows.append(put((row * scale).real))
-        elif value.imag > 0:
-            shifts.append(complex(value))
-            columns.append(put(2 * column_))
-            rows.append(put(row))
-    powers = np.linalg.inv(c[:, None] ** np.arange(1, len(c) + 1))
-    return _Spectrum(put(a), put(back), tuple(shifts), tuple(columns), tuple(rows), torch.from_numpy(powers).to(device))
-
-
 @functools.lru_cache(256)
 def _extension(tableau: Tableau, device: torch.device) -> tuple[tuple[tuple[float, ...], ...], Tensor, Tensor]:
     """Rows and nodes of further stages, and the matrix of the polynomials b_i(theta)."""
@@ -109,13 +73,6 @@ def _guess(tableau: Tableau, stage: int) -> tuple[tuple[int, float], ...]:
     return tuple(
         (j, math.prod((at - other) / (node - other) for other in used if other != node)) for node, j in used.items()
     )
-
-
-def _mix(weights: Tensor, stages: Tensor) -> Tensor:
-    """sum_j w_ij k_j for weights (i, j) and stages (j, ...): element by element, as a product of matrices would round
-    otherwise in a batch than alone.
-    """
-    return (weights.view(*weights.shape, *[1] * (stages.ndim - 1)) * stages).sum(1)
 
 
 class Carry(NamedTuple):
@@ -235,7 +192,7 @@ class ImplicitRungeKutta:
             calls, further = field.calls, field.jacobians
             k = solve.attached(y0, h, slope, times, k)
             common, solve.jacobians = common + field.calls - calls, solve.jacobians + field.jacobians - further
-        y1 = y0 + _mix(weights.b[None], k)[0]
+        y1 = y0 + mix(weights.b[None], k)[0]
         again = None
         if bool(solve.fresh.any()):
             again = carry._replace(blocks=solve.jacobian.blocks, stale=torch.zeros_like(carry.stale), factors=())
@@ -264,10 +221,10 @@ class ImplicitRungeKutta:
             if self.filter and weights is not None and weights[0]:
                 share = at[..., :1] / weights[0]
                 at = torch.cat([at - share * weights, share], -1)
-                stages.append(_filtered(self, field, field.time(t0), y0, h, _mix(weights[None], k)[0], solve))
+                stages.append(_filtered(self, field, field.time(t0), y0, h, mix(weights[None], k)[0], solve))
             at = at.to(y0.dtype)
             if theta.ndim == 1:
-                return y0 + _mix(at, torch.stack(stages))
+                return y0 + mix(at, torch.stack(stages))
             return y0 + torch.einsum("mbs,sbd->mbd", at, torch.stack(stages))
 
         return dense
@@ -279,10 +236,10 @@ def _filtered(
     """(1 - gamma h J)^-1 error, J at the start of the step; where gradients are wanted, with them."""
     if not torch.is_grad_enabled():
         return solve.filtered(error)
-    system = _Filter(field, t, y0, h, error, solver.filter)
+    system = Filter(field, t, y0, h, error, solver.filter)
     with torch.no_grad():
         x = system.exact(error)(error.detach())
-    return _attach(system, x)
+    return attach(system, x)
 
 
 def _over(edges: Any, t0: Time, t1: Time, most: float) -> Any:
@@ -355,7 +312,7 @@ class _Solve:
         if solver.sequential:
             self.shifts: tuple[complex, ...] = (float(1 / self.tableau.matrix[-1, -1]),)
         else:
-            self.spectrum = _spectrum(self.tableau, field.layout.real, y0.device)
+            self.spectrum = spectrum(self.tableau, field.layout.real, y0.device)
             self.shifts = self.spectrum.shifts
         near = [i for i, shift in enumerate(self.shifts) if abs(shift - solver.filter) < 1e-9]
         self.filter = near[0] if near else len(self.shifts)  # which of the shifts it is
@@ -393,7 +350,8 @@ class _Solve:
         most = None if isinstance(known, tuple) else len(known)
         made = jacobian(self.field, self.field.time(self.t0).detach(), self.y0, most)
         if wanted.ndim:
-            made = made._replace(blocks=torch.where(wanted[:, None, None], made.blocks, known))
+            merged = torch.where(wanted[:, None, None], made.blocks, torch.as_tensor(known))
+            made = made._replace(blocks=merged)
             self.nfe = self.nfe + wanted * (self.field.calls - calls)
         self.jacobian, self.fresh = made, self.fresh | wanted.to(self.fresh.device)
         self.jacobians = self.jacobians + wanted.to(self.fresh.device)
@@ -417,16 +375,16 @@ class _Solve:
         """Solve all stages from their guesses."""
         field = self.field
 
-        def solved(system: _Stage | _Stages, z: Tensor) -> Found:
+        def solved(system: Stage | Stages, z: Tensor) -> Found:
             if exact:
                 return damped(system.residual, system.exact, z, self.jacobian.rows, self.tol, most, field)
-            inverse = system.simplified(self)
+            inverse = system.simplified(self.jacobian, self.factors)
             return newton(lambda z: -inverse(system.residual(z)), z, self.tol, most, lambda: field.calls)
 
         if not self.solver.sequential:
-            stages = _Stages(field, self.times, self.y0, self.h, self.spectrum)
+            stages = Stages(field, self.times, self.y0, self.h, self.spectrum)
             found = solved(stages, self.guess())
-            return found, torch.cat([(self.slope * self.h)[None], _mix(self.spectrum.back, found.z)])
+            return found, torch.cat([(self.slope * self.h)[None], mix(self.spectrum.back, found.z)])
         found, k = None, [self.slope * self.h]
         for i in range(1, self.tableau.stages):
             guess = torch.stack([w * k[j] for j, w in _guess(self.tableau, i)]).sum(0)
@@ -450,10 +408,10 @@ class _Solve:
         assert found is not None
         return found, torch.stack(k)
 
-    def stage(self, i: int, y0: Tensor, h: Any, times: Sequence[Tensor], k: list[Tensor]) -> "_Stage":
+    def stage(self, i: int, y0: Tensor, h: Any, times: Sequence[Tensor], k: list[Tensor]) -> "Stage":
         row = self.tableau.matrix[i]
         base = y0 + sum(float(w) * z for w, z in zip(row, k, strict=False) if w)
-        return _Stage(self.field, times[i - 1], base, h, float(row[i]))
+        return Stage(self.field, times[i - 1], base, h, float(row[i]))
 
     def guess(self) -> Tensor:
         """Stages at once: the last step's polynomial, beyond its end; in the first step a straight line."""
@@ -471,7 +429,7 @@ class _Solve:
 
     def error(self, weights: Tensor, k: Tensor) -> Tensor:
         """The estimate of the local error, filtered; where it is too large once more, with the slope it leads to."""
-        raw = _mix(weights[None], k)[0]
+        raw = mix(weights[None], k)[0]
         if not self.solver.filter:
             return raw
         error = self.filtered(raw)
@@ -490,12 +448,12 @@ class _Solve:
     def attached(self, y0: Tensor, h: Any, slope: Tensor, times: Sequence[Tensor], k: Tensor) -> Tensor:
         """The same increments with their derivatives."""
         if not self.solver.sequential:
-            stages = _Stages(self.field, times, y0, h, self.spectrum)
-            z = _attach(stages, _mix(self.spectrum.a, k[1:]))
-            return torch.cat([(slope * h)[None], _mix(self.spectrum.back, z)])
+            stages = Stages(self.field, times, y0, h, self.spectrum)
+            z = attach(stages, mix(self.spectrum.a, k[1:]))
+            return torch.cat([(slope * h)[None], mix(self.spectrum.back, z)])
         made = [slope * h]
         for i in range(1, self.tableau.stages):
-            made.append(_attach(self.stage(i, y0, h, times, made), k[i]))
+            made.append(attach(self.stage(i, y0, h, times, made), k[i]))
         return torch.stack(made)
 
     def following(self, found: Found, slope: Tensor, h: Any, k: Tensor) -> Carry:
@@ -506,143 +464,10 @@ class _Solve:
             last = torch.where(still, slope, k[-1] / torch.where(still, 1, h)) if self.each else k[-1] / h
         past: Any = ()
         if not self.solver.sequential:
-            past = _mix(self.spectrum.a, k[1:].detach()).movedim(0, -1)
+            past = mix(self.spectrum.a, k[1:].detach()).movedim(0, -1)
         solves = self.tableau.stages - 1 if self.solver.sequential else 1
         slow = (found.iterations > 2 * solves) & (found.rate > _SLOW)
         old = self.carry
         size = self.size if self.each else torch.full_like(old.size, self.size)
         factors = () if self.each else self.factors
         return Carry(last, self.jacobian.blocks, slow.to(old.stale.device), size, past, factors)
-
-
-class _Gate(torch.autograd.Function):
-    """The identity, whose first gradient is known to vanish: it is made only if that is to be differentiated again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z: Tensor) -> Tensor:
-        return z.view_as(z)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.again = False
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor | None:
-        ctx.again = ctx.again or torch.is_grad_enabled()
-        return grads[0] if ctx.again else None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return tangents[0].view_as(tangents[0])
-
-
-def _attach(system: "_Stage | _Stages | _Filter", z: Tensor) -> Tensor:
-    """A solution z of a system, with its first and second derivatives with respect to all that the system knows."""
-    residual = system.residual(z)
-    if not residual.requires_grad and torch.autograd.forward_ad.unpack_dual(residual).tangent is None:
-        return z
-    with torch.no_grad():
-        inverse = system.exact(z)
-    z = _Gate.apply(z - inverse(residual))
-    return z - inverse(system.residual(z))
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """z = h f(t, base + gamma z)."""
-
-    field: Field
-    t: Tensor
-    base: Tensor
-    h: Any
-    gamma: float
-
-    def residual(self, z: Tensor) -> Tensor:
-        return z - self.h * self.field(self.t, self.base + self.gamma * z)
-
-    def simplified(self, solve: _Solve) -> Callable[[Tensor], Tensor]:
-        return self._inverse(solve.jacobian.rows, solve.factors[0])
-
-    def exact(self, z: Tensor) -> Callable[[Tensor], Tensor]:
-        made = jacobian(self.field, self.t.detach(), (self.base + self.gamma * z).detach())
-        return self._inverse(made.rows, made.factors(1 / self.gamma, _number(self.h)))
-
-    def _inverse(self, rows: Rows, factors: Factors) -> Callable[[Tensor], Tensor]:
-        return lambda r: rows.unpack(factors.solve(rows.pack(r)) / self.gamma)
-
-
-@dataclass(frozen=True)
-class _Stages:
-    """Z = h A F(y0 + Z), Z of shape (stages, *y.shape)."""
-
-    field: Field
-    times: Sequence[Tensor]
-    y0: Tensor
-    h: Any
-    spectrum: _Spectrum
-
-    def residual(self, z: Tensor) -> Tensor:
-        slopes = torch.stack([self.field(t, self.y0 + y).clone() for t, y in zip(self.times, z, strict=True)])
-        return z - self.h * _mix(self.spectrum.a, slopes)
-
-    def simplified(self, solve: _Solve) -> Callable[[Tensor], Tensor]:
-        rows, (_, back, shifts, columns, across, _) = solve.jacobian.rows, self.spectrum
-
-        def inverse(r: Tensor) -> Tensor:
-            x = _mix(back, rows.pack(r))
-            parts = []
-            for factors, column_, row in zip(solve.factors[: len(shifts)], columns, across, strict=True):
-                part = column_[:, None, None] * factors.solve(_mix(row[None], x)[0])
-                parts.append(part.real if part.is_complex() else part)
-            return rows.unpack(sum(parts[1:], parts[0]))
-
-        return inverse
-
-    def exact(self, z: Tensor) -> Callable[[Tensor], Tensor]:
-        at = [(t.detach(), (self.y0 + y).detach()) for t, y in zip(self.times, z, strict=True)]
-        made = [jacobian(self.field, *point) for point in at]
-        least = min(each.rows.number for each in made)
-        made = [j if j.rows.number == least else jacobian(self.field, *p, least) for j, p in zip(made, at, strict=True)]
-        rows, s = made[0].rows, len(z)
-        a, h = self.spectrum.a, _number(self.h)
-        blocks = torch.stack([each.blocks for each in made])  # (stages, rows, m, m)
-        m = blocks.shape[-1]
-        coupled = torch.einsum("ij,jrxy->rixjy", a, blocks).reshape(-1, s * m, s * m)
-        h = h[..., None] if isinstance(h, Tensor) else h
-        factors = factor(torch.eye(s * m, dtype=a.dtype, device=a.device) - h * coupled)
-
-        def inverse(r: Tensor) -> Tensor:
-            flat = rows.pack(r).movedim(0, 1).flatten(1)  # (rows, stages m)
-            return rows.unpack(factors.solve(flat).unflatten(1, (s, m)).movedim(1, 0))
-
-        return inverse
-
-
-@dataclass(frozen=True)
-class _Filter:
-    """x = error + gamma h J x with the Jacobian at (t, y0)."""
-
-    field: Field
-    t: Tensor
-    y0: Tensor
-    h: Any
-    error: Tensor
-    shift: float
-
-    def residual(self, x: Tensor) -> Tensor:
-        moved = torch.func.jvp(lambda y: self.field(self.t, y), (self.y0,), (x,))[1]
-        return x - self.h / self.shift * moved - self.error
-
-    def exact(self, z: Tensor) -> Callable[[Tensor], Tensor]:
-        made = jacobian(self.field, self.t.detach(), self.y0)
-        factors = made.factors(self.shift, _number(self.h))
-        return lambda r: made.rows.unpack(factors.solve(made.rows.pack(r)) * self.shift)
-
-
-def _number(h: Any) -> Any:
-    """A step size without its graph: a float or of shape (rows, 1)."""
-    if isinstance(h, Tensor):
-        return h.detach() if h.ndim else float(h.detach())
-    return h

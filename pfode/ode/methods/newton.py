@@ -19,6 +19,8 @@ from torch.func import jvp, vmap
 
 from pfode.ode.state import Field, Layout
 
+__all__ = ["Factors", "Found", "Jacobian", "Rows", "Tolerance", "damped", "factor", "jacobian", "newton", "tolerance"]
+
 _HALVINGS = 12  # of a correction
 _CHUNK = 2**24  # elements of the products that are made at once
 
