@@ -2,7 +2,6 @@
 
 import pickle
 import struct
-import time
 import tracemalloc
 
 import numpy as np
@@ -85,17 +84,16 @@ FILES = {
 
 @pytest.mark.parametrize("body", FILES.values(), ids=FILES)
 def test_small_files_that_would_be_large(body, tmp_path):
+    """Without bounds they end in no time that anybody has: that it ends at all is the test."""
     file = tmp_path / "x.pkl"
     file.write_bytes(b"\x80\x04" + body + b".")
     tracemalloc.start()
-    began = time.process_time()
     try:
         with pytest.raises(FileError) as caught:
             pfode.load(file)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert time.process_time() - began < 30  # without bounds: longer than the universe
     assert caught.value.message.isprintable()
     assert len(caught.value.message) < len(str(file)) + 250
     assert peak < 200e6
