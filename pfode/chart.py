@@ -17,6 +17,17 @@ from numpy.typing import NDArray
 from pfode.errors import unknown
 from pfode.process import Process, float64
 
+__all__ = [
+    "CHARTS",
+    "Array",
+    "Chart",
+    "Node",
+    "chart",
+    "er_sde",
+    "lagrange",
+    "sde",
+]
+
 Array = NDArray[np.float64]
 
 _GAUSS_X, _GAUSS_W = np.polynomial.legendre.leggauss(16)

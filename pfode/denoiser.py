@@ -17,6 +17,18 @@ from pfode.introspection import compute_dtype
 from pfode.process import Process, float64
 from pfode.tensors import raw
 
+__all__ = [
+    "Bare",
+    "Denoiser",
+    "Preconditioned",
+    "Preconditioning",
+    "at",
+    "digest",
+    "fingerprint",
+    "forwards",
+    "preconditioned",
+]
+
 
 @runtime_checkable
 class Denoiser(Protocol):

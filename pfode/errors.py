@@ -10,6 +10,27 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+__all__ = [
+    "DenoiserError",
+    "FileError",
+    "MemoryLimitError",
+    "MissingError",
+    "NumericalError",
+    "OtherModelWarning",
+    "PfodeError",
+    "PfodeWarning",
+    "UnseenLabelWarning",
+    "UnsoundWarning",
+    "UsageError",
+    "WriteError",
+    "did_you_mean",
+    "integer",
+    "nearly",
+    "number",
+    "shortened",
+    "unknown",
+]
+
 
 class PfodeError(Exception):
     """Base of every error that is the caller's or the world's fault, never a bug.

@@ -24,6 +24,32 @@ from pfode.errors import UsageError, integer, number, unknown
 from pfode.optional import optional_module
 from pfode.process import Process, VPDiscrete, float64
 
+__all__ = [
+    "GRIDS",
+    "MAX_STEPS",
+    "ROUNDING",
+    "Grid",
+    "ays",
+    "beta",
+    "beta_sigma",
+    "cosine",
+    "dm_nonuniform",
+    "dm_objective",
+    "end_time",
+    "flow_shift",
+    "grid",
+    "karras",
+    "leading",
+    "linspace",
+    "log_snr",
+    "polyexponential",
+    "rising",
+    "shifted",
+    "time",
+    "times",
+    "trailing",
+]
+
 MAX_STEPS = 100_000
 ROUNDING = 1e-6  # a time beyond an end by less, relatively, is float32's rounding: it is put on the end
 _RATIO_OF_PURE_NOISE = 80.0  # sigma/alpha (EDM's sigma_max) that stands for alpha = 0 where a finite log-SNR is needed

@@ -17,6 +17,13 @@ from torch import Tensor
 
 from pfode.errors import UsageError, integer, number, shortened
 
+__all__ = [
+    "INITIAL",
+    "brownian",
+    "check_seeds",
+    "normal",
+]
+
 INITIAL = 0  # draw number of the initial noise; row k of a plan draws number k + 1
 DEPTH = 20  # a Brownian path is known at the multiples of 2^-DEPTH
 _FRESH, _TREE, _LEAF = range(3)  # the last counter word: draws of different kinds never meet

@@ -9,6 +9,14 @@ from typing import Any
 
 from pfode.errors import unknown
 
+__all__ = [
+    "PREDICTIONS",
+    "Coefficient",
+    "Pair",
+    "Prediction",
+    "prediction",
+]
+
 Coefficient = Any  # a float or a tensor of the shape of alpha and sigma
 Pair = tuple[Coefficient, Coefficient]
 

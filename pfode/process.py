@@ -20,6 +20,21 @@ from torch import Tensor
 
 from pfode.errors import UsageError, number, unknown
 
+__all__ = [
+    "EDM",
+    "PROCESSES",
+    "VE",
+    "VP",
+    "Flow",
+    "Process",
+    "SubVP",
+    "VPCosine",
+    "VPDiscrete",
+    "float64",
+    "from_config",
+    "need_process",
+]
+
 T = TypeVar("T", float, Tensor)
 
 

@@ -26,6 +26,19 @@ from pfode.plans.executor import Failure, as_state, check_output
 from pfode.prediction import PREDICTIONS
 from pfode.process import Process, float64
 
+__all__ = [
+    "ADAPTIVE",
+    "MAX_STEPS",
+    "Adaptive",
+    "AdaptiveRecipe",
+    "Arctangent",
+    "DpmPair",
+    "Run",
+    "Stopped",
+    "find_adaptive",
+    "make_adaptive",
+]
+
 MAX_STEPS = 1000
 _FIRST = 0.1  # alpha/sigma after a first row from alpha = 0, over sqrt(rtol): its error is O((alpha/sigma)^2)
 _APART = 2.0**-9  # of the levels that the slope of a clock is taken from

@@ -12,6 +12,12 @@ from typing import NamedTuple
 
 from pfode.process import Flow, Process
 
+__all__ = [
+    "Choice",
+    "choose",
+    "family",
+]
+
 
 class Choice(NamedTuple):
     """A recipe, a grid and the recipe's chart."""

@@ -41,6 +41,14 @@ from pfode.samplers.stochastic import Ancestral, AncestralMidpoint, Churn, ErSde
 from pfode.samplers.tape import Linear, Tape
 from pfode.tableau import HEUN2, HEUN3, MIDPOINT, RK4
 
+__all__ = [
+    "CATALOGUE",
+    "DEFAULT_STEPS",
+    "Recipe",
+    "make_plan",
+    "recipe",
+]
+
 DEFAULT_STEPS = defaults.STEPS
 EVERY = tuple(CHARTS)
 FLAT = tuple(name for name, chart in CHARTS.items() if chart.density is None)

@@ -35,6 +35,12 @@ from pfode.samplers.catalogue import Recipe
 from pfode.samplers.sampling import non_finite, sample
 from pfode.samplers.settle import batch_size, classes, find_device, prepared, sample_states, settled, state_dtype
 
+__all__ = [
+    "Pair",
+    "decode",
+    "encode",
+]
+
 SPACING = 2.0**-40  # of the data, and of the state before it
 COARSER = 2.0**2, 2.0**12  # by how much either may grow where spacings fall from there towards the noise
 MOST = 2.0**51  # multiples of a spacing that a float64 state tells apart, whatever the spacing

@@ -19,6 +19,28 @@ from pfode.process import Process
 from pfode.samplers.tape import NOTHING, Linear, Tape, combined
 from pfode.tableau import Tableau
 
+__all__ = [
+    "Bdia",
+    "Belm",
+    "Edict",
+    "Integrator",
+    "LastStep",
+    "Method",
+    "Multistep",
+    "Pndm",
+    "PredictorCorrector",
+    "Res3",
+    "RungeKutta",
+    "Space",
+    "Trail",
+    "constant",
+    "exact",
+    "halved",
+    "official",
+    "taylor",
+    "variable",
+]
+
 
 @dataclass(frozen=True)
 class Space:

@@ -2,6 +2,11 @@
 
 import re
 
+__all__ = [
+    "FAMILIES",
+    "squeezed",
+]
+
 FAMILIES = {  # a family's name -> the member that it means
     "unipc": "unipc2",
     "unip": "unip2",

@@ -44,6 +44,14 @@ from pfode.samplers.settle import (
     state_dtype,
 )
 
+__all__ = [
+    "Samples",
+    "batches",
+    "non_finite",
+    "sample",
+    "unsound",
+]
+
 EACH = ("nfe", "evals", "steps", "rejected")  # what samples of an adaptive sampler differ in
 WIDE, MANY = 3.0, 100  # how wide what a plan draws may be, in plans of at most so many calls
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # in the RuntimeErrors of torch

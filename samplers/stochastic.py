@@ -12,6 +12,17 @@ from pfode.errors import UsageError, integer, number
 from pfode.samplers.methods import Integrator, Method, PredictorCorrector, Space, Trail
 from pfode.samplers.tape import Linear
 
+__all__ = [
+    "Ancestral",
+    "AncestralMidpoint",
+    "Churn",
+    "ErSde",
+    "Noisy",
+    "Reverse",
+    "SaSolver",
+    "parts",
+]
+
 LOUDEST = 100.0  # eta and tau: how much noise a step may add, where 1 is that of the usual reverse SDE
 
 

@@ -15,6 +15,15 @@ from pfode.chart import Node
 from pfode.plans.table import Plan
 from pfode.process import Process, float64
 
+__all__ = [
+    "NOTHING",
+    "Linear",
+    "Tape",
+    "brownian_clock",
+    "combined",
+    "without",
+]
+
 Symbol = tuple[str, int]
 _ROUNDING = 1e-14  # what is left, relatively, of two terms that cancel exactly
 

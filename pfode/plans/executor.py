@@ -19,6 +19,20 @@ from pfode.errors import OtherModelWarning, UsageError, shortened
 from pfode.plans.rows import Row, Rows, Sums, add, combine, folded, used, with_noise
 from pfode.plans.table import Plan, foreign, takes_part
 
+__all__ = [
+    "Failure",
+    "Point",
+    "Transition",
+    "as_state",
+    "calls",
+    "check_output",
+    "find_failures",
+    "iterate",
+    "not_finite",
+    "replaced",
+    "run",
+]
+
 Walk = Generator[tuple[int, Tensor, Any, "Transition | None"], Tensor | None, None]
 Seeds = Sequence[int] | Callable[[int], Tensor] | None  # or a function: row k -> its noise; the init row is plan.nfe
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a state may come in

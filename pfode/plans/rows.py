@@ -18,6 +18,23 @@ from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.plans.table import Plan, takes_part
 from pfode.prediction import prediction
 
+__all__ = [
+    "Folded",
+    "Row",
+    "Rows",
+    "Sums",
+    "Terms",
+    "add",
+    "ahead",
+    "combine",
+    "fold",
+    "folded",
+    "row_affine",
+    "used",
+    "weighed",
+    "with_noise",
+]
+
 Terms = Sequence[tuple[int, Tensor]]  # (j, factor): the state after the next j rows gets factor times the value
 Sums = list[Tensor | None]  # entry j becomes the state after the next j + 1 rows; None: nothing added yet
 KEPT = 8  # sets of folded rows that a plan keeps

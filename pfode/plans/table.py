@@ -24,6 +24,12 @@ from pfode.prediction import prediction
 from pfode.process import Process, from_config
 from pfode.tensors import read_tensors, write_tensors
 
+__all__ = [
+    "Plan",
+    "foreign",
+    "takes_part",
+]
+
 _TENSORS = ("t", "time", "alpha", "sigma", "r", "r_prev", "b", "c", "init", "step", "node", "first", "span")
 _WHOLE = {"step": torch.int64, "node": torch.bool}
 

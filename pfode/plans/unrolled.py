@@ -14,6 +14,11 @@ from pfode.plans.executor import run
 from pfode.plans.table import Plan
 from pfode.process import Process
 
+__all__ = [
+    "matrix",
+    "spread",
+]
+
 
 class _Linear:
     """A denoiser of coefficients, shape (1, size); it keeps the states that it is asked about."""
