@@ -1,14 +1,12 @@
 """The one loop: every solve, fixed or adaptive, joint or per-sample, is `advance` with other values passed in.
 
-What differs between one step size for the whole state and one per sample is only the arithmetic of times, errors and
-decisions: Python's floats, read from the device once per attempted step, or tensors of shape (batch,) that stay there.
-`Joint` and `PerSample` are these two arithmetics ("batching").
+`LoopState` is where a solve is between two attempts: `propose` says the next one, `judge` what it is worth, `commit`
+goes on. What it is given and hands back is in records.py; joint and per-sample steps are two arithmetics of the same
+lines (batching.py).
 """
 
-import enum
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +14,11 @@ import torch
 from torch import Tensor
 
 from pfode._torch import is_transformed
+from pfode.ode.batching import Batching, Joint, PerSample
 from pfode.ode.control import PID
+from pfode.ode.records import Attempt, Counts, End, Position, Probe, Reply, Schedule, Status
 from pfode.ode.solver import RMS, Solver, Step, clock, column
-from pfode.ode.state import Context, Field, leaves, rebuild
+from pfode.ode.state import Field
 
 __all__ = [
     "Attempt",
@@ -39,189 +39,6 @@ STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
 _TRIES = 12  # attempts in a row that are not finite or not solved before a sample is given up
 FLOOR = {real: 16 * torch.finfo(real).eps for real in (torch.float32, torch.float64)}  # least step by the time's size
 _LEAST = 1e-300  # of a first step's size
-
-
-class Status(enum.IntEnum):
-    """How a solve ended, for the state or for a sample."""
-
-    RUNNING = -1
-    SUCCESS = 0
-    MAX_STEPS = 1
-    MIN_STEP = 2
-    NON_FINITE = 3
-    NEWTON_FAILED = 4
-    EVENT = 5
-
-
-class Joint:
-    """One step size for the state: floats and booleans."""
-
-    per_sample = False
-
-    def where(self, condition: Any, a: Any, b: Any) -> Any:
-        return a if condition else b
-
-    def low(self, a: Any, b: Any) -> Any:
-        return min(a, b)
-
-    def high(self, a: Any, b: Any) -> Any:
-        return max(a, b)
-
-    def no(self, a: Any) -> Any:
-        return not a
-
-    def fill(self, value: Any, like: Any) -> Any:
-        return value
-
-    def pick(self, table: Any, at: Any) -> Any:
-        """The entry of a table of stops at each lane's index."""
-        return table[at]
-
-    def merge(self, condition: Any, new: Any, old: Any) -> Any:
-        return new if condition else old
-
-
-class PerSample:
-    """One step size per sample: tensors of shape (batch,)."""
-
-    per_sample = True
-
-    def where(self, condition: Any, a: Any, b: Any) -> Any:
-        return torch.where(condition, a, b)
-
-    def low(self, a: Any, b: Any) -> Any:
-        return a.clamp(max=b)
-
-    def high(self, a: Any, b: Any) -> Any:
-        return a.clamp(min=b)
-
-    def no(self, a: Any) -> Any:
-        return ~a
-
-    def fill(self, value: Any, like: Any) -> Any:
-        return torch.full(
-            like.shape, value, device=like.device, dtype=torch.int64 if type(value) is int else like.dtype
-        )
-
-    def pick(self, table: Any, at: Any) -> Any:
-        return table[at] if table.ndim == 1 else table.gather(0, at[None])[0]
-
-    def merge(self, condition: Any, new: Any, old: Any) -> Any:
-        """Samples of `new` where the condition holds, else of `old`; None, a carry not known, stays None."""
-        if new is None or old is None:
-            return None
-        pairs = zip(leaves(new), leaves(old), strict=True)
-        return rebuild(new, (torch.where(condition.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
-
-
-Batching = Joint | PerSample
-Probe = Callable[[Any, Tensor, Any, Tensor, Any], Tensor]
-
-
-class Counts(NamedTuple):
-    """Work so far: ints, or shape (batch,)."""
-
-    steps: Any
-    accepted: Any
-    nfe: Any
-    jacobians: Any
-    iterations: Any
-
-
-class Attempt(NamedTuple):
-    """One attempted step from t0 to t1; in per-sample mode these and `accepted` have shape (batch,).
-
-    Fields:
-        t0, t1: its ends; t1 = t0 for samples that are done.
-        u0, u1: the same as the step was given them: with gradients, or on the near sides of jumps.
-        y0, y: the states before and after it; y is y0 where it was rejected.
-        accepted, step: the verdict, and what the solver returned.
-        tried: what was probed.
-        counts: work so far, this step included.
-        carry: what belongs to (t, y) after it.
-    """
-
-    t0: Any
-    t1: Any
-    u0: Any
-    u1: Any
-    y0: Tensor
-    y: Tensor
-    accepted: Any
-    step: Step
-    tried: list[float]
-    counts: Counts
-    carry: Any = None
-
-
-class Reply(NamedTuple):
-    """What may be sent back for a Attempt.
-
-    Fields:
-        halt: whether the solve ends there, a boolean or shape (batch,): an event.
-        looked: whose dense output was used: evaluations made for it are counted there. A boolean or shape (batch,).
-        live: which samples of a fixed grid still count, shape (batch,); None: all that did.
-    """
-
-    halt: Any = None
-    looked: Any = True
-    live: Any = None
-
-
-class Position(NamedTuple):
-    """Where the loop is between two attempts, in joint mode: time, next step size, the controller's memory, state,
-    carry.
-    """
-
-    t: float
-    h: float
-    memory: tuple[Any, Any, Any]
-    y: Tensor
-    carry: Any
-
-
-class End(NamedTuple):
-    """How the loop ended; `status` is a Status, or their numbers in shape (batch,); `note`: what made it NON_FINITE."""
-
-    status: Any
-    t: Any
-    y: Tensor
-    counts: Counts
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """From where to where, and how exactly.
-
-    Args:
-        start: t0, a float or shape (batch,).
-        stops: times that steps must end at, in the direction of the solve, the last one its end: a list of floats or
-            shape (stops,) or (stops, batch). For fixed steps, the grid.
-        jumps: at which of them the field jumps: it is evaluated on the near side only, and afresh beyond.
-        sign: 1.0 or -1.0, the direction; or shape (batch,).
-        rtol, atol: floats, or shaped like the state.
-        norm: flat error in units of the tolerance -> shape () or (batch,); None: fixed steps, from stop to stop.
-        max_steps: attempts allowed.
-        lift: for gradients to times: (t, index of the stop it is, or -1) -> t as a tensor that depends on them.
-    """
-
-    start: Any
-    stops: Any
-    jumps: tuple[bool, ...]
-    sign: Any
-    rtol: Any = 0.0
-    atol: Any = 0.0
-    norm: Callable[[Tensor], Tensor] | None = None
-    max_steps: int = 100_000
-    lift: Callable[[Any, Any], Tensor] | None = None
-
-    def context(self, pure: bool) -> Context:
-        """What the steps may know of this solve."""
-        edges = [i for i, jumps in enumerate(self.jumps) if jumps] + [len(self.stops) - 1]
-        if isinstance(self.stops, Tensor):
-            return Context(pure, True, self.rtol, self.atol, self.norm, self.stops[edges])
-        return Context(pure, True, self.rtol, self.atol, self.norm, [self.stops[i] for i in edges if self.stops])
 
 
 def advance(

@@ -1,0 +1,77 @@
+"""The two batching modes of the loop: one step size for the whole state, or one for each sample.
+
+They differ in the arithmetic of times, errors and decisions: Python's floats, read from the device once per attempted
+step (`Joint`), or tensors of shape (batch,) that stay there (`PerSample`).
+"""
+
+from typing import Any
+
+import torch
+
+from pfode.ode.state import leaves, rebuild
+
+__all__ = ["Batching", "Joint", "PerSample"]
+
+
+class Joint:
+    """One step size for the state: floats and booleans."""
+
+    per_sample = False
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        return a if condition else b
+
+    def low(self, a: Any, b: Any) -> Any:
+        return min(a, b)
+
+    def high(self, a: Any, b: Any) -> Any:
+        return max(a, b)
+
+    def no(self, a: Any) -> Any:
+        return not a
+
+    def fill(self, value: Any, like: Any) -> Any:
+        return value
+
+    def pick(self, table: Any, at: Any) -> Any:
+        """The entry of a table of stops at each lane's index."""
+        return table[at]
+
+    def merge(self, condition: Any, new: Any, old: Any) -> Any:
+        return new if condition else old
+
+
+class PerSample:
+    """One step size per sample: tensors of shape (batch,)."""
+
+    per_sample = True
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        return torch.where(condition, a, b)
+
+    def low(self, a: Any, b: Any) -> Any:
+        return a.clamp(max=b)
+
+    def high(self, a: Any, b: Any) -> Any:
+        return a.clamp(min=b)
+
+    def no(self, a: Any) -> Any:
+        return ~a
+
+    def fill(self, value: Any, like: Any) -> Any:
+        return torch.full(
+            like.shape, value, device=like.device, dtype=torch.int64 if type(value) is int else like.dtype
+        )
+
+    def pick(self, table: Any, at: Any) -> Any:
+        return table[at] if table.ndim == 1 else table.gather(0, at[None])[0]
+
+    def merge(self, condition: Any, new: Any, old: Any) -> Any:
+        """Samples of `new` where the condition holds, else of `old`; None, a carry not known, stays None."""
+        if new is None or old is None:
+            return None
+        pairs = zip(leaves(new), leaves(old), strict=True)
+        return rebuild(new, (torch.where(condition.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+
+
+Batching = Joint | PerSample
