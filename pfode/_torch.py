@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 
+_C: Any = torch._C  # whose stubs do not know all of it
+
 version: Callable[[Tensor], int] = operator.attrgetter("_version")
 """How often a tensor was changed in place, not for tensors of inference mode. `Tensor._version`: in every torch."""
 
@@ -49,7 +51,7 @@ def is_transformed(x: Tensor) -> bool:
 
     `torch._C._functorch.is_functorch_wrapped_tensor`: torch >= 2.0. Without it: whether any transform is going on.
     """
-    ask: Callable[[Tensor], bool] | None = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    ask: Callable[[Tensor], bool] | None = getattr(_C._functorch, "is_functorch_wrapped_tensor", None)
     return transformed() is not None if ask is None else ask(x)
 
 
@@ -59,7 +61,7 @@ def transformed() -> str | None:
     `torch._C._functorch.get_interpreter_stack`: torch >= 2.0. Without it transforms of `torch.func` go unseen, which
     then fail with torch's own errors. `torch.autograd.forward_ad._current_level`: torch >= 1.11.
     """
-    ask: Callable[[], Sequence[Any] | None] | None = getattr(torch._C._functorch, "get_interpreter_stack", None)
+    ask: Callable[[], Sequence[Any] | None] | None = getattr(_C._functorch, "get_interpreter_stack", None)
     kinds = [str(interpreter.key()) for interpreter in (ask() if ask else None) or ()]
     if kinds:
         return "vmap" if any("Vmap" in kind for kind in kinds) else "other"
@@ -71,7 +73,7 @@ def keeps_graph() -> bool:
 
     `torch._C._autograd._get_current_graph_task_keep_graph`: torch >= 2.5. Without it True: memory is freed later.
     """
-    ask: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    ask: Callable[[], bool] | None = getattr(_C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else ask()
 
 

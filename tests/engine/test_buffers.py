@@ -1,5 +1,7 @@
 """Denoisers that reuse their output, or work in place on what they are given: results as if they did neither."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -146,11 +148,11 @@ def test_states_sent_back_stay_the_callers(kind):
     plan, mask = make_plan("dpm++3m", process, 6), torch.full((2, 3), 0.5)
 
     def ends(function):
-        points, sent = iterate(plan, Bare(process, function()), x), None
+        points, sent, end = iterate(plan, Bare(process, function()), x), None, x
         for _ in range(plan.steps):
             point = points.send(sent)
-            sent = mask if point.step == 3 else None
-        return point.x
+            sent, end = mask if point.step == 3 else None, point.x
+        return end
 
     assert torch.equal(ends(kind), ends(lambda: plain))
     assert torch.equal(mask, torch.full((2, 3), 0.5))
@@ -173,7 +175,12 @@ def test_sample_with_its_trajectory(kind, sampler):
 @pytest.mark.parametrize("process", [pfode.EDM(), pfode.Flow()])
 def test_encode_and_decode(kind, process):
     x = torch.randn(2, 3)
-    for options in ({"sampler": "dpm++2m", "steps": 6}, {"sampler": "o-belm", "steps": 6}, {"sampler": "rk45"}):
+    cases: list[dict[str, Any]] = [
+        {"sampler": "dpm++2m", "steps": 6},
+        {"sampler": "o-belm", "steps": 6},
+        {"sampler": "rk45"},
+    ]
+    for options in cases:
         kept = x.clone()
         theirs, ours = (pfode.encode(Bare(process, one()), kept, **options) for one in (kind, lambda: plain))
         assert torch.equal(kept, x)

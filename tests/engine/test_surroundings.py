@@ -2,7 +2,9 @@
 
 import ast
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ SURROUNDINGS = {
 }
 
 
-def results(process):
+def results(process: Any) -> Iterator[Any]:
     made = problems.mixture(process)
     for sampler in ("auto", "heun", "dpm++2m-sde", "rk45"):
         yield pfode.sample(made, n=2, seed=3, steps=None if sampler == "rk45" else 5, sampler=sampler).x
@@ -75,12 +77,13 @@ def test_a_plan_made_without_gradients_serves_with_them():
         pfode.run(plan, problems.mixture(pfode.EDM()), DATA)
     x = DATA.clone().requires_grad_()
     pfode.run(plan, problems.mixture(pfode.EDM()), x).sum().backward()
+    assert x.grad is not None
     assert x.grad.abs().sum() > 0
 
 
 def test_a_fit_is_the_same_in_any_surroundings():
     made = problems.mixture(pfode.VP())
-    options = {"nfe": 3, "n": 16, "check": 8, "active": 8, "teacher": 20, "iterations": 2}
+    options: dict[str, Any] = {"nfe": 3, "n": 16, "check": 8, "active": 8, "teacher": 20, "iterations": 2}
     plain = pfode.fit_plan(made, **options)
     for name in ("meta", "float64", "autocast"):
         with SURROUNDINGS[name]():

@@ -52,7 +52,7 @@ def test_uses_of_a_storage(monkeypatch):
 @pytest.mark.parametrize("without", [False, True])
 def test_transforms_are_seen(without, monkeypatch):
     if without:
-        monkeypatch.delattr(torch._C._functorch, "is_functorch_wrapped_tensor")
+        monkeypatch.delattr(_torch._C._functorch, "is_functorch_wrapped_tensor")
     seen = []
 
     def f(x):
@@ -68,7 +68,7 @@ def test_transforms_are_seen(without, monkeypatch):
 
 
 def test_transforms_unseen_by_an_older_torch(monkeypatch):
-    monkeypatch.delattr(torch._C._functorch, "get_interpreter_stack")
+    monkeypatch.delattr(_torch._C._functorch, "get_interpreter_stack")
     with torch.autograd.forward_ad.dual_level():
         assert _torch.transformed() == "other"
     assert _torch.transformed() is None
@@ -84,13 +84,13 @@ def test_a_backward_pass_says_whether_it_keeps_the_graph(keep, monkeypatch):
             return x.clone()
 
         @staticmethod
-        def backward(ctx, g):
+        def backward(ctx, g):  # type: ignore[override]
             seen.append(_torch.keeps_graph())
             return g
 
     Ask.apply(torch.ones(2, requires_grad=True)).sum().backward(retain_graph=keep)
     assert seen == [keep]
-    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    monkeypatch.delattr(_torch._C._autograd, "_get_current_graph_task_keep_graph")
     Ask.apply(torch.ones(2, requires_grad=True)).sum().backward(retain_graph=keep)
     assert seen == [keep, True]
 

@@ -141,9 +141,9 @@ def test_the_controller_sees_errors_and_infinity_for_failures():
     ],
 )
 def test_what_a_solve_ends_with(solver, status, attempts, mode):
-    solver = {k: [[v[0]] * 2] if mode == "per-sample" else v for k, v in solver.items()}
+    dictated: dict[str, Any] = {k: [[v[0]] * 2] if mode == "per-sample" else v for k, v in solver.items()}
     control = Factors([0.5], min_step=0.25 / 4 if status == Status.MIN_STEP else 0.0)
-    records, end = run(Dictated(**solver), control, [1.0], mode)
+    records, end = run(Dictated(**dictated), control, [1.0], mode)
     assert len(records) == attempts
     assert (torch.as_tensor(end.status) == status).all()
     assert (torch.as_tensor(end.t) == 0).all()

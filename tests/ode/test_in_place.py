@@ -94,6 +94,7 @@ def test_no_memory_of_y0_or_of_the_field_is_handed_out(ts, batch):
         assert len({at(x) for x in (y0, buffer, out.ys, out.y)}) == 4
         out.ys.zero_()
         assert torch.equal(y0, torch.ones(2, 3, dtype=f64))
+    last = y0
     for point in steps(lambda t, y: -y, y0, [0.0, 1.0], batch=batch):
         last = point.y.clone()
         point.y.zero_()  # ours

@@ -1,6 +1,7 @@
 """batch="per-sample": a sample in a batch is that sample alone, to rounding, counts included, whoever is with it."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,12 @@ def pair(t, y, mu, doom):
     return y[1], torch.where((t >= doom)[..., None], math.nan, -torch.sin(y[0]) * mu[..., None])
 
 
-def call(method, y, mu, doom, dtype=f64, ts=TS, **options):
+def call(method, y, mu, doom, dtype=f64, ts=TS, **changed):
     """A batch of states (x, v) solved, per sample."""
     paired = method in PAIRED
     y, mu, doom = y.to(dtype), mu.to(dtype), doom.to(dtype)
     fixed = paired or (method in SOLVERS and not SOLVERS[method].error_order)
-    options = {"rtol": 1e-5, "atol": 1e-7} | ({"step_size": 0.1} if fixed else {}) | options
+    options: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-7} | ({"step_size": 0.1} if fixed else {}) | changed
     if method == "implicit_euler":  # of order 1
         options["rtol"] = 1e-2
     if fixed or "step_size" in options or "reversible" in method:
@@ -76,7 +77,8 @@ def test_alone_and_in_a_batch(method, dtype):
     assert int(whole[0].status[2]) in (fails, Status.MIN_STEP, Status.NEWTON_FAILED)
     assert torch.tensor([int(s) for s in whole[0].status])[[0, 1, 3]].eq(Status.SUCCESS).all()
     for i in range(4):
-        agree(whole, call(method, *(x[i : i + 1] for x in (Y, MU, DOOM)), dtype), i, 0, rtol)
+        y, mu, doom = (x[i : i + 1] for x in (Y, MU, DOOM))
+        agree(whole, call(method, y, mu, doom, dtype), i, 0, rtol)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "vern7", "kvaerno5", "radauIIA5", "trbdf2", "reversible-heun"])

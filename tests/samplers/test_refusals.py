@@ -1,6 +1,7 @@
 """Nonsense in any argument is one typed error at once: no traceback of others, no unbounded work or memory."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ HUGE = [10**30, 10**400, 1e300, -(10**30), 2**63, 2**64]
 NONSENSE = [*HUGE, NAN, float("inf"), -1, "", "x", [], {}, object(), 1 + 2j, True, torch.tensor([1, 2]), b"a"]
 META, EIGHT_BITS = torch.zeros(2, 2, device="meta"), torch.zeros(2, 2).to(torch.float8_e4m3fn)
 NO_STATES = [META, EIGHT_BITS, X.long(), X.bool(), X[:0], X[:, :0], X.to(torch.complex64), X[0, 0], X.to_sparse()]
+WRONG: Any = None  # where something else is wanted, as are the next two
+NUMBER: Any = 3
+ENDLESS: Any = itertools.count()
 STEPPING = ["steps", "nfe", "grid", "chart", "start", "stop", "afs"]
 
 
@@ -103,16 +107,16 @@ def test_what_is_no_state_is_refused(x):
         (lambda: pfode.sample(MIX, n=10**30), r"n: need an integer from 1 to 10000000"),
         (lambda: pfode.sample(MIX, n=10**7, shape=(10**4, 10**4)), "samples of shape|the denoiser makes samples"),
         (lambda: pfode.sample(MIX, steps=10**40), "steps: need an integer from 1 to 100000"),
-        (lambda: pfode.sample(MIX, sampler=None), "sampler: need a name or a recipe, got None"),
+        (lambda: pfode.sample(MIX, sampler=WRONG), "sampler: need a name or a recipe, got None"),
         (
             lambda: pfode.sample(MIX, n=2, sampler="euler-a", eta=1e300),
             "eta: need a number of at least 0 and at most 100",
         ),
         (lambda: pfode.sample(MIX, n=2, sampler="euler-a", eta=NAN), "eta: need a number"),
-        (lambda: pfode.sample(MIX, seeds=itertools.count()), "seeds: need integers"),
+        (lambda: pfode.sample(MIX, seeds=ENDLESS), "seeds: need integers"),
         (lambda: pfode.sample(MIX, seed=2**64 - 1, n=2), "seed of the last sample"),
-        (lambda: pfode.run(None, MIX, X), "plan: need a Plan"),
-        (lambda: pfode.run(make_plan("ddim", EDM, 3), 3, X), "denoiser: need a callable"),
+        (lambda: pfode.run(WRONG, MIX, X), "plan: need a Plan"),
+        (lambda: pfode.run(make_plan("ddim", EDM, 3), NUMBER, X), "denoiser: need a callable"),
         (lambda: pfode.sample(MIX, n=2, strength=0.5), "strength: says how much noise"),
         (lambda: pfode.sample(MIX, n=2, label="all"), 'label "all": this network has no classes'),
     ],
@@ -124,6 +128,7 @@ def test_errors_say_what_and_how(call, message):
 
 def test_strength_is_the_share_of_noise():
     made = pfode.sample(MIX, n=2, init=torch.zeros(2), strength=0.5, steps=3)
+    assert isinstance(made.plan, pfode.Plan)
     assert made.plan.sigma[0] / (made.plan.sigma[0] + made.plan.alpha[0]) == pytest.approx(0.5)
     assert torch.equal(made.x, pfode.sample(MIX, n=2, init=torch.zeros(2), start=1.0, steps=3).x)
 
@@ -132,8 +137,8 @@ def test_all_labels_are_taken_in_turn():
     class Classes:
         process, shape, labels, seen = EDM, (2,), ("a", "b", "c"), []
 
-        def __call__(self, x, t, label=None):
-            self.seen.append(label.tolist())
+        def __call__(self, x, t, **cond):
+            self.seen.append(cond["label"].tolist())
             return 0 * x
 
     net = Classes()
@@ -159,6 +164,9 @@ def test_plans_run_inside_transforms_of_torch_func_and_sampling_says_that_it_can
     assert torch.allclose(each, end(x))
     for name in ("grad", "vmap"):
         transform = getattr(torch.func, name)
-        for call in (lambda x: pfode.sample(MIX, x=x, steps=3).x.sum(), lambda x: pfode.encode(MIX, x, steps=3).sum()):
+        for call in (
+            lambda x: pfode.sample(MIX, x=x, steps=3).x.sum(),
+            lambda x: torch.stack(list(pfode.encode(MIX, x, steps=3))).sum(),
+        ):
             with pytest.raises(UsageError, match=r"pfode.run\(plan"):
                 transform(call)(x)
