@@ -192,9 +192,15 @@ def _form(parts: Any) -> str:
 class Loan:
     """Tensors that are lent to a field step after step: made anew once one of them, or a view of one, was kept.
 
+    Whether one was kept is read off reference counts. `Loan.reuse = False` makes them anew at every step, which takes
+    27 % longer (88 us a step in place of 69) on a field that costs next to nothing (a 2x2 matrix, 256 samples, dopri5,
+    one CPU thread), 3 % on an MLP of 64 units.
+
     Args:
         make: makes a stack of them, on fresh memory.
     """
+
+    reuse = True
 
     def __init__(self, make: Callable[[], Tensor]):
         self.make = make
@@ -210,7 +216,11 @@ class Loan:
     def take(self) -> "Loan":
         """Itself, with memory that nobody else has."""
         references, uses = self.idle
-        if max(map(sys.getrefcount, self.tensors)) > references or not storage_uses(self.stack) <= uses < math.inf:
+        if (
+            not self.reuse
+            or max(map(sys.getrefcount, self.tensors)) > references
+            or not storage_uses(self.stack) <= uses < math.inf
+        ):
             self._renew()
         return self
 

@@ -9,6 +9,7 @@ from pfode.errors import UsageError
 from pfode.ode import SOLVERS, Event, solve, steps
 from pfode.ode.methods.implicit import implicit_solvers
 from pfode.ode.registry import PAIRED
+from pfode.ode.state import Loan
 
 f64 = torch.float64
 
@@ -129,3 +130,25 @@ def test_one_buffer_or_the_state_itself_as_result(method, batch):
                     assert torch.allclose(one, other, rtol=1e-4)
                 else:
                     assert torch.equal(one, other)
+
+
+def test_lent_memory_is_the_same_until_somebody_keeps_it(monkeypatch):
+    loan = Loan(lambda: torch.zeros(2, 3))
+    first = loan.take().stack.data_ptr()
+    assert loan.take().stack.data_ptr() == first
+    kept = loan.take().tensors[0]
+    assert loan.take().stack.data_ptr() != first
+    assert kept.data_ptr() == first
+    held = loan.stack
+    monkeypatch.setattr(Loan, "reuse", False)
+    assert loan.take().stack.data_ptr() != held.data_ptr()
+
+
+def test_solves_are_the_same_without_reuse(monkeypatch):
+    def ends():
+        with torch.no_grad():
+            return solve(lambda t, y: -y, torch.ones(2, 3), [0.0, 0.3, 1.0], method="dopri5").ys
+
+    expected = ends()
+    monkeypatch.setattr(Loan, "reuse", False)
+    assert torch.equal(ends(), expected)
