@@ -26,7 +26,7 @@ from torch import Tensor
 from pfode.denoiser import Denoiser, preconditioned
 from pfode.errors import NumericalError, UsageError
 from pfode.grids import Grid
-from pfode.plans.executor import Failure, calls, check_output, run
+from pfode.plans.executor import Failure, check_output, rows_and_networks, run
 from pfode.plans.rows import Sums, add, combine, folded, row_affine
 from pfode.plans.table import Plan
 from pfode.process import float64
@@ -245,7 +245,7 @@ class _Moves:
     def __init__(self, plan: Plan, denoiser: Denoiser, cond: dict[str, Any], x: Tensor):
         _check_invertible(plan)
         net = preconditioned(denoiser)
-        self.calls = calls(plan, folded(plan, net, x), net, cond, x)
+        self.calls = rows_and_networks(plan, folded(plan, net, x), net, cond, x)
         self.r_prev = plan.r_prev.tolist()
         self.spacing, n = [SPACING] * (plan.nfe + 1), plan.nfe
         for k in range(n - 1, 0, -1):

@@ -42,8 +42,8 @@ from pfode.ode.control import PID as PID
 from pfode.ode.control import I as I
 from pfode.ode.events import Event as Event
 from pfode.ode.events import Hits as Hits
-from pfode.ode.loop import Status as Status
 from pfode.ode.methods.explicit import RungeKutta as RungeKutta
+from pfode.ode.records import Status as Status
 from pfode.ode.registry import SOLVERS as SOLVERS
 from pfode.ode.solution import Solution as Solution
 from pfode.ode.solve import solve as solve

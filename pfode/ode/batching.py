@@ -34,7 +34,7 @@ class Joint:
         return value
 
     def pick(self, table: Any, at: Any) -> Any:
-        """The entry of a table of stops at each lane's index."""
+        """The entry of a table of stops at an index, which each sample has of its own in per-sample mode."""
         return table[at]
 
     def merge(self, condition: Any, new: Any, old: Any) -> Any:

@@ -24,9 +24,11 @@ from torch import Tensor
 from pfode._torch import cpp_compiler, dynamo_error, while_loop
 from pfode.errors import MissingError, UsageError
 from pfode.ode.adjoints.sources import FirstCall
+from pfode.ode.batching import PerSample
 from pfode.ode.control import PID
-from pfode.ode.loop import FLOOR, STRETCH, PerSample, Position
+from pfode.ode.loop import FLOOR, STRETCH
 from pfode.ode.methods.explicit import RungeKutta
+from pfode.ode.records import Position
 from pfode.ode.solver import RMS, Solver, Step, Time, clock
 from pfode.ode.state import Field, Layout, rebuild
 from pfode.tableau import Tableau

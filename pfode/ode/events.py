@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError
-from pfode.ode.loop import Attempt, End, Reply, Status
+from pfode.ode.records import Attempt, End, Reply, Status
 from pfode.ode.solver import clock
 from pfode.ode.state import Field, Tree, changed, unchanged, versions
 
@@ -105,11 +105,11 @@ class Watch:
         self.direction = directions[:, None] if self.batched else directions
         self.resting = torch.zeros_like(self.before, dtype=torch.bool)
         self.side = self._first_sides(t, y)
-        lane = self.before.shape[1:]
-        self.ended = torch.zeros(lane, dtype=torch.bool, device=y.device)
+        shape = self.before.shape[1:]
+        self.ended = torch.zeros(shape, dtype=torch.bool, device=y.device)
         self.failed = self.ended  # at a condition that is NaN
-        self.which = torch.full(lane, -1, dtype=torch.int64, device=y.device)
-        self.t, self.y = torch.full(lane, math.nan, **kind), y
+        self.which = torch.full(shape, -1, dtype=torch.int64, device=y.device)
+        self.t, self.y = torch.full(shape, math.nan, **kind), y
         self.hits: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.events]
 
     def _condition(self, index: int, t: Any, y: Tensor) -> Tensor:

@@ -14,26 +14,13 @@ import torch
 from torch import Tensor
 
 from pfode._torch import is_transformed
-from pfode.ode.batching import Batching, Joint, PerSample
+from pfode.ode.batching import Batching
 from pfode.ode.control import PID
 from pfode.ode.records import Attempt, Counts, End, Position, Probe, Reply, Schedule, Status
 from pfode.ode.solver import RMS, Solver, Step, clock, column
 from pfode.ode.state import Field
 
-__all__ = [
-    "Attempt",
-    "Batching",
-    "Counts",
-    "End",
-    "Joint",
-    "LoopState",
-    "PerSample",
-    "Position",
-    "Reply",
-    "Schedule",
-    "Status",
-    "advance",
-]
+__all__ = ["LoopState", "advance"]
 
 STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
 _TRIES = 12  # attempts in a row that are not finite or not solved before a sample is given up
@@ -79,13 +66,14 @@ def advance(
 
 
 class _Proposal(NamedTuple):
-    """A step to try: from t0 to t1, as the solver is given them u0 to u1; whether it ends at the stop ahead (`last`),
-    and that stop's index, else -1 (`reached`)."""
+    """A step to try: from t0 to t1, as the solver is given them u0 to u1; its size; whether it ends at the stop ahead
+    (`last`), and that stop's index, else -1 (`reached`)."""
 
     t0: Any
     t1: Any
     u0: Any
     u1: Any
+    size: Any
     last: Any
     reached: Any
 
@@ -111,7 +99,7 @@ class LoopState:
         t, y, carry: time, flat state and what the solver keeps for (t, y).
         h, memory: the size of the next step, and the controller's memory.
         at, here: the index of the stop ahead, and of the one that t is, or -1.
-        behind: whether t is a jump, beyond which the carry is not made yet.
+        at_jump: whether t is a jump, beyond which the carry is not made yet.
         status, alive: how far the solve is, and whether it goes on.
         failures: attempts in a row that were not finite or not solved.
         counts, attempts: work so far; attempts of the whole batch.
@@ -140,7 +128,7 @@ class LoopState:
         self.differentiable = field.context.pure and torch.is_grad_enabled() and self.adaptive and batching.per_sample
 
         self.t, self.y = schedule.start, y
-        self.at, self.here, self.behind = self.zero, self.zero - 1, self.never
+        self.at, self.here, self.at_jump = self.zero, self.zero - 1, self.never
         self.h, slope, self.status = _first_step(field, solver, control, schedule, batching, y, self.units)
         self.carry = solver.init(field, schedule.lift(self.t, self.here) if schedule.lift else self.t, y, slope)
         self.memory = (batching.fill(1.0, self.t), batching.fill(1.0, self.t), self.never)
@@ -165,7 +153,7 @@ class LoopState:
         """Attempts that nobody looks at, in one call of a solver that can (`Compiled.ahead`), up to the stop if that is
         looked at next: its record. None where an attempt is to be made by itself, or no more are allowed.
         """
-        if not self.ahead or not self.until or self.behind:
+        if not self.ahead or not self.until or self.at_jump:
             return None
         field, schedule, until = self.field, self.schedule, self.until()
         calls, stop = field.calls, schedule.stops[self.at]
@@ -196,16 +184,16 @@ class LoopState:
         stop = self.batching.pick(schedule.stops, self.at)
         left = (stop - t) * sign
         last = where(left <= self.control.max_step, h * STRETCH, h) >= left
-        self.size = where(last, left, h)
+        size = where(last, left, h)
         t1 = where(live, where(last, stop, t + h * sign), t)
         reached = where(last & live, self.at, self.zero - 1)
         u0, u1 = (schedule.lift(t, self.here), schedule.lift(t1, reached)) if schedule.lift else (t, t1)
         if self.jumping:
             ahead = last & self.batching.pick(self.jumps, self.at)
-            near = _nudged(u0, u1, sign, self.behind, self.field)
+            near = _nudged(u0, u1, sign, self.at_jump, self.field)
             u0, u1 = near, _nudged(u1, near, -sign, ahead, self.field)
         self.attempts += 1
-        return _Proposal(t, t1, u0, u1, last, reached)
+        return _Proposal(t, t1, u0, u1, size, last, reached)
 
     def judge(self, proposal: _Proposal, step: Step) -> _Verdict:
         """Whether a step is good enough: one read-back in joint mode."""
@@ -215,7 +203,7 @@ class LoopState:
         fine = (error < math.inf) & ok
         accepted = (self.status == Status.RUNNING) & fine & (error <= 1)
         if self.control.force:
-            accepted = accepted | ((self.status == Status.RUNNING) & fine & (self.size <= self.control.min_step))
+            accepted = accepted | ((self.status == Status.RUNNING) & fine & (proposal.size <= self.control.min_step))
         return _Verdict(error, ok, fine, accepted, tried, size_of_y)
 
     def commit(self, proposal: _Proposal, step: Step, verdict: _Verdict, calls: int) -> Attempt:
@@ -232,13 +220,13 @@ class LoopState:
         self.t = where(accepted, proposal.t1, self.t)
         hit = accepted & proposal.last
         if self.adaptive:
-            self._resize(verdict, hit)
+            self._resize(proposal.size, verdict, hit)
         self.status = where(hit & (self.at == self.last_stop), self.zero + Status.SUCCESS, self.status)
         if self.jumping:
             jumped = hit & batching.pick(self.jumps, self.at)
-            self.behind = jumped | (self.behind & batching.no(accepted))
+            self.at_jump = jumped | (self.at_jump & batching.no(accepted))
         self.here, self.at = where(accepted, proposal.reached, self.here), batching.low(self.at + hit, self.last_stop)
-        self.restart, tried = self.behind & hit, verdict.tried
+        self.restart, tried = self.at_jump & hit, verdict.tried
         if batching.per_sample:
             step, tried = self._settle(proposal, step, verdict, before)
         else:
@@ -258,18 +246,18 @@ class LoopState:
             iterations + counted * step.iterations,
         )
 
-    def _resize(self, verdict: _Verdict, hit: Any) -> None:
-        """The size of the next step, and whether it is too small to go on with."""
+    def _resize(self, size: Any, verdict: _Verdict, hit: Any) -> None:
+        """The size of the next step, after one of this size, and whether it is too small to go on with."""
         batching, where, control, fine = self.batching, self.batching.where, self.control, verdict.fine
         error = where(fine, verdict.error, batching.fill(math.inf, verdict.error))
         order = self.solver.error_order
         factor, self.memory = control.factor(batching, error, verdict.accepted, self.memory, order)
-        wanted = batching.low(batching.high(self.size * factor, control.min_step), control.max_step)
+        wanted = batching.low(batching.high(size * factor, control.min_step), control.max_step)
         # a step cut short by a stop says little about the next one
         self.h = where(hit & (wanted < self.h), self.h, wanted)
         self.failures = where(fine, self.zero, self.failures + 1)
         least = batching.high(abs(self.t) * self.floor, control.min_step)
-        stuck = (self.failures >= _TRIES) | (self.h < least) | (self.size <= control.min_step)
+        stuck = (self.failures >= _TRIES) | (self.h < least) | (size <= control.min_step)
         cause = where(verdict.ok, self.zero + Status.NON_FINITE, self.zero + Status.NEWTON_FAILED)
         cause = where(fine, self.zero + Status.MIN_STEP, cause)
         running = self.status == Status.RUNNING
@@ -311,7 +299,7 @@ class LoopState:
         field, schedule = self.field, self.schedule
         u0 = schedule.lift(self.t, self.here) if schedule.lift else self.t
         calls = field.calls
-        fresh = self.solver.init(field, _nudged(u0, None, schedule.sign, self.behind, field), self.y)
+        fresh = self.solver.init(field, _nudged(u0, None, schedule.sign, self.at_jump, field), self.y)
         self.carry = self.batching.merge(restart, fresh, self.carry)
         self.counts = self.counts._replace(nfe=self.counts.nfe + restart * (field.calls - calls))
 
@@ -320,7 +308,7 @@ class LoopState:
         running = self.status == Status.RUNNING
         status, t = self.batching.where(running, self.zero + Status.MAX_STEPS, self.status), self.t
         if not self.adaptive:
-            status, t = _verdict(self.field, status, t, self.y, self.solved)
+            status, t = _fixed_outcome(self.field, status, t, self.y, self.solved)
         return End(status, t, self.y, self.counts)
 
 
@@ -329,7 +317,7 @@ def _unseen(theta: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _verdict(field: Field, status: Any, t: float, y: Tensor, solved: Tensor | None) -> tuple[Any, Any]:
+def _fixed_outcome(field: Field, status: Any, t: float, y: Tensor, solved: Tensor | None) -> tuple[Any, Any]:
     """Status and time at the end of fixed steps, (batch,) in per-sample mode: their only read-back.
 
     What is not finite stays so up to the end. torch.func's transforms can read nothing: there NaN is left to be seen.
@@ -411,7 +399,7 @@ def _first_step(
     schedule: Schedule,
     batching: Batching,
     y: Tensor,
-    units: "_Units | None",
+    units: _Units | None,
 ) -> tuple[Any, Tensor | None, Any]:
     """The size of the first step, f(t0, y0) if it was needed, and the status: NON_FINITE where f is, SUCCESS where
     there is no way to go.
@@ -465,7 +453,7 @@ def _first_step(
 
 
 def _host(batching: Batching, *values: Tensor) -> list[Any]:
-    """Values as the batching have them: read, or left on the device in the clock's dtype."""
+    """Values as the batching mode has them: read, or left on the device in the clock's dtype."""
     if batching.per_sample:
         return [value.to(clock(value.device)) for value in values]
     return torch.stack(values).tolist() if len(values) != 1 else [values[0].item()]

@@ -15,9 +15,10 @@ from pfode.errors import UsageError, integer, number, unknown
 from pfode.ode import checks
 from pfode.ode.adjoints.problem import Problem
 from pfode.ode.adjoints.replay import lift
+from pfode.ode.batching import Batching, Joint, PerSample
 from pfode.ode.control import PID
-from pfode.ode.loop import Batching, Joint, PerSample, Schedule
 from pfode.ode.methods.scipy import Scipy
+from pfode.ode.records import Schedule
 from pfode.ode.registry import solver_named
 from pfode.ode.solver import RMS, Solver, clock
 from pfode.ode.state import Field, Layout, Tree, leaves

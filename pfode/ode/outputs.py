@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfode.ode.loop import Attempt, Batching
+from pfode.ode.batching import Batching
+from pfode.ode.records import Attempt
 
 __all__ = ["JointOutputs", "PerSampleOutputs", "outputs"]
 

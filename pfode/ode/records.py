@@ -64,7 +64,7 @@ class Attempt(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What may be sent back for a Attempt.
+    """What may be sent back for an Attempt.
 
     Fields:
         halt: whether the solve ends there, a boolean or shape (batch,): an event.

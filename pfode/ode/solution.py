@@ -11,7 +11,7 @@ from pfode.errors import NumericalError
 from pfode.ode.adjoints.attach import Attached
 from pfode.ode.adjoints.problem import Problem, Work
 from pfode.ode.events import Hits
-from pfode.ode.loop import Attempt, Counts, End, Status
+from pfode.ode.records import Attempt, Counts, End, Status
 from pfode.ode.state import Tree, leaves, rebuild
 
 __all__ = ["Point", "Solution", "Stats", "finish"]

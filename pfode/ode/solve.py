@@ -17,11 +17,12 @@ from pfode.ode.adjoints.sources import FirstCall, Sources, sources
 from pfode.ode.compiled import Compiled
 from pfode.ode.control import PID
 from pfode.ode.events import Events, Watch
-from pfode.ode.loop import Counts, End, Reply, Status, advance
+from pfode.ode.loop import advance
 from pfode.ode.methods.implicit import ImplicitRungeKutta
 from pfode.ode.methods.scipy import Scipy
 from pfode.ode.options import MAX_STEPS, Options, prepare
 from pfode.ode.outputs import JointOutputs, PerSampleOutputs, outputs
+from pfode.ode.records import Counts, End, Reply, Status
 from pfode.ode.registry import adjoint_named, solver_named
 from pfode.ode.solution import Point, Solution, finish
 from pfode.ode.solver import Solver

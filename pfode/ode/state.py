@@ -305,7 +305,7 @@ class Field:
 
     Attributes:
         calls, jacobians: how many evaluations and Jacobians were made.
-        way: which way of making Jacobians the field allows, an index.
+        jacobian_mode: how Jacobians are made of this field, the first of newton.py's ways that it allows, an index.
         counted: whether torch counts the changes in place of its states (not in inference mode).
     """
 
@@ -315,7 +315,7 @@ class Field:
         self, f: Callable[..., Tree], layout: Layout, args: tuple[Any, ...] = (), context: Context = Context()
     ):
         self.f, self.layout, self.args, self.context = f, layout, args, context
-        self.calls = self.jacobians = self.way = 0
+        self.calls = self.jacobians = self.jacobian_mode = 0
         self._plain_shape = layout.shapes[0] if layout.plain else None
         self._real, self._dtype, self._device = layout.real, layout.dtype, layout.device
         self._lent: dict[Any, Any] = {}

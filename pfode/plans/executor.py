@@ -24,12 +24,12 @@ __all__ = [
     "Point",
     "Transition",
     "as_state",
-    "calls",
     "check_output",
     "find_failures",
     "iterate",
     "not_finite",
     "replaced",
+    "rows_and_networks",
     "run",
 ]
 
@@ -195,12 +195,10 @@ def as_state(x: Any, dimensions: int = 1) -> Tensor:
     Raises:
         UsageError: anything but a tensor of samples that holds numbers, in half precision or better.
     """
-    hint = "x = sigma * torch.randn(n, ...)"
+    hint = "x=sigma * torch.randn(n, ...)"
     if not isinstance(x, Tensor) or x.dtype not in PRECISIONS or x.ndim < dimensions:
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{type(x).__name__}"
-        raise UsageError(
-            f"x: need a floating-point tensor of shape (batch, ...), got {got}", "x=sigma * torch.randn(n, ...)"
-        )
+        raise UsageError(f"x: need a floating-point tensor of shape (batch, ...), got {got}", hint)
     if x.layout != torch.strided or x.numel() == 0:
         lacks = "no numbers" if x.layout == torch.strided else f"layout {x.layout}"
         raise UsageError(f"x: need a batch of samples, got {x.dtype} of shape {tuple(x.shape)} with {lacks}", hint)
@@ -259,31 +257,31 @@ def _walk(
         state = r_init * state
     if takes_part(plan.init[1]):
         state = state + c_init * draw(plan.nfe)
-    return _rows(calls(plan, rows, net, cond, state, checkpoint), sums, state, state is x, draw, preview)
+    return _rows(rows_and_networks(plan, rows, net, cond, state, checkpoint), sums, state, state is x, draw, preview)
 
 
-def calls(
+def rows_and_networks(
     plan: Plan, rows: Rows, net: Preconditioned, cond: dict[str, Any], x: Tensor, checkpoint: bool = False
 ) -> list[tuple[Row, Callable[..., Any], Tensor]]:
-    """Every row with what it calls, conditions included, and the time that is told there, for states like x."""
-    told = rows.c_noise.clone()  # the network's own, as the rows are kept
-    # a network is told the time of every sample, a bare denoiser the time
-    times = told if isinstance(net, Bare) else told[:, None].expand(-1, len(x))
+    """Every row with the network it calls, conditions bound, and the time it is given, for states like x."""
+    times = rows.c_noise.clone()  # the network may write over it, and the rows are kept
+    if not isinstance(net, Bare):  # a network is given the time of every sample, a bare denoiser one time
+        times = times[:, None].expand(-1, len(x))
     return list(zip(rows.rows, _networks(plan, net, cond, x, checkpoint), times.unbind(), strict=True))
 
 
 def _rows(
-    calls: Iterable[tuple[Row, Callable[..., Any], Tensor]],
+    rows: Iterable[tuple[Row, Callable[..., Any], Tensor]],
     sums: Sums,
     x: Tensor,
     lent: bool,
     draw: Callable[[int], Tensor],
     preview: bool,
 ) -> Walk:
-    """The loop. `calls`: every row, its network with its conditions, and the time told; `lent`: x is the caller's."""
-    x0, skipped, alone = None, x, transformed() is None
-    for k, (row, network, t) in enumerate(calls):
-        add(sums, x, row.state, alone)
+    """The loop over `rows_and_networks`; `lent`: x is the caller's, and is not handed to the network itself."""
+    x0, skipped, in_place = None, x, transformed() is None
+    for k, (row, network, t) in enumerate(rows):
+        add(sums, x, row.state, in_place)
         if preview:
             skipped = row.c_skip * x
         if row.c_in is not None:
@@ -296,10 +294,10 @@ def _rows(
             out = check_output(out, x)
         if preview:
             x0 = torch.addcmul(skipped, out, row.c_out)
-        x = combine(sums, row, x, out, alone)
+        x = combine(sums, row, x, out, in_place)
         transition = None
         if row.draws:
-            mean, x = x, with_noise(sums, row, x, draw(k), alone)
+            mean, x = x, with_noise(sums, row, x, draw(k), in_place)
             transition = Transition(x, mean, row.fresh) if preview and row.fresh is not None else None
         sent = yield k, x, x0, transition
         if sent is not None:

@@ -173,10 +173,9 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
     def order(self) -> int:
         """Calls per step."""
         run = self._run()
-        if run is not None:
-            return 1 if run.plan.nfe == run.plan.steps else -(-run.plan.nfe // run.plan.steps)
-        if self._plan is not None:
-            return -(-self._plan.nfe // self._plan.steps)
+        plan = self._plan if run is None else run.plan
+        if plan is not None:
+            return -(-plan.nfe // plan.steps)
         return 1 if self.config["sampler"] == "auto" else recipe(self.config["sampler"]).nfe_per_step
 
     @property

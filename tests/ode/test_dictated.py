@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from pfode.ode.loop import Joint, PerSample, Reply, Schedule, Status, advance
+from pfode.ode.batching import Joint, PerSample
+from pfode.ode.loop import advance
+from pfode.ode.records import Reply, Schedule, Status
 from pfode.ode.solver import Step
 from pfode.ode.state import Field, Layout
 

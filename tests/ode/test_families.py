@@ -7,9 +7,9 @@ import torch
 
 from pfode.errors import NumericalError, UsageError
 from pfode.ode import SOLVERS, Status, solve, steps
+from pfode.ode.batching import Joint, PerSample
 from pfode.ode.compiled import Compiled
 from pfode.ode.control import CONTROLLERS
-from pfode.ode.loop import Joint, PerSample
 from pfode.ode.methods import tables
 from pfode.ode.methods.explicit import RungeKutta
 from pfode.ode.methods.multistep import Adams
@@ -311,7 +311,7 @@ def test_controllers_are_those_of_the_literature(name, last, before, earlier, pe
     """Factors for a known sequence of errors, by the exponents in the papers (see control.py)."""
     k, control, batching = 5, CONTROLLERS[name], PerSample() if per_sample else Joint()
 
-    def lane(value):
+    def sample(value):
         return torch.tensor([value, value]) if per_sample else value
 
     def by_hand(e, e1, e2):
@@ -327,9 +327,9 @@ def test_controllers_are_those_of_the_literature(name, last, before, earlier, pe
         (1e-9, min(10.0, by_hand(1e-9, 0.9, 0.1))),
         (math.inf, 0.2),  # a step that failed
     ]
-    memory = (lane(1.0), lane(1.0), lane(False))
+    memory = (sample(1.0), sample(1.0), sample(False))
     for e, factor in wanted:
-        error = lane(e)
+        error = sample(e)
         found, memory = control.factor(batching, error, error <= 1, memory, k)
         assert torch.allclose(torch.as_tensor(found, dtype=f64), torch.tensor(factor, dtype=f64), rtol=1e-5), e
 

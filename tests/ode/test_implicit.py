@@ -133,7 +133,7 @@ def test_jacobians_are_exact_and_as_narrow_as_the_field_allows(field, number, wa
     y = torch.randn(5, 3, dtype=f64, generator=torch.Generator().manual_seed(0))
     wrapped = Field(field, Layout(y))
     made = jacobian(wrapped, torch.tensor(0.3, dtype=f64), y.flatten())
-    assert (made.rows.number, wrapped.way) == (number, way)
+    assert (made.rows.number, wrapped.jacobian_mode) == (number, way)
     whole = torch.block_diag(*made.blocks)
     if way < 2:
         exact = torch.autograd.functional.jacobian(lambda y: wrapped(torch.tensor(0.3), y), y.flatten())

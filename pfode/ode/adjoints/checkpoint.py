@@ -19,7 +19,7 @@ from pfode.errors import UsageError, integer
 from pfode.ode.adjoints.problem import Cotangents, Inputs, Problem, Work
 from pfode.ode.adjoints.replay import BackwardPass, Replay, ReplayTape, State
 from pfode.ode.adjoints.sources import GraphContents, graph_bytes, search_graph, sequence_number
-from pfode.ode.loop import Attempt, End
+from pfode.ode.records import Attempt, End
 from pfode.ode.state import leaves, without_graph
 
 __all__ = ["Checkpoint", "CheckpointTape"]

@@ -21,8 +21,10 @@ from pfode._torch import version
 from pfode.errors import NumericalError, UsageError, number
 from pfode.ode.adjoints.problem import Cotangents, Inputs, Problem, Tape, Work, replay_field
 from pfode.ode.adjoints.sources import refuse_unknown
+from pfode.ode.batching import Joint
 from pfode.ode.control import PID
-from pfode.ode.loop import Attempt, End, Joint, Schedule, Status, advance
+from pfode.ode.loop import advance
+from pfode.ode.records import Attempt, End, Schedule, Status
 from pfode.ode.solver import Solver
 from pfode.ode.state import Field, Layout
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from pfode.errors import NumericalError, UsageError, number
 from pfode.ode.adjoints.problem import Cotangents, Inputs, Problem, Tape, Work, replay_field
 from pfode.ode.adjoints.sources import refuse_unknown
-from pfode.ode.loop import End
 from pfode.ode.methods.newton import jacobian
+from pfode.ode.records import End
 
 __all__ = ["Implicit"]
 

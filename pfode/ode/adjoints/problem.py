@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from pfode.ode.adjoints.sources import GraphContents
+from pfode.ode.batching import Batching
 from pfode.ode.control import PID
-from pfode.ode.loop import Attempt, Batching, End, Schedule
+from pfode.ode.records import Attempt, End, Schedule
 from pfode.ode.solver import Solver
 from pfode.ode.state import Field, leaves, rebuild
 
@@ -112,7 +113,7 @@ class Direct:
 def replay_field(problem: Problem, args: tuple[Any, ...], pure: bool) -> Field:
     """The field of a solve with other arguments, that counts from 0."""
     made = Field(problem.field.f, problem.field.layout, args, problem.schedule.context(pure))
-    made.way = problem.field.way
+    made.jacobian_mode = problem.field.jacobian_mode
     return made
 
 

@@ -16,8 +16,8 @@ from pfode._torch import keeps_graph
 from pfode.errors import UsageError
 from pfode.ode.adjoints.problem import Cotangents, Inputs, Problem, Tape, Work, replay_field
 from pfode.ode.adjoints.sources import refuse_unknown
-from pfode.ode.loop import Attempt, Counts
 from pfode.ode.outputs import JointOutputs, PerSampleOutputs, outputs
+from pfode.ode.records import Attempt, Counts
 from pfode.ode.solver import Step
 from pfode.ode.state import Field, leaves, rebuild
 

@@ -108,15 +108,16 @@ def jacobian(field: Field, t: Tensor, y: Tensor, most: int | None = None) -> Jac
         rows = Rows(field.layout, counts[0])
         x = rows.pack(y)
         try:
-            blocks, seen, meant = _WAYS[field.way](lambda x, rows=rows: rows.pack(field(t, rows.unpack(x))), x)
+            differentiate = _MODES[field.jacobian_mode]
+            blocks, seen, meant = differentiate(lambda x, rows=rows: rows.pack(field(t, rows.unpack(x))), x)
         except Exception:
-            if field.way == len(_WAYS) - 1:
+            if field.jacobian_mode == len(_MODES) - 1:
                 raise
-            field.way += 1
+            field.jacobian_mode += 1
             continue
         if len(counts) == 1:
             return Jacobian(rows, blocks)
-        exact = torch.finfo(x.dtype).eps ** (1 / 3 if field.way == len(_WAYS) - 1 else 2 / 3)
+        exact = torch.finfo(x.dtype).eps ** (1 / 3 if field.jacobian_mode == len(_MODES) - 1 else 2 / 3)
         if bool((seen - meant).abs().amax() <= exact * meant.abs().amax()):
             return Jacobian(rows, blocks)
         counts.pop(0)
@@ -177,7 +178,7 @@ def _differences(g: Callable[[Tensor], Tensor], x: Tensor) -> Product:
     return blocks, seen, (blocks @ (small * probe)[..., None])[..., 0]
 
 
-_WAYS = (_forward, _reverse, _differences)
+_MODES = (_forward, _reverse, _differences)
 
 
 class Found(NamedTuple):
