@@ -16,7 +16,7 @@ from pfode.ode.methods.multistep import Adams
 from pfode.ode.methods.reversible import Coupled, ReversibleHeun
 from pfode.ode.methods.scipy import NAMES
 from pfode.ode.registry import PAIRED
-from pfode.ode.state import Field, Layout
+from pfode.ode.state import Context, Field, Layout
 from tests.ode import problems
 
 f64 = torch.float64
@@ -162,7 +162,7 @@ def test_symplectic_methods_want_a_pair():
 )
 def test_back_undoes_a_step(solver, t1, pure):
     with torch.no_grad():
-        field, t0 = Field(driven, Layout(PAIR), (), pure), 0.3
+        field, t0 = Field(driven, Layout(PAIR), (), Context(pure)), 0.3
         y0 = field.layout.flat(PAIR)
         carry = solver.init(field, t0, y0)
         first = solver.step(field, t0, t1, y0, carry)
