@@ -23,7 +23,7 @@ __all__ = [
     "parts",
 ]
 
-LOUDEST = 100.0  # eta and tau: how much noise a step may add, where 1 is that of the usual reverse SDE
+LOUDEST = 100.0  # eta and tau of the reverse SDE, where 1 is the usual one: beyond, its exponentials leave float64
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Noisy(Method):
     options: ClassVar[tuple[str, ...]] = ("eta",)
 
     def __post_init__(self) -> None:
-        number("eta", self.eta, 0, LOUDEST)
+        number("eta", self.eta, 0, 1e9)  # eta -> inf is a limit: all noise is drawn anew
 
     @property
     def memory(self) -> int:

@@ -110,6 +110,10 @@ def test_what_is_no_state_is_refused(x):
         (lambda: pfode.sample(MIX, sampler=WRONG), "sampler: need a name or a recipe, got None"),
         (
             lambda: pfode.sample(MIX, n=2, sampler="euler-a", eta=1e300),
+            "eta: need a number of at least 0 and at most 1e\\+09",
+        ),
+        (
+            lambda: pfode.sample(MIX, n=2, sampler="dpm++2m-sde", eta=1e6),
             "eta: need a number of at least 0 and at most 100",
         ),
         (lambda: pfode.sample(MIX, n=2, sampler="euler-a", eta=NAN), "eta: need a number"),
