@@ -33,9 +33,10 @@ class Noisy(Method):
     integrator: Integrator
     eta: float = 1.0
     options: ClassVar[tuple[str, ...]] = ("eta",)
+    largest: ClassVar[float] = 1e9  # eta -> inf is a limit: all noise is drawn anew
 
     def __post_init__(self) -> None:
-        number("eta", self.eta, 0, 1e9)  # eta -> inf is a limit: all noise is drawn anew
+        number("eta", self.eta, 0, self.largest)
 
     @property
     def memory(self) -> int:
@@ -119,6 +120,8 @@ class Reverse(Noisy):
     sqrt(1 - k^2). For `sde(eta)`, k = rho^eta: DPM-Solver++(2M SDE, 3M SDE) and, with eta = tau^2 and a corrector that
     sees the same noise, SA-Solver (Xue et al. 2023, eq. 14-15).
     """
+
+    largest: ClassVar[float] = LOUDEST
 
     def chart(self, chart: Chart) -> Chart:
         return sde(self.eta)
