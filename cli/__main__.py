@@ -18,6 +18,8 @@ from pfode.cli.options import COMMANDS, EPILOG, find_command
 from pfode.cli.streams import Output, open_standard_streams
 from pfode.errors import PfodeWarning, UsageError, unknown
 
+__all__ = ["group", "main"]
+
 ELSEWHERE = {"help": "--help", "version": "--version", "generate": "sample", "draw": "sample", "list": "samplers"}
 
 

@@ -79,7 +79,7 @@ EVALS = ",".join(map(str, defaults.Bench.EVALS))
     type=FileName(),
     runs=bool,  # TorchScript is a program, too
     metavar="FILE|MODULE:NAME",
-    help="Of the distribution distances: a TorchScript Inception, a function.",
+    help="Features that the distribution distances compare: a TorchScript Inception, or a function.",
 )
 @trust_option
 @click.option("--device", default=defaults.DEVICE, metavar="auto|cpu|cuda|mps", help="Device to compute on.")

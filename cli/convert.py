@@ -20,7 +20,9 @@ __all__ = ["command"]
 @click.command(cls=Command, name="convert")
 @click.argument("source", type=FileName(), metavar="FOLDER|ID|FILE")
 @click.argument("target", type=FileName(), metavar="FILE.safetensors")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the weights in the file; by default the source's.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), help="Precision of the weights in the file; else the source's."
+)
 @click.option("--name", metavar="TEXT", help="What the model is called; by default the name of the file.")
 @click.option("--licence", metavar="TEXT", help="The licence of the weights; by default the source's.")
 @click.pass_context

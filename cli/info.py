@@ -33,9 +33,9 @@ LONG = 160  # characters of a value that are shown
 def command(ctx: click.Context, what: str, verify: bool) -> None:
     """Say what a model, a plan or a picture holds.
 
-    WHAT is a file, a folder of diffusers or its name on the hub, the name of a shipped model, or one of the words
-    `models` (those that come with pfode), `config` (every option's value and where it comes from) and `env` (versions,
-    for a bug report).
+    The argument is a file, a folder of diffusers or its name on the hub, the name of a shipped model, or one of the
+    words `models` (those that come with pfode), `config` (every option's value and where it comes from) and `env`
+    (versions, for a bug report).
     """
     words = {"models": _models, "config": _config, "env": _env}
     if what in words:

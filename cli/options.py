@@ -43,8 +43,9 @@ COMMANDS = {
 CONFIG_FILE = "pfode.toml"
 CONFIG_LIMIT = 1_000_000  # bytes
 EPILOG = f"""\b
-Values: flag > PFODE_<OPTION> in the environment > --config FILE.toml
-        > [tool.pfode] in ./pfode.toml > default.
+Where the value of an option comes from, the strongest first:
+        its flag, PFODE_<OPTION> in the environment, --config FILE.toml,
+        [tool.pfode] in ./pfode.toml, the default.
         `pfode info config` shows each value and where it comes from.
 Exit codes:
 {describe_codes()}
@@ -75,6 +76,10 @@ class Command(click.Command):
             "show_default": True,
         }
         self.epilog = EPILOG
+        for param in self.params:
+            if isinstance(param, click.Option) and param.metavar is None:
+                numbers = (click.types.IntParamType, "N"), (click.types.FloatParamType, "X")
+                param.metavar = next((metavar for kind, metavar in numbers if isinstance(param.type, kind)), None)
         self.params += [
             click.Option(
                 ["--config"],
@@ -83,7 +88,7 @@ class Command(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=_use_config,
-                help="Values for the options.",
+                help="Configuration file: values for the options.",
             ),
             _switch(["--json"], "One JSON object on stdout, also for an error."),
             _switch(["--quiet", "-q"], "No progress and no remarks on stderr."),

@@ -91,7 +91,7 @@ __all__ = ["command", "one_sheet"]
     "--guidance",
     type=Finite(-defaults.MAX_GUIDANCE, defaults.MAX_GUIDANCE),
     metavar="W",
-    help="Scale of classifier-free guidance; doubles the evals.",
+    help="Scale of classifier-free guidance, which calls the network twice as often.",
 )
 @click.option("--negative", metavar="NAME", help="Class to guide away from, instead of no class.")
 @click.option("--guidance-interval", metavar="LO,HI", help="Guide only where LO < sigma/alpha <= HI.")
@@ -127,7 +127,12 @@ __all__ = ["command", "one_sheet"]
     help="At a picture that is not finite: stop, or leave it out and exit with 5 at the end.",
 )
 @click.option("--trajectory", type=FileName(), metavar="FILE", help="Animation of the steps: .gif, .png or .webp.")
-@click.option("--like", type=FileName(), metavar="FILE.png", help="Repeat the settings of a picture; flags win.")
+@click.option(
+    "--like",
+    type=FileName(),
+    metavar="FILE.png",
+    help="Repeat a picture's settings; flags are stronger.",
+)
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:
     """Draw pictures from a score network.

@@ -36,12 +36,14 @@ __all__ = ["command"]
 @click.option("--markdown", is_flag=True, help="The page docs/samplers.md.")
 @click.pass_context
 def command(ctx: click.Context, name: str | None, markdown: bool) -> None:
-    """List the samplers: order, measured order, network calls per step, charts, source; or show one, by its NAME; of
-    auto what it takes.
+    """List the samplers, or show the one of this NAME.
 
-    The order is that from exact starting values, in brackets, where it differs, that of the sampler starting by itself;
-    of stochastic samplers it is the weak one. Charts are coordinates to step in, the default first. Adaptive samplers
-    choose the steps of every picture by the tolerance --rtol.
+    The list has order, measured order, network calls per step, charts and source. NAME auto shows which sampler it
+    chooses for each process and number of calls.
+
+    The order holds from exact starting values; in brackets, where it differs, that of the sampler starting by itself.
+    For stochastic samplers it is the weak order. Charts are coordinates to step in, the default first. Adaptive
+    samplers choose the steps of every picture by the tolerance --rtol.
     """
     from pfode.cli.page import page
     from pfode.samplers import ADAPTIVE, CATALOGUE

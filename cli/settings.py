@@ -14,7 +14,7 @@ from pfode.errors import FileError, UsageError, unknown
 __all__ = [
     "DTYPES",
     "KEPT",
-    "MAX_SAMPLES",
+    "MAX_PICTURES",
     "OF_A_TOLERANCE",
     "OF_FIXED_STEPS",
     "OF_THE_GUIDANCE",
@@ -48,7 +48,7 @@ RECORDED = (
 )  # fmt: skip
 KEPT = ("model", "sampler", "init")  # names of files that a picture keeps
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}  # and torch's names
-MAX_SAMPLES = 1_000_000
+MAX_PICTURES = 1_000_000  # of one run; Python has its own limit, `settle.MAX_SAMPLES`
 
 
 def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
@@ -278,8 +278,8 @@ def parse_seeds(text: str) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < 2**64:
             raise UsageError(f"--seeds: cannot read {part!r:.60}", "--seeds 0-63,80")
-        if last - first + len(seeds) >= MAX_SAMPLES:
-            raise UsageError(f"--seeds: more than {MAX_SAMPLES} seeds", "several runs with a part each")
+        if last - first + len(seeds) >= MAX_PICTURES:
+            raise UsageError(f"--seeds: more than {MAX_PICTURES} seeds", "several runs with a part each")
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):
         raise UsageError("--seeds: a seed appears twice", "each seed is one picture: name it once")
@@ -303,8 +303,8 @@ def seed_range(seed: int, n: int) -> list[int]:
     Raises:
         UsageError: too many, or seeds of more than 64 bits.
     """
-    if n > MAX_SAMPLES:
-        raise UsageError(f"--n {n}: more than {MAX_SAMPLES} pictures", "several runs with a --seed each")
+    if n > MAX_PICTURES:
+        raise UsageError(f"--n {n}: more than {MAX_PICTURES} pictures", "several runs with a --seed each")
     if seed + n > 2**64:
         raise UsageError(f"--seed {seed}: {n} seeds from there on pass 2^64 - 1", f"--seed {2**64 - n}")
     return list(range(seed, seed + n))

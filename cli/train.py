@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pfode.scores.training.dataset import Data
     from pfode.scores.training.trainer import Trainer
 
+__all__ = ["command"]
+
 PROCESSES = {
     "edm": "EDM", "vp": "VP", "flow": "Flow", "ve": "VE", "sub-vp": "SubVP", "vp-cosine": "VPCosine",
 }  # fmt: skip
@@ -32,19 +34,16 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 
 
 @click.command(cls=Command, name="train")
-@click.option(
-    "--data", type=FileName(), default="digits", show_default=True, metavar=FORMS, help="Pictures to train on."
-)
+@click.option("--data", type=FileName(), default="digits", metavar=FORMS, help="Pictures to train on.")
 @click.option(
     "--size",
     type=click.IntRange(4, 256),
     default=32,
-    show_default=True,
     help="Side in pixels that pictures of files are resized to.",
 )
 @click.option("--font", type=FileName(), metavar="FILE", help="Font of the emoji, if not Debian's.")
 @click.option("--listing", type=FileName(), metavar="FILE", help="emoji-test.txt, if not Debian's.")
-@click.option("--process", type=click.Choice(list(PROCESSES)), default="edm", show_default=True, help="Noise process.")
+@click.option("--process", type=click.Choice(list(PROCESSES)), default="edm", help="Noise process.")
 @click.option(
     "--prediction", type=click.Choice(PREDICTIONS), help="What the network predicts. [default: by the process]"
 )
@@ -52,53 +51,43 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
     "--sigma-data",
     type=Finite(0),
     default=0.5,
-    show_default=True,
     help="Standard deviation of the data, for --prediction edm.",
 )
 @click.option("--widths", metavar="LIST", help="Channels of each resolution, such as 32,96,128. [default: by the size]")
 @click.option("--blocks", metavar="LIST", help="Residual blocks of each resolution, such as 1,2,2.")
 @click.option("--attention", metavar="LIST", help="Resolutions with self-attention, such as 8,16; 0 for none.")
-@click.option(
-    "--dropout", type=Finite(0), default=0.0, show_default=True, help="Dropout probability inside the residual blocks."
-)
-@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="Optimiser steps.")
+@click.option("--dropout", type=Finite(0), default=0.0, help="Dropout probability inside the residual blocks.")
+@click.option("--steps", type=click.IntRange(1), default=2000, help="Optimiser steps.")
 @click.option(
     "--batch",
     type=click.IntRange(1),
     default=64,
-    show_default=True,
     help="Pictures per optimiser step, over all processes.",
 )
 @click.option(
     "--accum",
     type=click.IntRange(1),
     default=1,
-    show_default=True,
     help="Parts of a batch whose gradients are accumulated.",
 )
-@click.option("--lr", type=Finite(0), default=1e-3, show_default=True, help="Peak learning rate.")
+@click.option("--lr", type=Finite(0), default=1e-3, help="Peak learning rate.")
 @click.option(
     "--schedule",
     type=click.Choice(["cosine", "constant"]),
     default="cosine",
-    show_default=True,
     help="Schedule of the learning rate.",
 )
-@click.option(
-    "--warmup", type=click.IntRange(0), default=100, show_default=True, help="Steps over which the learning rate rises."
-)
+@click.option("--warmup", type=click.IntRange(0), default=100, help="Steps over which the learning rate rises.")
 @click.option(
     "--cooldown",
     type=click.IntRange(0),
     default=0,
-    show_default=True,
     help="Last steps, over which a constant rate falls to 0.",
 )
-@click.option("--clip", type=Finite(0), default=1.0, show_default=True, help="Norm to which gradients are clipped.")
+@click.option("--clip", type=Finite(0), default=1.0, help="Norm to which gradients are clipped.")
 @click.option(
     "--ema",
     default="0.05,0.1",
-    show_default=True,
     metavar="LIST",
     help="Widths of the weight averages, as shares of the run; the first is exported.",
 )
@@ -106,13 +95,12 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
     "--drop",
     type=Finite(0),
     default=0.1,
-    show_default=True,
     help="Probability of hiding the class, which guidance needs.",
 )
 @click.option(
     "--flip/--no-flip", default=None, help="Mirror half of the pictures. [default: classes that the data set names]"
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of every random number.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of every random number.")
 @click.option(
     "--out",
     type=FileName(),
@@ -120,19 +108,18 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
     help="Folder of the run, or the model file. [default: runs/DATA-PROCESS]",
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
-@click.option("--save-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between checkpoints.")
+@click.option("--save-every", type=click.IntRange(1), default=500, help="Steps between checkpoints.")
 @click.option(
     "--sheet-every",
     type=click.IntRange(0),
     default=0,
-    show_default=True,
     help="Steps between sheets of samples; 0 for none.",
 )
 @click.option("--tracker", metavar="LIST", help="Experiment trackers of accelerate: tensorboard, wandb ...")
 @click.option(
     "--amp/--no-amp", default=None, help="bfloat16 inside the network. [default: where the device is faster in it]"
 )
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Device to train on.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda|mps", help="Device to train on.")
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:
     """Train a score network on pictures.

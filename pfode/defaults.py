@@ -1,5 +1,7 @@
 """Defaults and limits that a function of Python and the command line both have, stated once, without an import."""
 
+__all__ = ["BATCH", "DEVICE", "MAX_GUIDANCE", "MODEL", "SAMPLES", "SEED", "STEPS", "STRENGTH", "Bench", "Fit"]
+
 MODEL = "emoji"  # of the models that come with pfode
 DEVICE = "auto"  # CUDA where it is there, else the CPU
 SAMPLES = 16  # of a run that says neither how many nor which seeds

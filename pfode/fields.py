@@ -7,6 +7,8 @@ from typing import Any
 
 from pfode.errors import UsageError, did_you_mean
 
+__all__ = ["FLAG", "REQUIRED", "Field", "checked", "either", "real", "several", "shown", "whole", "word"]
+
 REQUIRED = object()
 
 

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+__all__ = ["lazy"]
+
 
 def lazy(package: str, homes: dict[str, list[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package.

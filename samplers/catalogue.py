@@ -43,13 +43,11 @@ from pfode.tableau import HEUN2, HEUN3, MIDPOINT, RK4
 
 __all__ = [
     "CATALOGUE",
-    "DEFAULT_STEPS",
     "Recipe",
     "make_plan",
     "recipe",
 ]
 
-DEFAULT_STEPS = defaults.STEPS
 EVERY = tuple(CHARTS)
 FLAT = tuple(name for name, chart in CHARTS.items() if chart.density is None)
 
@@ -128,27 +126,11 @@ def _recipes() -> list[Recipe]:
     add("exp-rk4", RungeKutta(RK4), weighted, 3, 3, "Kutta 1901", "the same, its interpolants integrated against w")
     add("dpm-1", EULER_STEP, dpm, 1, 1, f"{DPM}, eq. 3.7", "the same as ddim")
     add("dpm-2s", midpoint, dpm, 2, 2, f"{DPM}, alg. 1", "singlestep, r1 = 1/2")
-    add(
-        "dpm-3s",
-        heun_3,
-        dpm,
-        3,
-        3,
-        f"{DPM}, alg. 2",
-        "singlestep, r1 = 1/3, r2 = 2/3",
-    )
+    add("dpm-3s", heun_3, dpm, 3, 3, f"{DPM}, alg. 2", "singlestep, r1 = 1/3, r2 = 2/3")
     add("dpm-2m", Multistep(2, variable), dpm, 2, 2, f"{DPM_PP}, on eps", "multistep")
     add("dpm-3m", Multistep(3, official), dpm, 2, 2, f"{DPM_PP}, on eps", "multistep, half the curvature as in code")
     add("dpm++2s", midpoint, plus, 2, 2, f"{DPM_PP}, alg. 1", "singlestep, r1 = 1/2")
-    add(
-        "dpm++3s",
-        heun_3,
-        plus,
-        3,
-        3,
-        f"{DPM_PP}, code",
-        "singlestep, r1 = 1/3, r2 = 2/3",
-    )
+    add("dpm++3s", heun_3, plus, 3, 3, f"{DPM_PP}, code", "singlestep, r1 = 1/3, r2 = 2/3")
     add("dpm++2m", Multistep(2, variable), plus, 2, 2, f"{DPM_PP}, alg. 2", "official (midpoint) form")
     add("dpm++2m-heun", Multistep(2, exact), plus, 2, 2, f"{DPM_PP}, code", "exact slope: as exp-ab2, res-2m")
     add("dpm++3m", Multistep(3, official), plus, 2, 2, f"{DPM_PP}, code", "official form: half the curvature")
@@ -191,15 +173,7 @@ def _recipes() -> list[Recipe]:
                 source,
                 "with UniC",
             )
-    add(
-        "res-2s",
-        midpoint_slope,
-        _first("dpm++"),
-        2,
-        2,
-        f"{RES}, alg. 1",
-        "singlestep, c2 = 1/2",
-    )
+    add("res-2s", midpoint_slope, _first("dpm++"), 2, 2, f"{RES}, alg. 1", "singlestep, c2 = 1/2")
     add("res-3s", Res3(), _first("dpm++"), 3, 3, f"{RES}; Hochbruck & Ostermann 2005, eq. 5.9", "stiff order 3")
     add("res-2m", Multistep(2, exact), plus, 2, 2, f"{RES}, alg. 2", "as exp-ab2")
     add("res-3m", Multistep(3, exact), plus, 3, 2, f"{RES}, section 4", "as exp-ab3")
@@ -296,7 +270,7 @@ def make_plan(
         if not isinstance(said, bool):
             raise UsageError(f"{name}: need True or False, got {shortened(said)}", f"{name}=True")
     count = nfe if steps is None else steps
-    chosen = auto.choose(process, DEFAULT_STEPS if count is None else int(count), guided)
+    chosen = auto.choose(process, defaults.STEPS if count is None else int(count), guided)
     if isinstance(sampler, str) and sampler == "auto":
         sampler, chart = chosen.sampler, chosen.chart if chart is None else chart
     found = sampler if isinstance(sampler, Recipe) else recipe(sampler)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pfode import noise
+from pfode import defaults, noise
 from pfode.denoiser import Denoiser, forwards
 from pfode.errors import (
     MemoryLimitError,
@@ -26,8 +26,6 @@ from pfode.plans.unrolled import spread
 from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, Stopped
 from pfode.samplers.catalogue import Recipe
 from pfode.samplers.settle import (
-    DEFAULT_BATCH,
-    DEFAULT_N,
     MAX_BYTES,
     batch_size,
     classes,
@@ -157,7 +155,7 @@ def sample(
     need_denoiser(denoiser)
     x = None if x is None else sample_states("x", x)
     every = (class_count(denoiser) or None) if isinstance(label, str) and label == "all" else None
-    seeds = seed_list(n, seed, seeds, x, every or DEFAULT_N)
+    seeds = seed_list(n, seed, seeds, x, every or defaults.SAMPLES)
     batch = batch_size(batch)
     if strength is not None:
         if init is None or start is not None:
@@ -235,7 +233,7 @@ def batches(
     init: Tensor | None = None,
     shape: Sequence[int] | None = None,
     label: int | str | Sequence[int | str | None] | Tensor | None = None,
-    batch: int = DEFAULT_BATCH,
+    batch: int = defaults.BATCH,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     brownian: bool = False,

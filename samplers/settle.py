@@ -21,11 +21,9 @@ from pfode.plans.executor import as_state
 from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers.adaptive import ADAPTIVE, Adaptive, AdaptiveRecipe, find_adaptive, make_adaptive
-from pfode.samplers.catalogue import DEFAULT_STEPS, Recipe, make_plan, recipe
+from pfode.samplers.catalogue import Recipe, make_plan, recipe
 
 __all__ = [
-    "DEFAULT_BATCH",
-    "MAX_GUIDANCE",
     "batch_size",
     "classes",
     "data_std",
@@ -42,8 +40,6 @@ __all__ = [
     "state_dtype",
 ]
 
-DEFAULT_BATCH, DEFAULT_N = defaults.BATCH, defaults.SAMPLES
-MAX_GUIDANCE = defaults.MAX_GUIDANCE
 MAX_SAMPLES = 10**7
 MAX_BYTES = 2**40  # of all samples together
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -67,7 +63,7 @@ def sample_states(name: str, x: Any) -> Tensor:
 
 
 def seed_list(
-    n: int | None, seed: int, seeds: Sequence[int] | None, x: Tensor | None, default: int = DEFAULT_N
+    n: int | None, seed: int, seeds: Sequence[int] | None, x: Tensor | None, default: int = defaults.SAMPLES
 ) -> list[int]:
     """One seed per sample: those given, else seed, seed + 1, ... for n samples, as many as x has, or the default.
 
@@ -143,7 +139,7 @@ def data_to_begin_from(init: Tensor | None, x: Tensor | None, shape: tuple[int, 
 
 def batch_size(batch: int | None) -> int:
     """Samples per denoiser call."""
-    return DEFAULT_BATCH if batch is None else integer("batch", batch, 1)
+    return defaults.BATCH if batch is None else integer("batch", batch, 1)
 
 
 def state_dtype(dtype: torch.dtype | None, x: Tensor | None) -> torch.dtype:
@@ -202,7 +198,7 @@ def prepared(denoiser: Denoiser, guidance: float | None, device: Any = None, com
     if compile:
         denoiser = _method(denoiser, "compiled", "wrap its network in torch.compile yourself")()
     if guidance is not None:
-        scale = number("guidance", guidance, -MAX_GUIDANCE, MAX_GUIDANCE)
+        scale = number("guidance", guidance, -defaults.MAX_GUIDANCE, defaults.MAX_GUIDANCE)
         if scale != 1 or hasattr(denoiser, "guided"):
             denoiser = _method(denoiser, "guided", "wrap it yourself: pfode.scores.guide")(scale)
     return denoiser
@@ -248,7 +244,7 @@ def settled(
     if found is not None:
         return found
     if steps is None and options.get("nfe") is None and isinstance(options.get("grid"), str | Grid | None):
-        steps = DEFAULT_STEPS
+        steps = defaults.STEPS
     options.setdefault("guided", getattr(denoiser, "evals", 1) > 1)
     return make_plan(sampler, denoiser.process, steps, **options)  # type: ignore[arg-type]
 

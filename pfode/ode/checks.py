@@ -12,6 +12,8 @@ from pfode.errors import UsageError, did_you_mean, unknown
 from pfode.ode.control import CONTROLLERS, PID
 from pfode.ode.solver import Solver
 
+__all__ = ["controller", "field", "finite_times", "norm", "reals", "refuse", "solver"]
+
 _ELSEWHERE = {  # what other libraries take as options of their own
     **dict.fromkeys(("first_step", "min_step", "max_step", "safety"), "controller=PID({name}=...)"),
     **dict.fromkeys(("ifactor", "dfactor"), "controller=PID(grow=10.0, shrink=0.2)"),

@@ -19,6 +19,20 @@ from torch import Tensor
 from pfode._torch import in_place_changes, storage_uses, transformed, version
 from pfode.errors import UsageError
 
+__all__ = [
+    "Context",
+    "Field",
+    "Layout",
+    "Loan",
+    "Tree",
+    "changed",
+    "leaves",
+    "rebuild",
+    "unchanged",
+    "versions",
+    "without_graph",
+]
+
 Tree = Any
 T = TypeVar("T")
 

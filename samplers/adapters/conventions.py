@@ -19,6 +19,19 @@ from pfode.errors import UsageError, integer, number, unknown
 from pfode.prediction import PREDICTIONS, Coefficient, Pair
 from pfode.process import EDM, Flow, VPDiscrete
 
+__all__ = [
+    "FLOW_MIN",
+    "Config",
+    "Convention",
+    "Discrete",
+    "Levels",
+    "Scaled",
+    "Straight",
+    "as_list",
+    "betas",
+    "convention",
+]
+
 Config = Mapping[str, Any]
 Levels = Sequence[float] | np.ndarray | Tensor
 FLOW_MIN = 1e-3  # the least time of a flow that a network is asked at

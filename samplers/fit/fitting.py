@@ -28,7 +28,6 @@ from pfode.samplers.fit.losses import LOSSES, PHASES
 from pfode.samplers.fit.parameters import Parameters
 from pfode.samplers.fit.samples import CHECK, FIT, GROUP, Group, Source
 from pfode.samplers.fit.starts import GridLike, starts, stated
-from pfode.samplers.settle import DEFAULT_BATCH
 
 __all__ = ["Progress", "fit_plan"]
 
@@ -79,7 +78,7 @@ def fit_plan(
     guidance: float | tuple[float, float] | None = None,
     seed: int = 0,
     shape: Sequence[int] | None = None,
-    batch: int = DEFAULT_BATCH,
+    batch: int = defaults.BATCH,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     cache: str | Path | None = None,
@@ -211,7 +210,7 @@ def _fit(
     start = objective.errors(first, checked)
     path = cache.path("fit", {**settings, "iterations": None, "start": first.vector.tolist()})
     state = State.load(path, parameters.size, len(phases))
-    best = objective.errors(parameters.numbers(state.best), checked)
+    best = objective.errors(parameters.numbers(state.best), checked) if state.done else start
     while True:
         say(Progress("fit", state.done, total, best.rms, best.median, start.rms, start.median))
         if (state.failed or state.stale >= PATIENCE) and state.phase + 1 < len(phases):

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfode import defaults
 from pfode.denoiser import Denoiser
 from pfode.errors import UsageError, integer, number, unknown
 from pfode.grids import Grid
 from pfode.plans.table import Plan
 from pfode.samplers.catalogue import make_plan
 from pfode.samplers.sampling import batches
-from pfode.samplers.settle import DEFAULT_BATCH, prepared
+from pfode.samplers.settle import prepared
 
 __all__ = ["Jumps", "gits", "measure_jumps"]
 
@@ -70,7 +71,7 @@ def measure_jumps(
     metric: str = "l2",
     label: int | str | Sequence[int | str] | Tensor | None = None,
     shape: Sequence[int] | None = None,
-    batch: int = DEFAULT_BATCH,
+    batch: int = defaults.BATCH,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Jumps:

@@ -11,6 +11,22 @@ import numpy as np
 
 from pfode.tableau import Tableau
 
+__all__ = [
+    "GAUSS4",
+    "GAUSS6",
+    "IMPLICIT",
+    "IMPLICIT_EULER",
+    "IMPLICIT_MIDPOINT",
+    "KVAERNO3",
+    "KVAERNO4",
+    "KVAERNO5",
+    "RADAU3",
+    "RADAU5",
+    "SDIRK2",
+    "TRAPEZOID",
+    "TRBDF2",
+]
+
 
 def _collocation(name: str, order: int, nodes: list[float], explicit: float = 0.0) -> Tableau:
     """The collocation method at these nodes, its explicit stage first (Hairer & Wanner 1996, IV.5).

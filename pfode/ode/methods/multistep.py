@@ -23,6 +23,8 @@ from pfode.ode.methods.tables import DOPRI5, DOPRI8, RK4
 from pfode.ode.solver import Dense, Step, Time, clock
 from pfode.ode.state import Field
 
+__all__ = ["ADAMS", "MOST", "Adams", "Past", "terms"]
+
 MOST = 9  # the order of a method whose starting steps have a local error of O(h^9)
 
 

@@ -16,6 +16,8 @@ from pfode.ode.methods.explicit import RungeKutta
 from pfode.ode.solver import Step, Time, column, hermite
 from pfode.ode.state import Field
 
+__all__ = ["Coupled", "ReversibleHeun"]
+
 
 @dataclass(frozen=True)
 class ReversibleHeun:

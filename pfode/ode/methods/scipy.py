@@ -17,6 +17,8 @@ from pfode.ode.solver import Step, Time, clock
 from pfode.ode.state import Field
 from pfode.optional import optional_module
 
+__all__ = ["NAMES", "Scipy"]
+
 NAMES = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _ORDERS: dict[str, int] = dict(zip(NAMES, (5, 3, 8, 5, 5, 12), strict=True))
 

@@ -14,6 +14,8 @@ from pfode.errors import UsageError
 from pfode.ode.solver import Step, Time, column, hermite
 from pfode.ode.state import Field
 
+__all__ = ["SYMPLECTIC", "Symplectic"]
+
 
 @dataclass(frozen=True, eq=False)
 class Symplectic:

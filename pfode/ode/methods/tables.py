@@ -2,6 +2,8 @@
 
 from pfode.tableau import EULER, HEUN2, HEUN3, MIDPOINT, RK4, Tableau
 
+__all__ = ["ADAPTIVE_HEUN", "BOSH3", "DOPRI5", "DOPRI8", "EXPLICIT", "FEHLBERG2", "RALSTON", "RK4_38", "TSIT5", "VERN7"]
+
 RALSTON = Tableau("ralston", 2, [[], [2 / 3]], [1 / 4, 3 / 4], error=[-3 / 4, 3 / 4], embedded=1)
 # Kutta 1901: the 3/8 rule
 RK4_38 = Tableau("rk4-38", 4, [[], [1 / 3], [-1 / 3, 1], [1, -1, 1]], [1 / 8, 3 / 8, 3 / 8, 1 / 8])
