@@ -54,7 +54,7 @@ EVALS = ",".join(map(str, defaults.Bench.EVALS))
     "--seed",
     type=click.IntRange(0),
     metavar="N",
-    help="Seed of the first sample.  [default: 1000000000]",
+    help=f"Seed of the first sample.  [default: {defaults.Bench.SEED}]",
 )
 @click.option(
     "--validation",
@@ -132,7 +132,7 @@ def find_problem(name: str, options: dict[str, Any]) -> "Problem":
         UsageError, FileError: no such model, truth or features, or samples whose shape is not known.
     """
     from pfode.header import read_header
-    from pfode.samplers.measure.problem import SEED, Problem
+    from pfode.samplers.measure.problem import Problem
     from pfode.samplers.settle import find_device
     from pfode.scores.io.find import model_path
 
@@ -148,7 +148,7 @@ def find_problem(name: str, options: dict[str, Any]) -> "Problem":
         name,
         denoiser,
         n=options["n"],
-        seed=SEED if options["seed"] is None else options["seed"],
+        seed=defaults.Bench.SEED if options["seed"] is None else options["seed"],
         validation=options["validation"],
         teacher=options["teacher"],
         truth=None if options["truth"] is None else find_truth(options["truth"], denoiser),

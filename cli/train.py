@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pfode
+from pfode import defaults
 from pfode.cli.options import Command, FileName, Finite
 from pfode.cli.settings import listed
 from pfode.cli.streams import Output, output, printable
@@ -50,57 +51,59 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 @click.option(
     "--sigma-data",
     type=Finite(0),
-    default=0.5,
+    default=defaults.Train.SIGMA_DATA,
     help="Standard deviation of the data, for --prediction edm.",
 )
 @click.option("--widths", metavar="LIST", help="Channels of each resolution, such as 32,96,128. [default: by the size]")
 @click.option("--blocks", metavar="LIST", help="Residual blocks of each resolution, such as 1,2,2.")
 @click.option("--attention", metavar="LIST", help="Resolutions with self-attention, such as 8,16; 0 for none.")
 @click.option("--dropout", type=Finite(0), default=0.0, help="Dropout probability inside the residual blocks.")
-@click.option("--steps", type=click.IntRange(1), default=2000, help="Optimiser steps.")
+@click.option("--steps", type=click.IntRange(1), default=defaults.Train.STEPS, help="Optimiser steps.")
 @click.option(
     "--batch",
     type=click.IntRange(1),
-    default=64,
+    default=defaults.Train.BATCH,
     help="Pictures per optimiser step, over all processes.",
 )
 @click.option(
     "--accum",
     type=click.IntRange(1),
-    default=1,
+    default=defaults.Train.ACCUM,
     help="Parts of a batch whose gradients are accumulated.",
 )
-@click.option("--lr", type=Finite(0), default=1e-3, help="Peak learning rate.")
+@click.option("--lr", type=Finite(0), default=defaults.Train.RATE, help="Peak learning rate.")
 @click.option(
     "--schedule",
     type=click.Choice(["cosine", "constant"]),
-    default="cosine",
+    default=defaults.Train.SCHEDULE,
     help="Schedule of the learning rate.",
 )
-@click.option("--warmup", type=click.IntRange(0), default=100, help="Steps over which the learning rate rises.")
+@click.option(
+    "--warmup", type=click.IntRange(0), default=defaults.Train.WARMUP, help="Steps over which the learning rate rises."
+)
 @click.option(
     "--cooldown",
     type=click.IntRange(0),
-    default=0,
+    default=defaults.Train.COOLDOWN,
     help="Last steps, over which a constant rate falls to 0.",
 )
-@click.option("--clip", type=Finite(0), default=1.0, help="Norm to which gradients are clipped.")
+@click.option("--clip", type=Finite(0), default=defaults.Train.CLIP, help="Norm to which gradients are clipped.")
 @click.option(
     "--ema",
-    default="0.05,0.1",
+    default=",".join(map(str, defaults.Train.EMA)),
     metavar="LIST",
     help="Widths of the weight averages, as shares of the run; the first is exported.",
 )
 @click.option(
     "--drop",
     type=Finite(0),
-    default=0.1,
+    default=defaults.Train.DROP,
     help="Probability of hiding the class, which guidance needs.",
 )
 @click.option(
     "--flip/--no-flip", default=None, help="Mirror half of the pictures. [default: classes that the data set names]"
 )
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of every random number.")
+@click.option("--seed", type=click.IntRange(0), default=defaults.Train.SEED, help="Seed of every random number.")
 @click.option(
     "--out",
     type=FileName(),
@@ -119,7 +122,7 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 @click.option(
     "--amp/--no-amp", default=None, help="bfloat16 inside the network. [default: where the device is faster in it]"
 )
-@click.option("--device", default="auto", metavar="auto|cpu|cuda|mps", help="Device to train on.")
+@click.option("--device", default=defaults.DEVICE, metavar="auto|cpu|cuda|mps", help="Device to train on.")
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:
     """Train a score network on pictures.

@@ -1,6 +1,6 @@
 """Defaults and limits that a function of Python and the command line both have, stated once, without an import."""
 
-__all__ = ["BATCH", "DEVICE", "MAX_GUIDANCE", "MODEL", "SAMPLES", "SEED", "STEPS", "STRENGTH", "Bench", "Fit"]
+__all__ = ["BATCH", "DEVICE", "MAX_GUIDANCE", "MODEL", "SAMPLES", "SEED", "STEPS", "STRENGTH", "Bench", "Fit", "Train"]
 
 MODEL = "emoji"  # of the models that come with pfode
 DEVICE = "auto"  # CUDA where it is there, else the CPU
@@ -27,9 +27,27 @@ class Fit:
     LABEL = "all"
 
 
+class Train:
+    """Of `TrainConfig` and `pfode train`."""
+
+    SIGMA_DATA = 0.5  # standard deviation of the data, of the prediction "edm"
+    STEPS = 2000  # of the optimiser
+    BATCH = 64  # pictures in one of them
+    ACCUM = 1  # parts of a batch
+    RATE = 1e-3  # of learning, the highest
+    SCHEDULE = "cosine"
+    WARMUP = 100  # steps
+    COOLDOWN = 0  # steps
+    CLIP = 1.0  # of the gradient's norm
+    EMA = (0.05, 0.1)  # widths of the averages, as shares of the run
+    DROP = 0.1  # share of the pictures without their class
+    SEED = 0
+
+
 class Bench:
     """Of `bench` and `pfode bench`."""
 
+    SEED = 1_000_000_000  # of the first measured sample, far from those that people draw
     EVALS = (3, 4, 5, 6, 8, 10, 15, 20)
     SAMPLES = 256
     VALIDATION = 64  # samples, others, that choose among alternatives

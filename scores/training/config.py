@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from pfode import defaults
 from pfode.errors import UsageError, unknown
 from pfode.prediction import PREDICTIONS
 from pfode.process import EDM, VE, Flow, Process, from_config
@@ -71,24 +72,24 @@ class TrainConfig:
     network: UNetConfig
     process: dict[str, Any]
     prediction: str = ""
-    sigma_data: float = 0.5
+    sigma_data: float = defaults.Train.SIGMA_DATA
     levels: str = ""
     level_mean: float = -1.2
     level_std: float = 1.2
-    steps: int = 2000
-    batch: int = 64
-    accum: int = 1
-    rate: float = 1e-3
-    schedule: str = "cosine"
-    warmup: int = 100
-    cooldown: int = 0
+    steps: int = defaults.Train.STEPS
+    batch: int = defaults.Train.BATCH
+    accum: int = defaults.Train.ACCUM
+    rate: float = defaults.Train.RATE
+    schedule: str = defaults.Train.SCHEDULE
+    warmup: int = defaults.Train.WARMUP
+    cooldown: int = defaults.Train.COOLDOWN
     beta2: float = 0.99
     decay: float = 0.0
-    ema: tuple[float, ...] = (0.05, 0.10)
-    drop: float = 0.1
+    ema: tuple[float, ...] = defaults.Train.EMA
+    drop: float = defaults.Train.DROP
     flip: tuple[str, ...] = ()
-    clip: float = 1.0
-    seed: int = 0
+    clip: float = defaults.Train.CLIP
+    seed: int = defaults.Train.SEED
     amp: bool = False
 
     def __post_init__(self) -> None:
