@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from pfode.ode.state import Field
+from pfode.tableau import Tableau
 
-__all__ = ["RMS", "Dense", "Solver", "Step", "Time", "clock", "column", "hermite"]
+__all__ = ["RMS", "Dense", "OfTableau", "Solver", "Step", "Time", "clock", "column", "hermite"]
 
 Time = float | Tensor
 
@@ -86,7 +87,30 @@ class Solver(Protocol):
         """The carry at (t, y); `slope` is f(t, y) where it is known already."""
         ...
 
-    def step(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: Any) -> Step: ...
+    def step(self, field: Field, t0: Time, t1: Time, y0: Tensor, carry: Any) -> Step:
+        """The step from t0 to t1, from the state y0 and its carry."""
+        ...
+
+
+class OfTableau:
+    """What every solver with a tableau says of itself."""
+
+    tableau: Tableau
+
+    @property
+    def name(self) -> str:
+        """The tableau's name."""
+        return self.tableau.name
+
+    @property
+    def order(self) -> int:
+        """The order of convergence."""
+        return self.tableau.order
+
+    @property
+    def error_order(self) -> int:
+        """The error estimate is O(h^error_order); 0 without one."""
+        return self.tableau.error_order if len(self.tableau.error) else 0
 
 
 def clock(device: torch.device) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pfode._torch import version
-from pfode.ode.solver import Dense, Step, Time, clock, column
+from pfode.ode.solver import Dense, OfTableau, Step, Time, clock, column
 from pfode.ode.state import Field, Loan, changed
 from pfode.tableau import Tableau
 
@@ -52,7 +52,7 @@ def _extension(
 
 
 @dataclass(frozen=True, eq=False)
-class RungeKutta:
+class RungeKutta(OfTableau):
     """An explicit Runge-Kutta method; its carry is the derivative at the start of the step, if that is known.
 
     Args:
@@ -60,18 +60,6 @@ class RungeKutta:
     """
 
     tableau: Tableau
-
-    @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    @property
-    def order(self) -> int:
-        return self.tableau.order
-
-    @property
-    def error_order(self) -> int:
-        return self.tableau.error_order if len(self.tableau.error) else 0
 
     def init(self, field: Field, t: Time, y: Tensor, slope: Tensor | None = None) -> Tensor | None:
         if slope is None and self.tableau.fsal:

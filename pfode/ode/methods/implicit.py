@@ -24,7 +24,7 @@ from torch import Tensor
 from pfode.ode.methods.equations import Filter, Stage, Stages, attach, mix, spectrum
 from pfode.ode.methods.implicit_tables import IMPLICIT, KVAERNO5, RADAU5
 from pfode.ode.methods.newton import Found, Jacobian, Rows, damped, jacobian, newton, tolerance
-from pfode.ode.solver import Dense, Step, Time, clock, column
+from pfode.ode.solver import Dense, OfTableau, Step, Time, clock, column
 from pfode.ode.state import Field, leaves, rebuild
 from pfode.tableau import Tableau
 
@@ -96,7 +96,7 @@ class Carry(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ImplicitRungeKutta:
+class ImplicitRungeKutta(OfTableau):
     """An implicit Runge-Kutta method.
 
     Args:
@@ -108,18 +108,6 @@ class ImplicitRungeKutta:
 
     tableau: Tableau
     inner: "ImplicitRungeKutta | None" = None
-
-    @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    @property
-    def order(self) -> int:
-        return self.tableau.order
-
-    @property
-    def error_order(self) -> int:
-        return self.tableau.error_order if len(self.tableau.error) else 0
 
     @functools.cached_property
     def sequential(self) -> bool:
