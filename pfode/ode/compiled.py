@@ -24,6 +24,7 @@ from torch import Tensor
 from pfode._torch import cpp_compiler, dynamo_error, while_loop
 from pfode.errors import MissingError, UsageError
 from pfode.ode.adjoints.sources import FirstCall
+from pfode.ode.autocast import Casting
 from pfode.ode.batching import PerSample
 from pfode.ode.control import PID
 from pfode.ode.loop import FLOOR, STRETCH
@@ -174,7 +175,8 @@ def _kernel(field: Field, how: Compiled, norm: RMS | None, control: PID | None) 
     form = "" if layout.plain else repr(rebuild(layout.example, itertools.count()))
     form = form, tuple(layout.shapes), tuple(layout.dtypes)
     control = None if control is None else _unlimited(control)
-    key = (id(f), how.tableau, layout.device, layout.per_sample, form, norm, control, how.options)
+    name = (id(f.f), f.kind, f.dtype) if isinstance(f, Casting) else id(f)
+    key = (name, how.tableau, layout.device, layout.per_sample, form, norm, control, how.options)
     if key not in _kernels:
         attempt = _attempt(f, layout, how.tableau, norm)
         made = _step(attempt) if control is None else _ahead(attempt, control, how.error_order)

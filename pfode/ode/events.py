@@ -88,13 +88,17 @@ class Watch:
         field: its field.
         sign: its direction, a float or shape (batch,).
         t, y: its start, as the field takes it.
+        cast: what keeps a condition inside of the caller's torch.autocast, None where that is off.
     """
 
-    def __init__(self, events: Events, field: Field, sign: Any, t: Any, y: Tensor):
+    def __init__(
+        self, events: Events, field: Field, sign: Any, t: Any, y: Tensor, cast: Callable[..., Any] | None = None
+    ):
         listed = list(events) if isinstance(events, Sequence) else [events]
         self.events = [event if isinstance(event, Event) else Event(event) for event in listed]
         if not self.events:
             raise UsageError("events: need at least one", "events=None")
+        self.conditions = [e.condition if cast is None else cast(e.condition) for e in self.events]
         self.field, self.sign, self.batched = field, sign, field.layout.per_sample
         kind: dict[str, Any] = {"dtype": clock(y.device), "device": y.device}
         with torch.no_grad(), unchanged("a condition of events", (y,)):
@@ -115,7 +119,7 @@ class Watch:
     def _condition(self, index: int, t: Any, y: Tensor) -> Tensor:
         """The components of an event at a flat state, (k,) or (k, batch), in the clock's dtype."""
         field, counts = self.field, versions((y,))
-        value = self.events[index].condition(field.time(t), field.layout.tree(y), *field.args)
+        value = self.conditions[index](field.time(t), field.layout.tree(y), *field.args)
         if versions((y,)) != counts:
             raise changed("a condition of events")
         if not isinstance(value, Tensor) or not value.is_floating_point():

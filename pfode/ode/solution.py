@@ -10,6 +10,7 @@ from torch import Tensor
 from pfode.errors import NumericalError
 from pfode.ode.adjoints.attach import Attached
 from pfode.ode.adjoints.problem import Problem, Work
+from pfode.ode.autocast import autocast_off
 from pfode.ode.events import Hits
 from pfode.ode.records import Attempt, Counts, End, Status
 from pfode.ode.state import Tree, leaves, rebuild
@@ -90,13 +91,14 @@ class Point:
     def at(self, t: Any) -> Tree:
         """The state, a tree like y0, at a time between t0 and t1; per sample also at times of shape (batch,)."""
         attempt, ts = self._attempt, self._problem.ts
-        if isinstance(self.t0, Tensor):
-            span = attempt.u1 - attempt.u0
-            theta = torch.where(attempt.accepted, (t - attempt.u0) / torch.where(span == 0, 1.0, span), 0.0)[None]
-            flat = torch.where(attempt.accepted[:, None], attempt.step.dense(theta)[0], attempt.y)
-        else:
-            theta = torch.tensor([(t - self.t0) / (self.t1 - self.t0)], dtype=ts.dtype, device="cpu").to(ts.device)
-            flat = attempt.step.dense(theta)[0]
+        with autocast_off(ts.device):
+            if isinstance(self.t0, Tensor):
+                span = attempt.u1 - attempt.u0
+                theta = torch.where(attempt.accepted, (t - attempt.u0) / torch.where(span == 0, 1.0, span), 0.0)[None]
+                flat = torch.where(attempt.accepted[:, None], attempt.step.dense(theta)[0], attempt.y)
+            else:
+                theta = torch.tensor([(t - self.t0) / (self.t1 - self.t0)], dtype=ts.dtype, device="cpu").to(ts.device)
+                flat = attempt.step.dense(theta)[0]
         return self._problem.field.layout.tree(flat, cast=False)
 
 

@@ -14,6 +14,7 @@ from pfode.ode.adjoints.attach import attach
 from pfode.ode.adjoints.checkpoint import CheckpointTape
 from pfode.ode.adjoints.problem import NOTHING, Adjoint, Direct, Problem, Tape, detached
 from pfode.ode.adjoints.sources import FirstCall, Sources, sources
+from pfode.ode.autocast import autocast_off, casting
 from pfode.ode.compiled import Compiled
 from pfode.ode.control import PID
 from pfode.ode.events import Events, Watch
@@ -99,21 +100,27 @@ def solve(
     setup = prepare(f, y0, ts, args, options)
     if inside:
         _refuse_inside(inside, setup)
+    device = setup.field.layout.device
+    cast = casting(device)
+    setup.field.f = setup.field.f if cast is None else cast(setup.field.f)
     found = sources(f, args, params) if recording and not inside else Sources([], [], 0, False)
-    if not (inside or events is not None or not recording or isinstance(how, Direct)):
-        return _with_tape(setup, how, found, ts, throw)
-    depends = any(t.requires_grad for t in (setup.y, setup.ts, *found.tensors))
-    opaque = params is None and not isinstance(f, torch.nn.Module)
-    pure = bool(inside) or (recording and (depends or opaque))
-    setup = setup._replace(field=setup.field.within(pure=pure))
-    if pure and setup.batching.per_sample and events is None and not inside:
-        return _twice(setup, ts, throw)
-    with torch.set_grad_enabled(pure and recording):
-        schedule = setup.schedule
-        watch = None if events is None else Watch(events, setup.field, schedule.sign, schedule.start, setup.y)
-        out, end = _run(setup, watch)
-        solution = finish(setup, ts, out, end, throw)
-        return solution if watch is None else dataclasses.replace(solution, events=watch.result())
+    with autocast_off(device):
+        if not (inside or events is not None or not recording or isinstance(how, Direct)):
+            return _with_tape(setup, how, found, ts, throw)
+        depends = any(t.requires_grad for t in (setup.y, setup.ts, *found.tensors))
+        opaque = params is None and not isinstance(f, torch.nn.Module)
+        pure = bool(inside) or (recording and (depends or opaque))
+        setup = setup._replace(field=setup.field.within(pure=pure))
+        if pure and setup.batching.per_sample and events is None and not inside:
+            return _twice(setup, ts, throw)
+        with torch.set_grad_enabled(pure and recording):
+            schedule = setup.schedule
+            watch = None
+            if events is not None:
+                watch = Watch(events, setup.field, schedule.sign, schedule.start, setup.y, cast)
+            out, end = _run(setup, watch)
+            solution = finish(setup, ts, out, end, throw)
+            return dataclasses.replace(solution, events=watch.result()) if watch else solution
 
 
 def _with_tape(setup: Problem, how: Adjoint, found: Sources, ts: Any, throw: bool) -> Solution:
@@ -195,11 +202,15 @@ def steps(
     checks.refuse({name: value for name, value in options.items() if name not in known}, known)
     every = Options(method, rtol, atol, batch, controller, max_steps=max_steps, **options)
     setup = prepare(f, y0, ts, args if isinstance(args, tuple) else (args,), every)
+    device = setup.field.layout.device
+    cast = casting(device)
+    setup.field.f = setup.field.f if cast is None else cast(setup.field.f)
     attempts = advance(*setup[:4], setup.y, setup.batching)
     tree = setup.field.layout.tree
     while True:
         try:
-            attempt = next(attempts)
+            with autocast_off(device):
+                attempt = next(attempts)
         except StopIteration as stop:
             end: End = stop.value
             return end if isinstance(end.status, Tensor) else end._replace(status=Status(end.status))

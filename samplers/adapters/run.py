@@ -76,7 +76,7 @@ class Run:
         self.sums: Sums = [None] * self.table.window
         self.given: Tensor | None = None
         self.state: Tensor | None = None
-        self.version = 0
+        self.version: int | None = None
 
     def _from(self, i: int) -> Table:
         """The rows from i on, of a plan made to begin there."""

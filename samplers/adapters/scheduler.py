@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pfode import noise
-from pfode._torch import version
+from pfode._torch import in_place_changes
 from pfode.bounds import clipped, thresholded
 from pfode.errors import UsageError, number, unknown
 from pfode.optional import optional_module
@@ -364,14 +364,14 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         run.position += 1
         made = x if model_output.dtype is x.dtype else x.to(model_output.dtype)
         if not compiling:
-            run.given, run.state, run.version = made, x, version(made)
+            run.given, run.state, run.version = made, x, in_place_changes(made)
             if run.position == run.plan.nfe:
                 run.forget()
         return SchedulerOutput(prev_sample=made) if return_dict else (made,)
 
     def _state(self, run: Run, sample: Tensor) -> Tensor:
         """The sample in float32 or better: where it is what we returned, what it was before it was rounded."""
-        if sample is run.given and version(sample) == run.version:
+        if sample is run.given and run.version is not None and in_place_changes(sample) == run.version:
             return run.state  # type: ignore[return-value]
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         run.fit(x)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import pfode
-from pfode.samplers import CATALOGUE
+from pfode.ode import SOLVERS, solve, steps
+from pfode.samplers import CATALOGUE, PFODEScheduler
 from tests import problems
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,67 @@ def test_a_fit_is_the_same_in_any_surroundings():
     for name in ("meta", "float64", "autocast"):
         with SURROUNDINGS[name]():
             assert pfode.fit_plan(made, **options) == plain, name
+
+
+def solutions(method, batch):
+    """States, states between, event times and gradients of a solve that needs no product of matrices of its own."""
+
+    def field(t, y):
+        return torch.stack([-y[..., 0] + 2 * y[..., 1], -2 * y[..., 0] - y[..., 1]], -1)
+
+    fixed = {} if method.startswith("scipy:") or SOLVERS[method].error_order else {"step_size": 0.1}
+    options = {"method": method, "batch": batch, "rtol": 1e-4, "atol": 1e-6, **fixed}
+    y0 = DATA.flip(1)
+    yield solve(field, y0, [0.0, 0.5, 1.0], **options).ys
+    if not method.startswith("scipy:"):
+        y = y0.clone().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            yield torch.autograd.grad(solve(field, y, [0.0, 1.0], **options).y.sum(), y)[0]
+        yield solve(field, y0, [0.0, 2.0], events=lambda t, y: y.flatten(1)[:, 0] - 0.1, **options).events[0].t
+        yield from (point.at(0.5 * (point.t0 + point.t1)) for point in steps(field, y0, [0.0, 1.0], **options))
+
+
+@pytest.mark.parametrize("batch", ["joint", "per-sample"])
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "abm4", "kvaerno5", "radauIIA5", "reversible-heun", "scipy:RK45"])
+def test_solutions_are_the_same_in_any_surroundings(method, batch):
+    expected = list(solutions(method, batch))
+    for name, surroundings in SURROUNDINGS.items():
+        if name == "inference" and len(expected) > 1:  # gradients are asked for
+            continue
+        with surroundings():
+            found = list(solutions(method, batch))
+        for ours, plain in zip(found, expected, strict=True):
+            assert ours.dtype == plain.dtype, name
+            assert torch.equal(ours.nan_to_num(), plain.nan_to_num()), name
+
+
+def test_what_the_caller_wrote_keeps_its_autocast():
+    net, seen = torch.nn.Linear(2, 2), []
+
+    def noted(t, y):
+        seen.append(net(y).dtype)
+        return -y
+
+    with torch.autocast("cpu", torch.bfloat16):
+        solve(noted, DATA, [0.0, 1.0], events=lambda t, y: noted(t, y)[0, 0] - 5)
+        list(steps(noted, DATA, [0.0, 1.0]))
+        assert torch.is_autocast_enabled("cpu")
+    assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["unipc3", "ddim", "heun", "dpm++2m-sde"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pipeline_in_inference_mode(name, dtype):
+    """There torch does not count changes in place: a state that was scaled in place is not taken for what it was."""
+    made = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            scheduler, y = PFODEScheduler(sampler=name), DATA.to(dtype)
+            scheduler.set_timesteps(6)
+            for i, t in enumerate(scheduler.timesteps):
+                y = scheduler.step(0.1 * y, t, y, torch.Generator().manual_seed(i)).prev_sample.mul_(1.5)
+            made.append(y.float())
+    assert torch.equal(*made)
 
 
 @pytest.mark.parametrize("folder", ["pfode", "samplers"])

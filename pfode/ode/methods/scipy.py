@@ -89,7 +89,7 @@ class Scipy:
         def to_state(values: Any) -> Tensor:
             """(..., n) in float64 -> (..., *state.shape)."""
             ahead = np.shape(values)[:-1]
-            made = torch.as_tensor(np.array(values)).to(y0.device, real.dtype).reshape(*ahead, *real.shape)
+            made = torch.from_numpy(np.array(values)).to(y0.device, real.dtype).reshape(*ahead, *real.shape)
             return torch.view_as_complex(made) if y0.is_complex() else made
 
         def slope(t: float, values: Any) -> Any:
