@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from pfode.errors import FileError
 from pfode.fields import shown
-from pfode.files import read_file
+from pfode.files import open_regular, read_file
 from pfode.header import SIZES
 
 __all__ = ["Refused", "Storage", "Stored", "Tensor", "numbers", "read"]
@@ -94,6 +94,9 @@ def read(path: str | os.PathLike[str]) -> Any:
         FileError: it cannot be read, is broken, or asks for anything else, which the message names.
     """
     file = Path(path)
+    with open_regular(file) as stream:
+        if stream.peek(1)[:1] not in _BY_BYTE:  # zeros, gigabytes of them in a download that was not finished
+            raise FileError(f"{file}: not a network pickle: truncated or no pickle (byte 0)", HINT)
     data = read_file(file, MAX_BYTES, "a pickle")
     try:
         stream = io.BytesIO(data)

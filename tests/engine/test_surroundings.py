@@ -16,7 +16,7 @@ from tests import problems
 
 ROOT = Path(__file__).parents[2]
 FACTORIES = {"tensor", "arange", "linspace", "logspace", "zeros", "ones", "eye", "full", "empty", "rand", "randn"}
-FACTORIES |= {"randint", "randperm", "tril_indices", "triu_indices"}
+FACTORIES |= {"randint", "randperm", "tril_indices", "triu_indices", "as_tensor"}
 DATA = torch.tensor([[0.3, -0.4], [1.0, 0.2]])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfode.compat.torchdiffeq.problem import checked, need
+from pfode.compat.torchdiffeq.problem import checked, in_memory, need
 from pfode.compat.torchdiffeq.stepping import field_of, solve_options
 from pfode.ode import steps
 
@@ -25,7 +25,7 @@ def odeint_dense(
     options: dict[str, Any] | None = None,
 ) -> Callable[[Tensor], Any]:
     """The solution between t0 and t1 as a function of times: shape () gives a state, (m,) states (m, *y0.shape)."""
-    t = torch.stack([torch.as_tensor(t0), torch.as_tensor(t1)]).reshape(-1)
+    t = torch.stack([in_memory(t0), in_memory(t1)]).reshape(-1)
     problem = checked(func, y0, t, rtol, atol, method, options, None)
     options_of_solve = solve_options(problem)
     for name in ("norm", "throw", "adjoint"):
@@ -35,11 +35,11 @@ def odeint_dense(
     first, sign = float(t[0]), problem.sign
 
     def dense(t_eval: Tensor) -> Any:
-        times = torch.as_tensor(t_eval, dtype=torch.float64).reshape(-1)
+        times = torch.as_tensor(t_eval, dtype=torch.float64, device="cpu").reshape(-1)
         inside = ((times - first) * sign >= 0) & ((ends[-1] - times) * sign >= 0)
         need(inside.all(), f"invalid interpolation, fails `t0 <= t <= t1`: {first}, {t_eval}, {float(ends[-1])}")
         which = torch.searchsorted(ends * sign, times * sign).tolist()
         found = [points[k].at(time).to(problem.y0.dtype) for k, time in zip(which, times.tolist(), strict=True)]
-        return problem.tree(torch.stack(found).reshape(*torch.as_tensor(t_eval).shape, *problem.y0.shape))
+        return problem.tree(torch.stack(found).reshape(*in_memory(t_eval).shape, *problem.y0.shape))
 
     return dense

@@ -11,7 +11,18 @@ from torch import Tensor
 from pfode.compat.torchdiffeq.names import CALLBACKS, METHODS, OPTIONS, SUPPORTED
 from pfode.errors import NumericalError, PfodeError, UsageError
 
-__all__ = ["EventError", "Problem", "SolveError", "checked", "event_values", "flattened", "need", "rms", "split"]
+__all__ = [
+    "EventError",
+    "Problem",
+    "SolveError",
+    "checked",
+    "event_values",
+    "flattened",
+    "in_memory",
+    "need",
+    "rms",
+    "split",
+]
 
 
 class CheckError(UsageError, AssertionError):
@@ -135,12 +146,17 @@ def _tolerance(name: str, value: Any, shapes: list[torch.Size]) -> Any:
     if not isinstance(value, Sequence) and not (isinstance(value, Tensor) and value.ndim):
         return value
     need(len(value) == len(shapes), f"If using tupled {name} it must have the same length as the tuple y0")
-    return torch.cat([torch.as_tensor(v).expand(shape.numel()) for v, shape in zip(value, shapes, strict=True)])
+    return torch.cat([in_memory(v).expand(shape.numel()) for v, shape in zip(value, shapes, strict=True)])
+
+
+def in_memory(value: Any) -> Tensor:
+    """A tensor as it is, a number or an array on the CPU, whatever the default device."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
 def event_values(event_fn: Callable[..., Tensor], t: Tensor, y: Any) -> Tensor:
     """The components of an event function, shape (k,), real: of a condition that is true or false, 1 and -1."""
-    value = torch.as_tensor(event_fn(t, y)).reshape(-1)
+    value = in_memory(event_fn(t, y)).reshape(-1)
     if value.dtype == torch.bool:
         return torch.where(value, 1.0, -1.0)
     return value if value.is_floating_point() else value.to(torch.float32)

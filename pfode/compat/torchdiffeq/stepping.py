@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pfode.compat.torchdiffeq.names import METHODS
-from pfode.compat.torchdiffeq.problem import Problem, need
+from pfode.compat.torchdiffeq.problem import Problem, in_memory, need
 from pfode.errors import UsageError
 from pfode.ode import PID, SOLVERS, Solver, Step
 from pfode.ode.methods.multistep import MOST, Adams
@@ -60,7 +60,7 @@ def solve_options(problem: Problem, t: Tensor | None = None) -> dict[str, Any]:
         found["controller"] = control
         found.update(_marked(options, t, problem.sign))
         norm = problem.norm
-        found["norm"] = norm and (lambda state: torch.as_tensor(norm(state)))
+        found["norm"] = norm and (lambda state: in_memory(norm(state)))
         found["max_steps"] = min(int(options.get("max_num_steps", MAX_STEPS)) * (len(t) - 1), MAX_STEPS)
     elif group == "scipy":
         found["grid"] = t[[0, -1]]
@@ -89,7 +89,7 @@ def _marked(options: dict[str, Any], t: Tensor, sign: float) -> dict[str, list[f
     found = {}
     for name in ("step_t", "jump_t"):
         if options.get(name) is not None:
-            marks = torch.as_tensor(options[name]).detach().to("cpu", torch.float64).flatten()
+            marks = in_memory(options[name]).detach().to("cpu", torch.float64).flatten()
             found[name] = marks[(marks - float(t[0])) * sign >= 0].tolist()
     together = [time for marks in found.values() for time in marks]
     if len(set(together)) < len(together):
@@ -120,7 +120,7 @@ class _Callbacks:
 
     def begin(self, t0: Any, t1: Any, y0: Tensor) -> None:
         if self.problem.callbacks:
-            start, end = (torch.as_tensor(t).detach().to(y0.device, self.dtype) for t in (t0, t1))
+            start, end = (in_memory(t).detach().to(y0.device, self.dtype) for t in (t0, t1))
             y = y0.detach().view(self.problem.y0.shape).to(self.problem.y0.dtype)
             self.last = (start, self.problem.tree(y), (end - start).abs())
             self("callback_step")
@@ -156,7 +156,7 @@ class _Stepper:
 
     def step(self, field: Any, t0: Any, t1: Any, y0: Tensor, carry: Any) -> Step:
         self.callbacks.begin(t0, t1, y0)
-        start, end = (torch.as_tensor(t).detach().to(y0.device, field.layout.real) for t in (t0, t1))
+        start, end = (in_memory(t).detach().to(y0.device, field.layout.real) for t in (t0, t1))
         self.problem.inside = start, end
         step = self.solver.step(field, t0, t1, y0, carry)
         if self.interp is None:

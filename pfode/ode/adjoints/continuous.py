@@ -94,7 +94,7 @@ class _Continuous(Tape):
         if version(self.ys) != self.version:
             raise UsageError("adjoint: the states at the output times were changed in place", "ys.clone()")
         times, sign = problem.ts.tolist(), problem.schedule.sign
-        ends = set(torch.as_tensor(self.end.t, dtype=problem.ts.dtype).flatten().tolist())
+        ends = set(torch.as_tensor(self.end.t, dtype=problem.ts.dtype, device=problem.ts.device).flatten().tolist())
         if len(ends) > 1:
             raise NumericalError("adjoint: samples ended at different times, which cannot be solved backwards from")
         (last,) = ends

@@ -85,8 +85,9 @@ class ReversibleTape(ReplayTape):
         wrong = float((y - kept).abs().max() / kept.abs().max().clamp(min=torch.finfo(kept.dtype).tiny))
         most = self.how.tolerance * torch.finfo(kept.dtype).eps ** 0.5
         if not wrong <= most:
+            t0 = float(torch.as_tensor(record.t0, device="cpu").flatten()[0])
             raise NumericalError(
-                f"reversible: the state at t = {float(torch.as_tensor(record.t0).flatten()[0]):.6g} came out wrong by "
+                f"reversible: the state at t = {t0:.6g} came out wrong by "
                 f"{wrong:.1e} of its size, more than {most:.1e}: rounding errors grow on the way back, or the field "
                 "changed since the solve",
                 'Reversible(every=...) with fewer steps between anchors, float64, or adjoint="checkpoint" or "direct"',

@@ -338,7 +338,7 @@ class _Solve:
         most = None if isinstance(known, tuple) else len(known)
         made = jacobian(self.field, self.field.time(self.t0).detach(), self.y0, most)
         if wanted.ndim:
-            merged = torch.where(wanted[:, None, None], made.blocks, torch.as_tensor(known))
+            merged = torch.where(wanted[:, None, None], made.blocks, torch.as_tensor(known, device=made.blocks.device))
             made = made._replace(blocks=merged)
             self.nfe = self.nfe + wanted * (self.field.calls - calls)
         self.jacobian, self.fresh = made, self.fresh | wanted.to(self.fresh.device)

@@ -310,3 +310,11 @@ def test_files_that_cannot_be_read(tmp_path):
         file.write_bytes(zipped())
         with pytest.raises(FileError, match="is a pickle, which can run any code when read: refused"):
             pfode.load(file)
+
+
+def test_gigabytes_of_zeros_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    with open(tmp_path / "net.pkl", "wb") as file:
+        file.truncate(10 << 30)
+    monkeypatch.setattr(pickles, "read_file", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(FileError, match="not a network pickle"):
+        pickles.read(tmp_path / "net.pkl")
