@@ -17,10 +17,8 @@ from pfode.plans.table import Plan
 from pfode.prediction import PREDICTIONS
 from pfode.process import Process
 from pfode.samplers import auto
+from pfode.samplers.invertible import Bdia, Belm, Edict
 from pfode.samplers.methods import (
-    Bdia,
-    Belm,
-    Edict,
     Method,
     Multistep,
     Pndm,
