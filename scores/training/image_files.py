@@ -32,6 +32,7 @@ __all__ = ["archive", "decode", "folder"]
 
 LABELS = "dataset.json"
 MAX_LABELS = 256 << 20  # bytes of it
+FREE_LABELS = 4 << 20  # that it may have in any archive; beyond them 16 times what the archive has
 MAX_AGAIN = 1_000  # folders that are entered once more, by links
 MAX_DEPTH = 64
 FREE_PIXELS = 1 << 24  # that any picture may have; more only in a file that is long enough for them
@@ -142,7 +143,7 @@ def archive(path: Path, *, size: int = 32) -> Data:
                 else:
                     found.left_out[SPECIAL] += 1
         labels = [name for name in found.readers if PurePosixPath(name).name == LABELS]
-        opened_archive.allow(labels, MAX_LABELS)
+        opened_archive.allow(labels, min(MAX_LABELS, FREE_LABELS + 16 * opened_archive.packed))
         opened_archive.allow([name for name in found.readers if name not in labels], MAX_FILE)
         return _pictures(path, found, size)
 

@@ -344,3 +344,11 @@ def test_a_large_picture_is_read_in_bands():
     ground = Image.new("RGBA", (1300, 1200), "white")
     whole = Image.alpha_composite(ground, Image.fromarray(rows)).convert("RGB")
     assert (decode("x", stream.getvalue(), (1300, 1200)) == np.asarray(whole)).all()
+
+
+def test_labels_of_far_more_bytes_than_their_archive_are_refused_before_they_are_unpacked(tmp_path):
+    """30 kB that became 30 MB of JSON, and a gigabyte of Python's lists."""
+    content = {"00000/a.png": png(), "dataset.json": b'{"labels": [' + b"[]," * 10_000_000 + b"[]]}"}
+    zipped(tmp_path / "d.zip", content)
+    with pytest.raises(FileError, match=r"dataset\.json': 30,000,016 bytes when unpacked; at most"):
+        load_data(tmp_path / "d.zip", size=8)
