@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pfode
-from pfode import defaults
 from pfode.cli.models import model_digest
 from pfode.cli.settings import (
     DTYPES,
@@ -164,7 +163,7 @@ def prepare(options: dict[str, Any]) -> Job:
     Raises:
         PfodeError: an option that the model, the plan or the machine cannot carry out.
     """
-    from pfode.samplers.settle import classes, find_device
+    from pfode.samplers.settle import classes, find_device, usual_count
 
     device = find_device(options["device"])
     model, digest = load_model(options, device)
@@ -174,7 +173,7 @@ def prepare(options: dict[str, Any]) -> Job:
     net = guided(options, model)
     plan, plan_digest = find_plan(options, net)
     init, init_digest = read_init(options, model)
-    n = options["n"] or (len(net.labels) if options["label"] == "all" and net.labels else defaults.SAMPLES)
+    n = options["n"] or usual_count(net, options["label"])
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
     digests = {"model": digest, "sampler": plan_digest, "init": init_digest}
     job = Job(options, net, model, plan, init, digests, device, seeds)

@@ -277,7 +277,7 @@ class Adaptive:
 
         Args:
             x: shape (batch, ...). Half precision is raised to float32. Gradients flow if the caller has them enabled.
-            cond: passed on to the denoiser, which is told the time of every sample, shape (batch,).
+            cond: passed on to the denoiser, which is given the time of every sample, shape (batch,).
 
         Raises:
             UsageError: another process, a tolerance that the dtype of x does not hold, a denoiser whose output has

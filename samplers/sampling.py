@@ -19,7 +19,6 @@ from pfode.errors import (
     UnsoundWarning,
     UsageError,
 )
-from pfode.labels import class_count
 from pfode.plans.executor import Failure, Point, find_failures, iterate, not_finite, replaced, run
 from pfode.plans.table import Plan
 from pfode.plans.unrolled import spread
@@ -40,6 +39,7 @@ from pfode.samplers.settle import (
     settled,
     start_time,
     state_dtype,
+    usual_count,
 )
 
 __all__ = [
@@ -154,8 +154,7 @@ def sample(
         raise UsageError(f"nan: got {nan!r}", 'nan="raise" or nan="flag"')
     need_denoiser(denoiser)
     x = None if x is None else sample_states("x", x)
-    every = (class_count(denoiser) or None) if isinstance(label, str) and label == "all" else None
-    seeds = seed_list(n, seed, seeds, x, every or defaults.SAMPLES)
+    seeds = seed_list(n, seed, seeds, x, usual_count(denoiser, label))
     batch = batch_size(batch)
     if strength is not None:
         if init is None or start is not None:

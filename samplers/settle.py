@@ -38,6 +38,7 @@ __all__ = [
     "settled",
     "start_time",
     "state_dtype",
+    "usual_count",
 ]
 
 MAX_SAMPLES = 10**7
@@ -87,6 +88,12 @@ def seed_list(
     if not chosen or len(set(given.values())) > 1:
         raise UsageError(f"n, seeds and x disagree, or are empty: {given}", "give one of them")
     return chosen
+
+
+def usual_count(denoiser: Denoiser, label: Any) -> int:
+    """How many samples are drawn where nothing says it: one of every class for the label "all", else 16."""
+    every = class_count(denoiser) if isinstance(label, str) and label == "all" else None
+    return every or defaults.SAMPLES
 
 
 def classes(denoiser: Denoiser, label: Any, n: int) -> Tensor | None:

@@ -188,7 +188,7 @@ def _kernel(field: Field, how: Compiled, norm: RMS | None, control: PID | None) 
 
 @functools.cache
 def _unlimited(control: PID) -> PID:
-    """Without what a kernel is told at every call."""
+    """Without what a kernel is given at every call."""
     return dataclasses.replace(control, first_step=None, min_step=0.0, max_step=math.inf)
 
 

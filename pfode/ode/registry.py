@@ -1,4 +1,4 @@
-"""The names of methods and adjoints: what `solve` is told by words."""
+"""The names of methods and adjoints: what `solve` takes as words."""
 
 from pfode.errors import unknown
 from pfode.ode import checks
