@@ -86,21 +86,19 @@ def _draw(job: Job, folder: Folder, share: Share, out: Output) -> dict[str, Any]
 
 def _fill(job: Job, folder: Folder, mine: list[int], batch: int, kept: set[int], rank: int, out: Output) -> None:
     """Draw the pictures of the indices `mine` batch by batch, and write each to the folder and to its journal."""
+    from pfode.samplers.request import Beginning, Keep, Place
     from pfode.samplers.sampling import batches
 
     if not mine:
         return
-    how = job.how | {"label": [job.classes[i] for i in mine] if job.classes else None, "batch": batch}
+    label = [job.classes[i] for i in mine] if job.classes else None
+    beginning = Beginning(init=job.init, label=label, brownian=job.options["brownian"])
+    place, seeds = Place(batch, job.dtype, job.device), [job.seeds[i] for i in mine]
     size, done = batch, 0
     journal = folder.journal(rank)
     with PictureBar(len(mine), out) as progress:
-        for part in batches(
-            job.net,
-            seeds=[job.seeds[i] for i in mine],
-            **how,
-            callback=progress if progress.visible and job.fixed else None,
-            nan="flag",
-        ):
+        keep = Keep(progress if progress.visible and job.fixed else None, nan="flag")
+        for part in batches(job.net, job.plan, seeds, beginning, place, keep):
             if not job.fixed:
                 progress.bar.update(len(part.x))
             if part.stats["batch"] < size:

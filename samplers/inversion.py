@@ -18,6 +18,7 @@ process's own.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,9 @@ from pfode.plans.table import Plan
 from pfode.process import float64
 from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, find_adaptive
 from pfode.samplers.catalogue import Recipe
+from pfode.samplers.request import Label, Place, Stepping
 from pfode.samplers.sampling import non_finite, sample
-from pfode.samplers.settle import batch_size, classes, find_device, prepared, sample_states, settled, state_dtype
+from pfode.samplers.settle import classes, prepared, sample_states, settled, state_dtype
 
 __all__ = [
     "Pair",
@@ -41,6 +43,7 @@ __all__ = [
     "encode",
 ]
 
+FAMILIAR = "sampler, steps, nfe, grid, chart"  # what an error names of the options that settle a plan
 SPACING = 2.0**-40  # of the data, and of the state before it
 COARSER = 2.0**2, 2.0**12  # by how much either may grow where spacings fall from there towards the noise
 MOST = 2.0**51  # multiples of a spacing that a float64 state tells apart, whatever the spacing
@@ -98,14 +101,15 @@ def encode(
     if find_adaptive(sampler) is not None:
         p = denoiser.process
         start, stop = (p.t_min if stop is None else stop), (p.t_max if start is None else start)
-    made = _plan(denoiser, plan, sampler, steps, nfe, grid, chart, start, stop, options)
+    given = {"nfe": nfe, "grid": grid, "chart": chart, "start": start, "stop": stop, **options}
+    made = _plan(denoiser, Stepping(sampler, steps, plan, options=given, familiar=FAMILIAR))
     if isinstance(made, Adaptive):
         if _falls(made):
             hint = "make_adaptive(..., start=process.t_min, stop=process.t_max)"
             raise UsageError(f"{made.name} would go from t = {made.start:g} down to {made.stop:g}", hint)
         return sample(denoiser, x=x, plan=made, label=label, batch=batch, dtype=dtype, device=device).x
     if _paired(made):
-        return Pair(*_in_batches(_backwards, made, denoiser, [x], label, batch, device))
+        return Pair(*_in_batches(_backwards, made, denoiser, [x], label, Place(batch, dtype, device)))
     if _falls(made):
         if plan is not None:
             hint = "make_plan(sampler, process, grid=plan.times.flip(0))"
@@ -150,7 +154,8 @@ def decode(
         UsageError: as `encode`; a pair for a recipe that takes none, or the other way round. NumericalError.
     """
     denoiser = prepared(denoiser, guidance, device)
-    made = _plan(denoiser, plan, sampler, steps, nfe, grid, chart, start, stop, options)
+    given = {"nfe": nfe, "grid": grid, "chart": chart, "start": start, "stop": stop, **options}
+    made = _plan(denoiser, Stepping(sampler, steps, plan, options=given, familiar=FAMILIAR))
     if not _falls(made):
         raise UsageError(f"plan {made.name!r} leads from data to noise: decode needs one whose times fall")
     if _paired(made) != (isinstance(z, tuple) and len(z) == 2):
@@ -158,7 +163,7 @@ def decode(
         raise UsageError(f"{made.name} decodes {takes}", "z = encode(...), with the sampler that is to decode it")
     if isinstance(made, Adaptive) or not isinstance(z, tuple):
         return sample(denoiser, x=z, plan=made, label=label, batch=batch, dtype=dtype, device=device).x  # type: ignore[arg-type]
-    return _in_batches(_onward, made, denoiser, z, label, batch, device)[-1].to(state_dtype(dtype, z[0]))
+    return _in_batches(_onward, made, denoiser, z, label, Place(batch, dtype, device))[-1].to(state_dtype(dtype, z[0]))
 
 
 States = Iterator[tuple[int, Tensor, Tensor]]  # the number of the state evaluated; the new one in multiples; itself
@@ -193,17 +198,15 @@ def _onward(plan: Plan, denoiser: Denoiser, cond: dict[str, Any], x: Tensor, pre
 
 
 def _in_batches(
-    walk: Walk, plan: Plan, denoiser: Denoiser, states: Sequence[Tensor], label: Any, batch: Any, device: Any
+    walk: Walk, plan: Plan, denoiser: Denoiser, states: Sequence[Tensor], label: Label, place: Place
 ) -> list[Tensor]:
     """The last two states of a walk, the last of all at the end."""
     states = [sample_states("states", x) for x in states]
     if len({x.shape for x in states}) > 1:
         raise UsageError(f"need tensors of one shape (n, ...), got {[tuple(x.shape) for x in states]}")
     n = len(states[0])
-    batch = batch_size(batch)
+    batch, where = place.size, place.device_of(denoiser, states[0])
     labels = classes(denoiser, label, n)
-    where = device if device is not None else getattr(denoiser, "device", None)
-    where = find_device(states[0].device if where is None else where)
     ends: list[list[Tensor]] = []
     for i in range(0, n, batch):
         some = slice(i, i + batch)
@@ -286,28 +289,13 @@ def _single(plan: Plan, k: int, j: int, t: Tensor, r: Tensor, b: Tensor) -> Plan
     )  # fmt: skip
 
 
-def _plan(
-    denoiser: Denoiser,
-    plan: Plan | Adaptive | None,
-    sampler: str | Recipe | AdaptiveRecipe,
-    steps: int | None,
-    nfe: int | None,
-    grid: Any,
-    chart: str | None,
-    start: float | None,
-    stop: float | None,
-    options: dict[str, Any],
-) -> Plan | Adaptive:
-    """The deterministic plan that is given or described."""
-    given: dict[str, Any] = {"nfe": nfe, "grid": grid, "chart": chart, "start": start, "stop": stop, **options}
-    if plan is None:
-        named = grid is None or isinstance(grid, str | Grid)
-        given |= {"final": "stop"} if named and "final" not in given else {}
-        plan = settled(denoiser, sampler, steps, **given)
-    elif not isinstance(plan, Plan | Adaptive):
-        raise UsageError(f"plan: need a Plan, got {plan!r:.60}", "make_plan(...) or Plan.load(path)")
-    elif sampler != "auto" or any(value is not None for value in (steps, *given.values())):
-        raise UsageError("plan given together with what it settles", "leave out sampler, steps, nfe, grid, chart, ...")
+def _plan(denoiser: Denoiser, stepping: Stepping) -> Plan | Adaptive:
+    """The deterministic plan that is given or described; it ends at t_min where nothing else is said."""
+    grid = stepping.options.get("grid")
+    named = grid is None or isinstance(grid, str | Grid)
+    if stepping.plan is None and named and "final" not in stepping.options:
+        stepping = replace(stepping, options={**stepping.options, "final": "stop"})
+    plan = stepping.settle(denoiser)
     if isinstance(plan, Adaptive):
         return plan
     if plan.stochastic:

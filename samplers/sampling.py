@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pfode import defaults, noise
+from pfode import noise
 from pfode.denoiser import Denoiser, forwards
 from pfode.errors import (
     MemoryLimitError,
@@ -24,19 +24,17 @@ from pfode.plans.table import Plan
 from pfode.plans.unrolled import spread
 from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, Stopped
 from pfode.samplers.catalogue import Recipe
+from pfode.samplers.request import Beginning, Keep, Place, Stepping
 from pfode.samplers.settle import (
     MAX_BYTES,
-    batch_size,
     classes,
     data_std,
     data_to_begin_from,
-    find_device,
     need_denoiser,
     prepared,
     sample_shape,
     sample_states,
     seed_list,
-    settled,
     start_time,
     state_dtype,
     usual_count,
@@ -150,46 +148,24 @@ def sample(
         UsageError: options that cannot be carried out; NumericalError: a sample that is not finite;
             MemoryLimitError: out of memory at a single sample.
     """
-    if nan not in ("raise", "flag"):
-        raise UsageError(f"nan: got {nan!r}", 'nan="raise" or nan="flag"')
+    keep = Keep(callback, trajectory, nan)
     need_denoiser(denoiser)
     x = None if x is None else sample_states("x", x)
     seeds = seed_list(n, seed, seeds, x, usual_count(denoiser, label))
-    batch = batch_size(batch)
+    place = Place(batch, dtype, device)
     if strength is not None:
         if init is None or start is not None:
             raise UsageError("strength: says how much noise init= gets, in place of start=", "give init= and no start=")
         start = start_time(denoiser.process, strength)
     denoiser = prepared(denoiser, guidance, device, compile)
     options |= {"nfe": nfe, "grid": grid, "start": start, "stop": stop, "afs": data_std(denoiser, afs)}
-    if plan is None:
-        plan = settled(denoiser, sampler, steps, fitted=fitted, final=final, **options)
-    elif not isinstance(plan, Plan | Adaptive):
-        raise UsageError(f"plan: need a Plan, got {plan!r:.60}", "make_plan(...) or Plan.load(path)")
-    elif (sampler, final) != ("auto", "denoise") or any(v is not None for v in (steps, *options.values())):
-        raise UsageError("plan given together with what it settles", "leave out sampler, steps, nfe, grid, ...")
-    text = unsound(plan)
+    options |= {} if final == "denoise" else {"final": final}
+    made = Stepping(sampler, steps, plan, fitted, options).settle(denoiser)
+    text = unsound(made)
     if text is not None:
         warnings.warn(text, UnsoundWarning, stacklevel=2)
     began = time.perf_counter()
-    parts = list(
-        batches(
-            denoiser,
-            plan,
-            seeds,
-            x=x,
-            init=init,
-            shape=shape,
-            label=label,
-            batch=batch,
-            dtype=dtype,
-            device=device,
-            brownian=brownian,
-            callback=callback,
-            trajectory=trajectory,
-            nan=nan,
-        )
-    )
+    parts = list(batches(denoiser, made, seeds, Beginning(x, init, shape, label, brownian), place, keep))
     bad, done = [], 0
     for part in parts:
         bad += [replace(flaw, index=done + flaw.index) for flaw in part.bad]
@@ -197,10 +173,10 @@ def sample(
     return Samples(
         x=torch.cat([part.x for part in parts]),
         seeds=seeds,
-        plan=plan,
+        plan=made,
         nfe=max(part.nfe for part in parts),
         evals=max(part.evals for part in parts),
-        times=plan.times,
+        times=made.times,
         bad=bad,
         trajectory=[torch.cat(states) for states in zip(*(part.trajectory for part in parts), strict=True)],
         preview=[torch.cat(outputs) for outputs in zip(*(part.preview for part in parts), strict=True)],
@@ -227,39 +203,30 @@ def batches(
     denoiser: Denoiser,
     plan: Plan | Adaptive,
     seeds: Sequence[int],
-    *,
-    x: Tensor | None = None,
-    init: Tensor | None = None,
-    shape: Sequence[int] | None = None,
-    label: int | str | Sequence[int | str | None] | Tensor | None = None,
-    batch: int = defaults.BATCH,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    brownian: bool = False,
-    callback: Callable[[Point], Tensor | None] | None = None,
-    trajectory: bool = False,
-    nan: str = "raise",
+    beginning: Beginning,
+    place: Place,
+    keep: Keep,
 ) -> Iterator[Samples]:
     """The loop of `sample`: every batch as it ends, with memory for one; `bad` counts from the batch's first sample.
 
     Args:
-        denoiser: ready to run, see `prepared`. The others are those of `sample`.
+        denoiser: ready to run, see `prepared`. plan, seeds: what to run, and one seed per sample.
+        beginning, place, keep: what to begin from, where to run, what to keep.
 
     Raises:
         as `sample`; the batches before have been handed out.
     """
     if isinstance(plan, Adaptive):
-        _refuse(plan, callback=callback is not None, trajectory=trajectory)
-    if brownian and not (isinstance(plan, Plan) and plan.stochastic):
+        _refuse(plan, callback=keep.callback is not None, trajectory=keep.trajectory)
+    if beginning.brownian and not (isinstance(plan, Plan) and plan.stochastic):
         raise UsageError(f"brownian: {plan.name} draws no noise", "leave brownian out, or a stochastic sampler")
-    dtype = state_dtype(dtype, x)
-    shape = sample_shape(denoiser, x, shape)
+    x, dtype, batch = beginning.x, state_dtype(place.dtype, beginning.x), place.size
+    shape = sample_shape(denoiser, x, beginning.shape)
     if len(seeds) * math.prod(shape) > MAX_BYTES // 4:
         raise UsageError(f"n: {len(seeds)} samples of shape {shape} are more than 1 TB", "draw them in parts")
-    init = data_to_begin_from(init, x, shape, len(seeds))
-    labels = classes(denoiser, label, len(seeds))
-    where = device if device is not None else getattr(denoiser, "device", None)
-    where = find_device(where if where is not None else x.device if x is not None else "cpu")
+    init = data_to_begin_from(beginning.init, x, shape, len(seeds))
+    labels = classes(denoiser, beginning.label, len(seeds))
+    where = place.device_of(denoiser, x)
     done = 0
     while done < len(seeds):
         began = time.perf_counter()
@@ -269,10 +236,10 @@ def batches(
         try:
             with torch.no_grad():
                 cond: dict[str, Any] = {} if labels is None else {"label": labels[some].to(where)}
-                cond |= {"brownian": True} if brownian else {}
+                cond |= {"brownian": True} if beginning.brownian else {}
                 data = None if init is None else init[some]
                 first = _first(plan, chosen, shape, dtype, where, data) if x is None else x[some].to(where, dtype)
-                drawn = _draw(plan, denoiser, first, chosen, cond, callback, trajectory)
+                drawn = _draw(plan, denoiser, first, chosen, cond, keep)
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
@@ -285,7 +252,7 @@ def batches(
                 torch.cuda.empty_cache()
             continue
         states, previews, bad, each = drawn
-        if bad and nan == "raise":
+        if bad and keep.nan == "raise":
             raise non_finite(plan, replace(bad[0], index=done + bad[0].index))
         done += len(chosen)
         yield Samples(
@@ -296,7 +263,7 @@ def batches(
             evals=forwards(denoiser, plan.t) if isinstance(plan, Plan) else int(each["evals"].max()),
             times=plan.times,
             bad=bad,
-            trajectory=states if trajectory else [],
+            trajectory=states if keep.trajectory else [],
             preview=previews,
             stats={"seconds": time.perf_counter() - began, "batch": batch, **each},
         )
@@ -326,28 +293,27 @@ def _draw(
     x: Tensor,
     seeds: list[int],
     cond: dict[str, Any],
-    callback: Callable[[Point], Tensor | None] | None,
-    trajectory: bool,
+    keep: Keep,
 ) -> _Drawn:
     if isinstance(plan, Adaptive):
         done = plan.run(denoiser, x, **cond)
         return _Drawn([done.x], [], [*done.failed], {key: getattr(done, key) for key in EACH})
     states, previews, spoilt = [x], [], []
-    if callback is None and not trajectory:
+    if keep.callback is None and not keep.trajectory:
         states = [run(plan, denoiser, x, seeds, **cond)]
     else:
         points, sent = iterate(plan, denoiser, x, seeds, **cond), None
         for _ in range(plan.steps):
             point = points.send(sent)
-            sent = callback(point) if callback else None
+            sent = keep.callback(point) if keep.callback else None
             end = replaced(point.x, sent)
-            states = [*states, end] if trajectory else [end]
-            previews += [point.x0] if trajectory else []
+            states = [*states, end] if keep.trajectory else [end]
+            previews += [point.x0] if keep.trajectory else []
             spoilt.append(~(torch.isfinite(end) & torch.isfinite(point.x0)).flatten(1).all(1))
     lost = not_finite(states[-1])
     if not lost:
         return _Drawn(states, previews, [], {})
-    found = find_failures(plan, denoiser, x, seeds, **cond) if callback is None else {}
+    found = find_failures(plan, denoiser, x, seeds, **cond) if keep.callback is None else {}
     return _Drawn(states, previews, [found.get(i) or _seen(plan, i, spoilt) for i in lost], {})
 
 

@@ -13,6 +13,7 @@ from pfode.errors import UsageError, integer, number, unknown
 from pfode.grids import Grid
 from pfode.plans.table import Plan
 from pfode.samplers.catalogue import make_plan
+from pfode.samplers.request import Beginning, Keep, Place
 from pfode.samplers.sampling import batches
 from pfode.samplers.settle import prepared
 
@@ -101,8 +102,8 @@ def measure_jumps(
         raise UsageError(f"teacher {teacher!r} is not deterministic with one call per step", 'teacher="ipndm3"')
     seeds = range(seed, seed + n)
     total = torch.zeros(plan.nfe + 1, plan.nfe + 1, dtype=torch.float64, device="cpu")
-    how: dict[str, Any] = {"label": label, "shape": shape, "dtype": dtype, "device": device, "trajectory": True}
-    for part in batches(denoiser, plan, seeds, batch=integer("batch", batch, 1), **how):
+    place = Place(integer("batch", batch, 1), dtype, device)
+    for part in batches(denoiser, plan, seeds, Beginning(shape=shape, label=label), place, Keep(trajectory=True)):
         total += _costs(plan, torch.stack(part.trajectory).flatten(2), part.preview, metric)
     unreachable = torch.ones_like(total, dtype=torch.bool).tril()
     return Jumps(plan.times, (total / n).masked_fill(unreachable, torch.inf))

@@ -19,6 +19,7 @@ from pfode.plans.table import Plan
 from pfode.samplers import auto
 from pfode.samplers.catalogue import make_plan
 from pfode.samplers.measure.metrics import RESAMPLES, Features, rounded
+from pfode.samplers.request import Beginning, Keep, Place
 from pfode.samplers.sampling import batches
 from pfode.samplers.settle import sample_shape
 from pfode.tensors import raw
@@ -138,10 +139,9 @@ class Problem:
 
     def run(self, plan: Plan, seeds: Sequence[int]) -> Tensor:
         """End points of a plan, shape (len(seeds), *shape); not finite where it failed."""
-        labels = self.labels(len(seeds))
-        how: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "batch": self.batch, "nan": "flag"}
+        beginning, place = Beginning(label=self.labels(len(seeds))), Place(self.batch, self.dtype, self.device)
         with blamed(f"model {self.name!r}"):
-            parts = [part.x.cpu() for part in batches(self.denoiser, plan, seeds, label=labels, **how)]
+            parts = [part.x.cpu() for part in batches(self.denoiser, plan, seeds, beginning, place, Keep(nan="flag"))]
         return torch.cat(parts)
 
     def probe(self) -> None:

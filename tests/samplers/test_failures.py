@@ -9,6 +9,7 @@ import torch
 import pfode
 from pfode.errors import MemoryLimitError, NumericalError
 from pfode.plans.executor import Failure
+from pfode.samplers.request import Beginning, Keep, Place
 from pfode.samplers.sampling import batches
 from tests import problems
 
@@ -131,7 +132,7 @@ def test_other_errors_pass():
 @pytest.mark.parametrize("name", ["dpm++2m", "ddpm"])
 def test_batches_are_parts_of_the_whole(name):
     plan = pfode.make_plan(name, MIX.process, 6)
-    parts = batches(MIX, plan, list(range(7, 17)), batch=4)
+    parts = batches(MIX, plan, list(range(7, 17)), Beginning(), Place(4), Keep())
     first = next(parts)
     assert torch.is_grad_enabled()
     found = [first, *parts]
