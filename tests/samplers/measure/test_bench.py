@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pfode
+from pfode import defaults
 from pfode.errors import PfodeError, UsageError
 from pfode.samplers import make_plan
 from pfode.samplers.measure import bench, metrics, problem, results
@@ -233,7 +234,7 @@ def test_the_results_say_everything(tmp_path):
     assert found["pfode"] == pfode.__version__
     assert {"torch", "numpy", "diffusers"} <= set(found["versions"])
     settings = found["beds"]["mixture-4"]
-    assert (settings["n"], settings["seed"], settings["validation"]) == (24, problem.SEED, 12)
+    assert (settings["n"], settings["seed"], settings["validation"]) == (24, defaults.Bench.SEED, 12)
     assert settings["floor"]["teacher"]["error"] > 0
     assert settings["floor"]["truth"]["energy"][0] > 0
     assert found["cells"] == result["cells"]
