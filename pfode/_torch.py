@@ -1,6 +1,6 @@
 """Every name of torch that is not public and that pfode uses: what it is for, since which torch, what serves instead.
 
-Checked with torch 2.4 and 2.13. `tests/engine/test_torch_names.py` tries each name, and its fallback without it.
+The versions are those in which the names came. `tests/engine/test_torch_names.py` tries each, and its fallback.
 """
 
 import math
