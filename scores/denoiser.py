@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from pfode._torch import in_place_changes, transformed
 from pfode.denoiser import Denoiser as DenoiserProtocol
 from pfode.denoiser import Preconditioned, Preconditioning
 from pfode.denoiser import digest as digest_of
@@ -92,6 +93,7 @@ class Denoiser(Preconditioned, Published):
             got = sorted(map(str, self.unseen))
             raise UsageError(f"unseen: need numbers of classes, or {len(self.labels or ())} for none, got {got}")
         self.data_std = self.sigma_data if prediction == "edm" else None
+        self._kept: tuple[Tensor, tuple[object, ...], Preconditioning] | None = None
         self._take(network, digest, plans)
 
     def _take(self, network: Callable[..., Tensor], digest: str | None, plans: Mapping[int, Plan] | None) -> None:
@@ -110,9 +112,21 @@ class Denoiser(Preconditioned, Published):
     def precondition(self, t: Tensor) -> Preconditioning:
         """c_in, c_noise, c_skip and c_out at times t, each of the shape and dtype of t.
 
+        Those of the last times are kept: a plan asks for the same ones at every run.
+
         Raises:
             UsageError: alpha = 0 at one of them (pure noise), where the network's output says nothing about the data.
         """
+        changes = in_place_changes(t)
+        if t.ndim == 0 or t.requires_grad or changes is None or transformed() is not None:
+            return self._precondition(t)
+        asked = (changes, self.process, self.prediction, self.sigma_data, self.time_scale)
+        kept = self._kept
+        if kept is None or kept[0] is not t or kept[1] != asked:
+            kept = self._kept = t, asked, self._precondition(t)
+        return kept[2]
+
+    def _precondition(self, t: Tensor) -> Preconditioning:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         undefined = self.prediction in ("edm", "ve") or PREDICTIONS[self.prediction].singular
         if undefined and readable(t) and bool((alpha == 0).any()):

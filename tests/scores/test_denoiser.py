@@ -188,3 +188,24 @@ def test_it_samples():
     assert out.x.shape == (3, 1, 8, 8)
     assert out.evals == 2 * out.nfe
     assert den.labels == NAMES
+
+
+def test_coefficients_of_the_last_times_are_kept_while_nothing_changes(monkeypatch):
+    den = Denoiser(lambda x, t: x, pfode.EDM(), "edm")
+    computed = []
+    plain = Denoiser._precondition
+    monkeypatch.setattr(Denoiser, "_precondition", lambda self, t: computed.append(1) or plain(self, t))
+    t = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    assert den.precondition(t) is den.precondition(t)
+    assert len(computed) == 1
+    t.mul_(2)
+    for change in ({}, {"sigma_data": 1.5}, {"process": pfode.VE(0.01, 50.0)}, {"prediction": "ve"}):
+        for name, value in change.items():
+            setattr(den, name, value)
+        for ours, fresh in zip(den.precondition(t), plain(den, t), strict=True):
+            assert torch.equal(ours, fresh)
+    den.precondition(t.clone())
+    assert len(computed) == 6
+    with torch.inference_mode():
+        kept = den.precondition(torch.ones(2, dtype=torch.float64))
+    assert torch.isfinite(kept.c_in).all()
