@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,11 @@ def test_lazy_names_exist_and_type_checkers_see_the_same(package):
         assert home == package or hasattr(importlib.import_module(home), name)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         module.nothing  # noqa: B018
+
+
+def test_the_wheel_has_every_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name for name, file in modules().items() if file.name == "__init__.py"}
+    folders = {name.rpartition(".")[0] for name, file in modules().items() if file.name != "__init__.py"}
+    assert set(project["tool"]["setuptools"]["packages"]) == packages
+    assert folders == packages
