@@ -5,14 +5,9 @@ from types import ModuleType
 
 from pfode.errors import MissingError
 
-__all__ = ["EXTRAS", "optional_module"]
+__all__ = ["optional_module"]
 
-EXTRAS = {  # package -> the extra of pyproject.toml that brings it
-    "diffusers": None,  # of the default installation, but a pipeline may take pfode with --no-deps
-    "accelerate": None,
-    "huggingface_hub": None,
-    "scipy": "ode",
-}
+_EXTRAS = {"scipy": "ode"}  # package -> the extra of pyproject.toml that brings it; the others come by default
 
 
 def optional_module(name: str, what: str) -> ModuleType:
@@ -31,6 +26,6 @@ def optional_module(name: str, what: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        extra = EXTRAS.get(package)
+        extra = _EXTRAS.get(package)
         checkout = f" (in a checkout: pip install --editable '.[{extra}]')" if extra else ""
         raise MissingError(f"{what} needs {package}", f"pip install {package}{checkout}") from error

@@ -23,7 +23,7 @@ __all__ = [
     "parts",
 ]
 
-LOUDEST = 100.0  # eta and tau of the reverse SDE, where 1 is the usual one: beyond, its exponentials leave float64
+MAX_ETA = 100.0  # eta and tau of the reverse SDE, where 1 is the usual one: beyond, its exponentials leave float64
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class AncestralMidpoint(Method):
     options: ClassVar[tuple[str, ...]] = ("eta",)
 
     def __post_init__(self) -> None:
-        number("eta", self.eta, 0, LOUDEST)
+        number("eta", self.eta, 0, MAX_ETA)
         number("r", self.r, 1e-3, 1)
 
     @property
@@ -121,7 +121,7 @@ class Reverse(Noisy):
     sees the same noise, SA-Solver (Xue et al. 2023, eq. 14-15).
     """
 
-    largest: ClassVar[float] = LOUDEST
+    largest: ClassVar[float] = MAX_ETA
 
     def chart(self, chart: Chart) -> Chart:
         return sde(self.eta)
@@ -171,7 +171,7 @@ class SaSolver(Reverse):
     options: ClassVar[tuple[str, ...]] = ("predictor", "corrector", "tau", "between")
 
     def __post_init__(self) -> None:
-        number("tau", self.tau, 0, LOUDEST)
+        number("tau", self.tau, 0, MAX_ETA)
         try:
             low, high = map(float, self.between)
         except (TypeError, ValueError):
