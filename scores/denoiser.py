@@ -117,8 +117,10 @@ class Denoiser(Preconditioned, Published):
         Raises:
             UsageError: alpha = 0 at one of them (pure noise), where the network's output says nothing about the data.
         """
+        if torch.compiler.is_compiling() or t.ndim == 0 or t.requires_grad or transformed() is not None:
+            return self._precondition(t)
         changes = in_place_changes(t)
-        if t.ndim == 0 or t.requires_grad or changes is None or transformed() is not None:
+        if changes is None:
             return self._precondition(t)
         asked = (changes, self.process, self.prediction, self.sigma_data, self.time_scale)
         kept = self._kept
