@@ -3,8 +3,8 @@
 Philox4x64 (Salmon et al. 2011) on the host, keyed by the pair; numbers are made in float64 and rounded to the dtype
 asked for, so that a float32 run and a float64 run see the same noise.
 
-Two kinds: `normal` is fresh for every draw number; `brownian` gives increments of one Brownian path per seed, so that
-plans of different steps follow the same path.
+Three kinds: `normal` is fresh for every draw number; `brownian` gives increments of one Brownian path per seed, so that
+plans of different steps follow the same path; `signs` are the random signs with which traces are estimated.
 """
 
 import math
@@ -22,11 +22,12 @@ __all__ = [
     "brownian",
     "check_seeds",
     "normal",
+    "signs",
 ]
 
 INITIAL = 0  # draw number of the initial noise; row k of a plan draws number k + 1
 DEPTH = 20  # a Brownian path is known at the multiples of 2^-DEPTH
-_FRESH, _TREE, _LEAF = range(3)  # the last counter word: draws of different kinds never meet
+_FRESH, _TREE, _LEAF, _SIGNS = range(4)  # the last counter word: draws of different kinds never meet
 
 
 def normal(
@@ -43,6 +44,31 @@ def normal(
     """
     sides = [integer("shape", side, 0) for side in shape]
     return _tensor(_keyed(seeds, draw, math.prod(sides)), sides, dtype, device)
+
+
+def signs(
+    seeds: Sequence[int],
+    nodes: Sequence[int],
+    probes: int,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Independent signs, -1 or 1 with probability 1/2 each, shape (probes, len(seeds), *shape).
+
+    Entry (k, i) depends on (seeds[i], nodes[i], k) alone: nodes number the points of a sample's path.
+
+    Raises:
+        UsageError: seeds or nodes that cannot be, or another number of nodes than of seeds.
+    """
+    size = math.prod(shape)
+    try:
+        bits = _bits(seeds, nodes, probes, size)
+    except (TypeError, ValueError, OverflowError) as error:
+        given = f"seeds {shortened(seeds)}, nodes {shortened(nodes)}"
+        raise UsageError(f"signs: {given}: {error}", "as many nodes as seeds, each from 0 to 2**64 - 1") from error
+    values = torch.from_numpy(bits).to(device=device, dtype=dtype).mul_(2).sub_(1)
+    return values.view(probes, len(seeds), *shape)
 
 
 def brownian(
@@ -127,6 +153,21 @@ def _drawn(seeds: Sequence[int], word: int, size: int, kind: int, more: int) -> 
         state["state"]["key"] = np.array([seed, word], dtype=np.uint64)
         source.state = state
         generator.standard_normal(out=row)
+    return out
+
+
+def _bits(seeds: Sequence[int], nodes: Sequence[int], probes: int, size: int) -> NDArray[np.uint8]:
+    """Random bits of shape (probes, len(seeds), size), keyed by (seed, node) and (probe, kind)."""
+    out = np.empty((probes, len(seeds), size), dtype=np.uint8)
+    source = np.random.Philox(key=0)
+    state, words = source.state, -(-size // 64)
+    for i, (seed, node) in enumerate(zip(seeds, nodes, strict=True)):
+        state["state"]["key"] = np.array([seed, node], dtype=np.uint64)
+        for k in range(probes):
+            state["state"]["counter"] = np.array([0, 0, k, _SIGNS], dtype=np.uint64)
+            source.state = state
+            raw = source.random_raw(words).astype("<u8")
+            out[k, i] = np.unpackbits(raw.view(np.uint8), bitorder="little", count=size)
     return out
 
 

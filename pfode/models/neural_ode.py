@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pfode.errors import UsageError, integer, unknown
+from pfode.flow.divergence import Exact, Hutchinson, divergence, signs
 from pfode.models.spectral import bound_spectral_norm
 from pfode.ode import Solution, solve
 
@@ -117,7 +118,7 @@ class NeuralODE(torch.nn.Module):
         if not regularised or not (self.kinetic or self.jacobian):
             found = solve(self.field, y, self.ts, **self.options)
             return Run(found.ys[-1], nothing, nothing, found)
-        probe = torch.empty_like(y).bernoulli_().mul_(2).sub_(1)
+        probe = signs(y, 1)
         along = _Regularised(self.field, self.kinetic, self.jacobian)
         options = {"norm": _first_leaf(self.options.get("batch") == "per-sample"), **self.options}
         found = solve(along, (y, nothing, nothing), self.ts, args=(probe,), **options)
@@ -161,17 +162,11 @@ class _Regularised(torch.nn.Module):
         if self.jacobian is None:
             slope, size = self.field(t, y), torch.zeros_like(nothing)
         else:
-            slope, pullback, *_ = torch.func.vjp(lambda y: self.field(t, y), y)
-            rows = probe[None] if self.jacobian == "hutchinson" else _basis(y)
-            size = torch.func.vmap(pullback)(rows)[0].square().flatten(2).sum((0, 2))
+            how, vectors = (Exact(), None) if self.jacobian == "exact" else (Hutchinson(), probe)
+            found = divergence(lambda y: self.field(t, y), y, how, vectors)
+            slope, size = found.value, found.square
         energy = slope.square().flatten(1).sum(1) if self.kinetic else torch.zeros_like(nothing)
         return slope, energy, size
-
-
-def _basis(y: Tensor) -> Tensor:
-    """The unit vectors of one sample, the same for all, shape (d, batch, ...)."""
-    d = y[0].numel()
-    return torch.eye(d, dtype=y.dtype, device=y.device).view(d, 1, *y.shape[1:]).expand(d, *y.shape)
 
 
 def _first_leaf(per_sample: bool) -> Callable[[Any], Tensor]:
