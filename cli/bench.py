@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from pfode import defaults
+from pfode.cli.model_option import choose, model_option
 from pfode.cli.options import Command, FileName
 from pfode.cli.progress import CellBar
 from pfode.cli.settings import listed
 from pfode.cli.streams import output
-from pfode.cli.trust import CodeOption, calling, import_name, names_code, trust_option
+from pfode.cli.trust import CodeOption, import_name, names_code, trust_option
 from pfode.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,16 +29,10 @@ EVALS = ",".join(map(str, defaults.Bench.EVALS))
 
 
 @click.command(cls=Command, name="bench")
-@click.option(
-    "--model",
-    cls=CodeOption,
-    runs=names_code,
-    type=FileName(),
-    multiple=True,
-    default=(defaults.MODEL,),
-    metavar="NAME|FILE|MODULE:NAME",
-    help="Model, guided as in emoji@2; an exact problem: gaussian-16, mixture-64-vp, mixture-64~0.1, digits-ideal; "
+@model_option(
+    "Model, guided as in emoji@2; an exact problem: gaussian-16, mixture-64-vp, mixture-64~0.1, digits-ideal; "
     "or a denoiser of your own, or a function that makes one.",
+    multiple=True,
 )
 @click.option(
     "--sampler",
@@ -131,18 +126,13 @@ def find_problem(name: str, options: dict[str, Any]) -> "Problem":
     Raises:
         UsageError, FileError: no such model, truth or features, or samples whose shape is not known.
     """
-    from pfode.header import read_header
     from pfode.samplers.measure.problem import Problem
     from pfode.samplers.settle import find_device
-    from pfode.scores.io.find import model_path
 
-    device, digest = find_device(options["device"]), None
+    device = find_device(options["device"])
     denoiser = find_denoiser(name)
     if hasattr(denoiser, "to"):
         denoiser = denoiser.to(device)  # type: ignore[attr-defined]
-    if getattr(denoiser, "dtype", None) is not None and ":" not in name:
-        path = model_path(name.rpartition("@")[0] or name)
-        digest = read_header(path).metadata.get("pfode.digest")
     features, features_digest = (None, None) if options["features"] is None else find_features(options["features"])
     return Problem(
         name,
@@ -154,27 +144,16 @@ def find_problem(name: str, options: dict[str, Any]) -> "Problem":
         truth=None if options["truth"] is None else find_truth(options["truth"], denoiser),
         features=features,
         features_digest=features_digest,
-        digest=digest,
         device=str(device),
         batch=options["batch"],
     )
 
 
 def find_denoiser(name: str) -> "Denoiser":
-    """The denoiser of --model."""
-    from pfode.denoiser import Denoiser
+    """The denoiser of --model, or the exact one of this name."""
     from pfode.scores.beds import bed
 
-    if not names_code(name):
-        return bed(name)
-    found = import_name("--model", name)
-    if isinstance(found, type) or (not isinstance(found, Denoiser) and callable(found)):
-        with calling("--model", name):
-            found = found()
-    if not isinstance(found, Denoiser) or not hasattr(found, "process"):
-        what = f"{type(found).__name__} is no denoiser: a callable (x, t) -> x0 with a process"
-        raise UsageError(f"--model {name}: {what}", "pfode.scores.Denoiser(network, process, prediction)")
-    return found
+    return choose(name).guided if names_code(name) else bed(name)
 
 
 def find_truth(source: str, denoiser: "Denoiser") -> "Tensor":

@@ -9,10 +9,12 @@ import click
 
 import pfode
 from pfode import defaults
+from pfode.cli.model_option import Chosen, choose, model_option
 from pfode.cli.options import Command, FileName
 from pfode.cli.progress import FitBar
 from pfode.cli.settings import DTYPES, listed
 from pfode.cli.streams import output, table
+from pfode.cli.trust import trust_option
 from pfode.errors import FileError, UsageError
 from pfode.files import lock_folder, make_folder
 
@@ -25,13 +27,11 @@ LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
 
 
 @click.command(cls=Command, name="fit")
-@click.option(
-    "--model",
-    type=FileName(),
-    default=defaults.MODEL,
-    metavar="NAME|FILE",
-    help="Model to fit to: a name of `pfode info models`, or a file.",
+@model_option(
+    "Model to fit to: a name of `pfode info models`, a file, a folder of diffusers, owner/name on the hub, or a "
+    "denoiser of your own, or a function that makes one; emoji@2 is --guidance 2."
 )
+@trust_option
 @click.option(
     "--nfe",
     default=",".join(map(str, defaults.Fit.CALLS)),
@@ -110,23 +110,24 @@ def command(ctx: click.Context, **options: Any) -> None:
 
     from pfode.samplers.fit.starts import stated
     from pfode.samplers.settle import find_device
-    from pfode.scores.io.find import model_path
 
-    path, device = model_path(options["model"]), find_device(options["device"])
-    net, folder = pfode.load(options["model"]), Path(options["out"])
+    device, model, folder = find_device(options["device"]), choose(options["model"]), Path(options["out"])
+    net = model.denoiser
     how = {key: options[key] for key in ("iterations", "n", "active", "check", "teacher", "loss", "seed", "time_only")}
     how |= {key: options[key] for key in ("parameterisation", "grid", "chart", "batch")}
-    how |= {"device": device, "dtype": getattr(torch, DTYPES[options["dtype"]]), "cache": folder / "cache"}
+    how |= {"device": device, "dtype": getattr(torch, DTYPES[options["dtype"]]), "cache": find_cache(net, folder)}
     how |= {
         "label": find_label(options["label"], net),
-        "guidance": find_range(options["guidance"]),
+        "guidance": find_range(options["guidance"], model),
     }
     starts = {nfe: [find_start(name.replace("{nfe}", str(nfe))) for name in options["start"]] for nfe in counts}
+    if how["cache"] is None:
+        out.note(f"{model.name} has no fingerprint to tell it by: a fit that is interrupted begins anew")
     make_folder(folder)
     ctx.call_on_close(lock_folder(folder, "fit").close)
     done = []
     for nfe, start in starts.items():
-        file = folder / f"{path.stem}.plan-{nfe}.safetensors"
+        file = folder / f"{model.stem}.plan-{nfe}.safetensors"
         plan = pfode.Plan.load(file) if file.exists() and not options["overwrite"] else None
         kept = plan is not None
         with FitBar(out, nfe) as progress:
@@ -154,17 +155,32 @@ def find_start(name: str) -> "str | Plan":
 
 def find_label(text: str, net: Any) -> int | str | None:
     """The label as `fit_plan` takes it: the number of a class, "all", or None for no class."""
-    return {"all": "all", "none": None}[text] if text in ("all", "none") else net.label_index(text)
+    from pfode.labels import class_count, class_index
+
+    if text in ("all", "none"):
+        return {"all": "all", "none": None}[text]
+    return class_index(getattr(net, "labels", None), text, class_count(net))
 
 
-def find_range(text: str | None) -> float | tuple[float, float] | None:
-    """The scale of --guidance, or the two ends of a range.
+def find_cache(net: Any, folder: Path) -> Path | None:
+    """The folder in which a fit is kept while it goes on; None for a denoiser that could not be told from another."""
+    from pfode.denoiser import fingerprint
+
+    return None if fingerprint(net) is None or hasattr(net, "denoiser") else folder / "cache"
+
+
+def find_range(text: str | None, model: "Chosen") -> float | tuple[float, float] | None:
+    """The scale of --guidance or of the model's name, or the two ends of a range.
 
     Raises:
-        UsageError: neither.
+        UsageError: neither, or both.
     """
     if text is None:
-        return None
+        return model.guidance
+    if model.guidance is not None:
+        raise UsageError(
+            f"--model {model.name}@{model.guidance:g} and --guidance {text:.60} exclude each other", "give one of them"
+        )
     ends = listed("--guidance", text, float, "one or two numbers", "--guidance 1,4")
     if len(ends) == 1:
         return ends[0]
@@ -179,6 +195,8 @@ def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
     Raises:
         UsageError: fitted to another model, or with other settings. FileError: no plan that `fit` wrote.
     """
+    from pfode.denoiser import fingerprint
+
     said = plan.meta.get("fitted", {})
     try:
         sound = {"iterations", "settings", "validation"} <= said.keys() and all(map(math.isfinite, _figures(said)))
@@ -188,7 +206,7 @@ def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
         raise FileError(f"{file}: no plan that pfode fit wrote", "--overwrite, or another --out")
     wanted = json.loads(json.dumps({key: how[key] for key in said.get("settings", {}) if key in how}))
     differ = [key for key, value in wanted.items() if said["settings"][key] != value]
-    if said.get("model") != net.fingerprint:
+    if said.get("model") != fingerprint(net):
         differ.insert(0, "model")
     if differ:
         other = {"model": "to another model", "begun": "from another start"}.get(differ[0])

@@ -9,14 +9,16 @@ import click
 
 import pfode
 from pfode.cli.machine import check_machine
+from pfode.cli.model_option import own
 from pfode.cli.options import Command, FileName, find_command, source
 from pfode.cli.settings import typed
 from pfode.cli.streams import output, table
+from pfode.cli.trust import names_code
 from pfode.errors import FileError, MissingError, UsageError
 from pfode.files import open_regular
 from pfode.header import Header, read_header
 from pfode.scores.io import kinds
-from pfode.scores.io.find import model_path
+from pfode.scores.io.find import guided_name, model_path
 from pfode.scores.io.shipped import shipped
 
 __all__ = ["command"]
@@ -27,15 +29,15 @@ LONG = 160  # characters of a value that are shown
 
 
 @click.command(cls=Command, name="info")
-@click.argument("what", type=FileName(), metavar="MODEL|FOLDER|PLAN|PNG|models|config|env")
+@click.argument("what", type=FileName(), metavar="MODEL|FOLDER|PLAN|PNG|MODULE:NAME|models|config|env")
 @click.option("--verify", is_flag=True, help="Recompute the digest of a model or a plan.")
 @click.pass_context
 def command(ctx: click.Context, what: str, verify: bool) -> None:
     """Say what a model, a plan or a picture holds.
 
-    The argument is a file, a folder of diffusers or its name on the hub, the name of a shipped model, or one of the
-    words `models` (those that come with pfode), `config` (every option's value and where it comes from) and `env`
-    (versions, for a bug report).
+    The argument is a file, a folder of diffusers or its name on the hub, the name of a shipped model, MODULE:NAME for a
+    denoiser of your own, or one of the words `models` (those that come with pfode), `config` (every option's value and
+    where it comes from) and `env` (versions, for a bug report).
     """
     words = {"models": _models, "config": _config, "env": _env}
     if what in words:
@@ -43,10 +45,21 @@ def command(ctx: click.Context, what: str, verify: bool) -> None:
             raise UsageError(f"--verify: {what} has no digest", "give a model or a plan")
         found, text = words[what](ctx)
     else:
-        path = model_path(what)
-        found = _file(path, verify)
+        name, guidance = guided_name(what)
+        found = _own(name, verify) if names_code(name) else _file(model_path(name), verify)
+        found |= {} if guidance is None else {"guidance": guidance}
         text = _lines(_shown(found))
     output(ctx).emit(found, text)
+
+
+def _own(name: str, verify: bool) -> dict[str, Any]:
+    """The entries for a denoiser of the user's own code."""
+    if verify:
+        raise UsageError(f"--verify: {name} is no file", "give a model or a plan")
+    check_machine()
+    from pfode.cli.models import denoiser
+
+    return {"name": name, **denoiser(own("info", name))}
 
 
 def _file(path: Path, verify: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pfode
-from pfode.cli.models import model_digest
+from pfode.cli.model_option import choose
 from pfode.cli.settings import (
     DTYPES,
     OF_THE_GUIDANCE,
@@ -23,7 +23,6 @@ from pfode.cli.settings import (
 )
 from pfode.errors import UsageError
 from pfode.header import read_header
-from pfode.scores.io.find import model_path
 from pfode.scores.io.pictures import read_picture
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ class Job:
         """The number of columns of the sheet."""
         from pfode.cli import images
 
-        classes = len(self.net.labels) if self.options["label"] == "all" else 0
+        classes = len(labels(self.net)) if self.options["label"] == "all" else 0
         return images.sheet_columns(len(self.sheet.seeds), classes)
 
     @property
@@ -167,7 +166,7 @@ def prepare(options: dict[str, Any]) -> Job:
 
     device = find_device(options["device"])
     model, digest = load_model(options, device)
-    if options["label"] is None and model.labels:
+    if options["label"] is None and labels(model):
         options = {**options, "label": "all"}
     classes(model, _label(options), 1)  # raises where there is no such class
     net = guided(options, model)
@@ -185,19 +184,24 @@ def load_model(options: dict[str, Any], device: "torch.device") -> tuple[Any, st
     """The model in its precision, with its digest; its autoencoder, if it has one, on the device.
 
     Raises:
-        PfodeError: as `pfode.load`. FileError: not the model of --like. UsageError: its samples are no pictures.
+        PfodeError: as `choose`. FileError: not the model of --like. UsageError: its samples are no pictures.
     """
     import torch
 
-    path = model_path(options["model"])
-    model: Any = pfode.load(path)
+    chosen = choose(options["model"])
+    model: Any = chosen.denoiser
     if hasattr(model, "decode"):
         model = model.to(device)
     if options["dtype"]:
+        if not hasattr(model, "to"):
+            raise UsageError(f"--dtype: {type(model).__name__} has no .to(dtype=...)", "leave it out")
         model = model.to(dtype=getattr(torch, DTYPES[options["dtype"]]))
-    digest = model_digest(path)
+    digest = chosen.digest
     check_digest(options, "model", digest)
     shape = picture_shape(model)
+    if not shape:
+        problem = f"model {options['model']!r}: does not say the shape of its samples"
+        raise UsageError(problem, "pfode.Denoiser(..., shape=(3, 32, 32)), or an attribute `shape`")
     if len(shape) != 3 or shape[0] not in (1, 3):
         problem = f"model {options['model']!r}: samples of shape {shape} are no pictures"
         raise UsageError(problem, "use pfode.sample in Python")
@@ -215,7 +219,7 @@ def read_init(options: dict[str, Any], model: Any) -> "tuple[Tensor | None, str 
     if options["init"] is None:
         return None, None
     shape = picture_shape(model)
-    if shape != model.shape:
+    if shape != tuple(model.shape):
         raise UsageError(f"--init: model {options['model']!r} draws latents, not pictures", "leave --init out")
     raw = read_picture(options["init"])
     init = images.from_picture(options["init"], raw, shape)
@@ -253,7 +257,12 @@ def _label(options: dict[str, Any]) -> str | None:
 
 def picture_shape(net: Any) -> tuple[int, ...]:
     """The shape of one picture of a model."""
-    return tuple(getattr(net, "picture_shape", net.shape) or ())
+    return tuple(getattr(net, "picture_shape", None) or getattr(net, "shape", None) or ())
+
+
+def labels(net: Any) -> Sequence[str]:
+    """The names of a model's classes; none without classes."""
+    return getattr(net, "labels", None) or ()
 
 
 def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
@@ -289,7 +298,7 @@ def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
     else:
         options |= {"seed": job.seeds[index], "n": 1}
         if job.options["label"]:
-            options["label"] = job.net.labels[job.classes[index]] if job.classes else "none"
+            options["label"] = labels(job.net)[job.classes[index]] if job.classes else "none"
     return {
         "version": pfode.__version__,
         "options": options,
@@ -320,7 +329,8 @@ def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan | Adaptive, str 
             chosen["start"] = start_time(net.process, options["strength"])
         plan = settled(net, name, fitted=options["fitted"], **chosen)
         if isinstance(plan, pfode.Plan) and "fitted" in plan.meta:
-            return plan, checked_digest(options, net.plans.files[plan.nfe])
+            files = getattr(net.plans, "files", {})
+            return plan, checked_digest(options, files[plan.nfe]) if plan.nfe in files else None
         return plan, None
     plan = pfode.Plan.load(name)
     if plan.process != net.process:
@@ -351,7 +361,7 @@ def guided(options: dict[str, Any], net: Any) -> Any:
     scale = options["guidance"]
     if scale is None:
         return net
-    if scale not in (0, 1) and options["label"] in (None, "none"):
+    if scale not in (0, 1) and labels(net) and options["label"] == "none":
         raise UsageError(f"--guidance {scale:g} needs a class to guide to", "--label all")
     interval = None if options["guidance_interval"] is None else parse_interval(options["guidance_interval"])
     rescale = options["guidance_rescale"] or 0.0

@@ -7,7 +7,7 @@ from typing import Any
 from pfode.errors import FileError
 from pfode.header import read_header
 
-__all__ = ["folder", "model_digest", "pickle"]
+__all__ = ["denoiser", "folder", "model_digest", "pickle"]
 
 CHUNK = 1 << 20
 
@@ -66,6 +66,31 @@ def pickle(path: Path) -> dict[str, Any]:
         "dtypes": sorted({str(value.dtype).removeprefix("torch.") for value in weights}),
         "bytes": path.stat().st_size,
     }
+
+
+def denoiser(den: Any) -> dict[str, Any]:
+    """The entries of `pfode info` for a denoiser in memory."""
+    from torch import nn
+
+    from pfode.denoiser import fingerprint
+    from pfode.labels import class_count
+
+    network = getattr(den, "net", den)
+    weights = list(network.parameters()) if isinstance(network, nn.Module) else []
+    found = {
+        "kind": "denoiser",
+        "architecture": type(network).__name__,
+        "process": den.process.config(),
+        "prediction": getattr(den, "prediction", None),
+        "shape": list(getattr(den, "shape", None) or ()) or None,
+        "classes": class_count(den),
+        "labels": list(getattr(den, "labels", None) or ()) or None,
+        "evals": getattr(den, "evals", 1),
+        "parameters": sum(weight.numel() for weight in weights),
+        "dtypes": sorted({str(weight.dtype).removeprefix("torch.") for weight in weights}),
+        "digest": fingerprint(den),
+    }
+    return {key: value for key, value in found.items() if value not in (None, [])}
 
 
 def model_digest(path: Path) -> str | None:

@@ -10,25 +10,25 @@ import click
 import pfode
 from pfode import defaults
 from pfode.cli.job import OF_THE_MODEL, Cost, Job, prepare, settings
+from pfode.cli.model_option import model_option
 from pfode.cli.options import Command, FileName, Finite
 from pfode.cli.outputs import check_outputs, flaws, non_finite, write
 from pfode.cli.processes import launched
 from pfode.cli.progress import PictureBar
 from pfode.cli.settings import DTYPES, format_seeds, settle
 from pfode.cli.streams import Output, output
+from pfode.cli.trust import trust_option
 from pfode.errors import OtherModelWarning, UnsoundWarning, UsageError
 
 __all__ = ["command", "one_sheet"]
 
 
 @click.command(cls=Command, name="sample")
-@click.option(
-    "--model",
-    type=FileName(),
-    default=defaults.MODEL,
-    metavar="NAME|FILE|FOLDER|ID",
-    help="Model to draw from: a name of `pfode info models`, a file, a folder of diffusers, or owner/name on the hub.",
+@model_option(
+    "Model to draw from: a name of `pfode info models`, a file, a folder of diffusers, owner/name on the hub, or a "
+    "denoiser of your own, or a function that makes one; emoji@2 is --guidance 2."
 )
+@trust_option
 @click.option("--steps", type=click.IntRange(1), default=defaults.STEPS, metavar="N", help="Number of steps.")
 @click.option("--nfe", type=click.IntRange(1), metavar="N", help="Take as many steps as fit in N denoiser calls.")
 @click.option(

@@ -9,7 +9,9 @@ import click
 from click.core import ParameterSource
 
 from pfode.cli.options import check_value
+from pfode.cli.trust import TRUST, names_code
 from pfode.errors import FileError, UsageError, unknown
+from pfode.scores.io.find import guided_name
 
 __all__ = [
     "DTYPES",
@@ -64,6 +66,7 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
         if options[name] is not None and not options[name].isprintable():
             problem = f"{flag(name)} {options[name]!r:.60}: such a name cannot be kept in a picture"
             raise UsageError(problem, "rename the file: no line breaks, control characters or broken UTF-8")
+    _take_guidance(options, ranks)
     named = options["sampler"]
     if named.endswith(".safetensors"):
         foreign, why = OF_THE_PLAN, f"with a plan file: the plan {named} has its own"
@@ -94,6 +97,23 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
     if min(ranks["seed"], ranks["n"]) < ranks["seeds"]:
         options["seeds"] = None
     return options
+
+
+def _take_guidance(options: dict[str, Any], ranks: dict[str, int]) -> None:
+    """Make --model NAME@2 --model NAME --guidance 2, unless a stronger source has another scale.
+
+    Raises:
+        UsageError: both with the same source.
+    """
+    name, scale = guided_name(options["model"])
+    if scale is None:
+        return
+    options["model"] = name
+    if ranks["guidance"] == ranks["model"]:
+        problem = f"--model {name}@{scale:g} and --guidance {options['guidance']:g} exclude each other"
+        raise UsageError(problem, "give one of them")
+    if ranks["guidance"] > ranks["model"]:
+        options["guidance"], ranks["guidance"] = scale, ranks["model"]
 
 
 def find_sampler(name: str) -> Any:
@@ -150,6 +170,9 @@ def _merge(ctx: click.Context, options: dict[str, Any], ranks: dict[str, int]) -
                 options[key], ranks[key] = param.type_cast_value(ctx, value), 1
             except click.BadParameter as error:
                 raise FileError(f"{path}: pfode: options: {key}: {error.message}") from error
+    if ranks["model"] == 1 and names_code(options["model"]) and not options[TRUST]:
+        problem = f"{path}: pfode: options: model: {options['model']!r:.60} would run Python code"
+        raise FileError(problem, f"--model {options['model']} on the command line, or --trust-python")
     digests = {"model": settings["model"].get("digest"), "sampler": settings.get("plan"), "init": settings.get("init")}
     for value in digests.values():
         if value is not None and not isinstance(value, str):

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from pfode.errors import FileError, UsageError
 
-__all__ = ["CodeOption", "calling", "check_sources", "import_name", "names_code", "trust_option"]
+__all__ = ["TRUST", "CodeOption", "calling", "check_sources", "import_name", "names_code", "trust_option"]
 
 TRUST = "trust_python"
 
@@ -34,8 +34,8 @@ class CodeOption(click.Option):
 
 
 def names_code(value: str) -> bool:
-    """Whether a value is MODULE:NAME, and not the path of a file with a colon in it."""
-    return ":" in value and not os.path.exists(value)
+    """Whether a value is MODULE:NAME, and not the path of a file with a colon in it, a model of a hub or an address."""
+    return ":" in value and not value.startswith("hf:") and "://" not in value and not os.path.exists(value)
 
 
 def trust_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,6 +80,9 @@ def import_name(option: str, name: str) -> Any:
         UsageError: no such module, or nothing of this name in it.
     """
     module, _, attribute = name.partition(":")
+    if module.endswith(".py"):
+        right = module.removesuffix(".py").strip("./").replace("/", ".")
+        raise UsageError(f"{option} {name}: a module is named without .py", f"{option} {right}:{attribute}")
     with calling(option, name):
         try:
             return getattr(importlib.import_module(module), attribute)

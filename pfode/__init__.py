@@ -15,8 +15,8 @@ __getattr__, __dir__ = lazy(
         "ode": ["solve"],
         "plans.executor": ["iterate", "run"],
         "plans.table": ["Plan"],
-        "samplers": ["decode", "encode", "fit_plan", "make_plan", "sample"],
-        "scores": ["from_pipeline", "load"],
+        "samplers": ["PFODEScheduler", "decode", "encode", "fit_plan", "make_plan", "sample"],
+        "scores": ["Denoiser", "from_pipeline", "load"],
     },
 )
 
@@ -41,10 +41,12 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode.process import SubVP as SubVP
     from pfode.process import VPCosine as VPCosine
     from pfode.process import VPDiscrete as VPDiscrete
+    from pfode.samplers import PFODEScheduler as PFODEScheduler
     from pfode.samplers import decode as decode
     from pfode.samplers import encode as encode
     from pfode.samplers import fit_plan as fit_plan
     from pfode.samplers import make_plan as make_plan
     from pfode.samplers import sample as sample
+    from pfode.scores import Denoiser as Denoiser
     from pfode.scores import from_pipeline as from_pipeline
     from pfode.scores import load as load

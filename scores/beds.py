@@ -137,15 +137,14 @@ def _digits(process: Process) -> Empirical:
 
 def _network(name: str) -> Denoiser:
     """A model by its name or file, with guidance where the name ends in @scale."""
-    from pfode.scores.guidance import guide
+    from pfode.scores.io.find import guided_name, model_path
     from pfode.scores.io.load import load
 
-    model, at, scale = name.rpartition("@")
     try:
-        net = load(model if at else name)
+        model_path(guided_name(name)[0])
     except UsageError as error:
-        raise UsageError(f"unknown test bed {name!r:.200}", HINT) from error
-    return guide(net, number("guidance", _float(name, scale))) if at else net
+        raise UsageError(f"unknown test bed {name!r:.200}", error.hint if "@" in name else HINT) from error
+    return load(name)
 
 
 def _float(name: str, text: str) -> float:

@@ -9,10 +9,34 @@ from pfode.files import open_regular, shown
 from pfode.optional import optional_module
 from pfode.scores.io.shipped import SELF_CONTAINED, shipped
 
-__all__ = ["model_path"]
+__all__ = ["guided_name", "model_path"]
 
 HUB_NAME = re.compile(r"(?:hf:)?([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,100}))?")
+SCALE = re.compile(r"[+-]?(\d{1,6}(\.\d*)?|\.\d+)")  # a number of more digits is a revision of a hub
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def guided_name(model: str | os.PathLike[str]) -> tuple[str, float | None]:
+    """A model argument without its guidance, and the scale: ("emoji", 2.0) for "emoji@2"; None where none is given.
+
+    After "owner/name" of a hub a number is guidance, too, and anything else a revision; a tag that looks like a number
+    is written "@refs/tags/2".
+
+    Raises:
+        UsageError: something else than a number after a model that has no revisions.
+    """
+    try:
+        name = os.fsdecode(model)
+    except TypeError as error:
+        raise UsageError(f"model: expected a name or a path, got {type(model).__name__}") from error
+    head, _, scale = name.rpartition("@")
+    if not head or os.path.lexists(name):
+        return name, None
+    if SCALE.fullmatch(scale):
+        return head, float(scale)
+    if head in shipped() or os.path.lexists(head):
+        raise UsageError(f"model {name!r:.200}: after @ stands the scale of the guidance, a number", f"{head}@2")
+    return name, None
 
 
 def model_path(model: str | os.PathLike[str]) -> Path:
@@ -38,6 +62,10 @@ def model_path(model: str | os.PathLike[str]) -> Path:
             raise FileError(f"{shown(file)}: is a pickle, which can run any code when read: refused", hint)
         open_regular(file).close()
         return file
+    if "://" in name:
+        place = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", name)
+        hint = f"its name on the hub: {place[1]}" if place else "download it and give the file"
+        raise UsageError(f"model {name!r:.200}: an address is not read", hint)
     if not name.isprintable():
         raise UsageError(f"unknown model {name!r:.200}", did_you_mean(name, known))
     found = HUB_NAME.fullmatch(name)

@@ -87,12 +87,13 @@ def test_a_value_that_names_no_code_may_come_from_anywhere(cli, tmp_path):
     assert cli(*BENCH).code == 0
 
 
+@pytest.mark.parametrize("module", ["pfode", "pfode.cli"])
 @pytest.mark.parametrize("safe", [False, True])
-def test_python_m_takes_no_module_from_the_working_folder(tmp_path, safe):
+def test_python_m_takes_no_module_from_the_working_folder(tmp_path, safe, module):
     """What `python -m` puts on the path is taken off before anything is imported; `-P` leaves nothing to take off."""
     for name in ("click", "tqdm", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('ran')")
-    words = [sys.executable, *(["-P"] if safe else []), "-m", "pfode.cli", "--version"]
+    words = [sys.executable, *(["-P"] if safe else []), "-m", module, "--version"]
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
