@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "": ["errors", "flow", "grids", "noise", "ode", "samplers", "scores"],
+        "": ["brownian", "errors", "flow", "grids", "noise", "ode", "samplers", "scores"],
         "errors": ["PfodeError"],
         "process": ["EDM", "VE", "VP", "Flow", "Process", "SubVP", "VPCosine", "VPDiscrete"],
         "ode": ["solve"],
@@ -21,6 +21,7 @@ __getattr__, __dir__ = lazy(
 )
 
 if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py compares the lists
+    from pfode import brownian as brownian
     from pfode import errors as errors
     from pfode import flow as flow
     from pfode import grids as grids

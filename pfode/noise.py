@@ -8,7 +8,9 @@ plans of different steps follow the same path; `signs` are the random signs with
 """
 
 import math
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +20,19 @@ from torch import Tensor
 from pfode.errors import UsageError, integer, number, shortened
 
 __all__ = [
+    "AREA",
     "INITIAL",
+    "PATH",
     "brownian",
     "check_seeds",
     "normal",
+    "rows",
     "signs",
 ]
 
 INITIAL = 0  # draw number of the initial noise; row k of a plan draws number k + 1
 DEPTH = 20  # a Brownian path is known at the multiples of 2^-DEPTH
-_FRESH, _TREE, _LEAF, _SIGNS = range(4)  # the last counter word: draws of different kinds never meet
+_FRESH, _TREE, _LEAF, _SIGNS, PATH, AREA = range(6)  # the last counter word: draws of different kinds never meet
 
 
 def normal(
@@ -145,15 +150,33 @@ def _keyed(seeds: Sequence[int], word: int, size: int, kind: int = _FRESH, more:
 
 
 def _drawn(seeds: Sequence[int], word: int, size: int, kind: int, more: int) -> NDArray[np.float64]:
-    out = np.empty((len(seeds), size))
-    source = np.random.Philox(key=0)
-    generator, state = np.random.Generator(source), source.state
+    return rows(seeds, [word] * len(seeds), (size,), kind, more)
+
+
+def rows(
+    seeds: Sequence[int], words: Sequence[int], shape: Sequence[int], kind: int, more: int = 0
+) -> NDArray[np.float64]:
+    """Standard normal numbers of shape (len(seeds), *shape): row i is keyed by (seeds[i], words[i]), (more, kind)."""
+    out = np.empty((len(seeds), *shape))
+    source, generator, state = _generator()
     state["state"]["counter"] = np.array([0, 0, more, kind], dtype=np.uint64)
-    for row, seed in zip(out, seeds, strict=True):  # a new key in the fresh state: quicker than a new generator
+    for row, seed, word in zip(out, seeds, words, strict=True):  # a new key in the fresh state: quicker than a new one
         state["state"]["key"] = np.array([seed, word], dtype=np.uint64)
         source.state = state
         generator.standard_normal(out=row)
     return out
+
+
+_own = threading.local()
+
+
+def _generator() -> tuple[np.random.Philox, np.random.Generator, Any]:
+    """This thread's generator, its source and the source's fresh state, a new copy to be written in."""
+    if not hasattr(_own, "made"):
+        source = np.random.Philox(key=0)
+        _own.made = source, np.random.Generator(source), source.state
+    source, generator, fresh = _own.made
+    return source, generator, {**fresh, "state": dict(fresh["state"])}
 
 
 def _bits(seeds: Sequence[int], nodes: Sequence[int], probes: int, size: int) -> NDArray[np.uint8]:
