@@ -7,6 +7,7 @@ from torch import nn
 
 from pfode.errors import UsageError
 from pfode.scores.networks import diffusers, edm
+from pfode.scores.networks.mlp import MLPConfig
 from pfode.scores.networks.unet import UNet, UNetConfig
 
 __all__ = ["build"]
@@ -23,9 +24,11 @@ def build(architecture: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
         if name == "UNet":
             return UNet(UNetConfig.from_json(fields))
+        if name == "MLP":
+            return MLPConfig.from_json(fields).make()
         if name in edm.NETWORKS:
             return edm.NETWORKS[name](**fields)
     if name in diffusers.NETWORKS:
         return diffusers.build(name, fields)
-    known = ", ".join(("UNet", *edm.NETWORKS, *diffusers.NETWORKS))
+    known = ", ".join(("UNet", "MLP", *edm.NETWORKS, *diffusers.NETWORKS))
     raise UsageError(f"architecture: unknown network {name!r:.60}", f"known: {known}")

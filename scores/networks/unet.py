@@ -78,6 +78,11 @@ class UNetConfig:
         if self.parameters() > MAX_PARAMETERS:
             raise UsageError(f"network: widths: about {self.parameters():,} parameters; at most {MAX_PARAMETERS:,}")
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one picture: (channels, size, size)."""
+        return self.channels, self.size, self.size
+
     def parameters(self) -> int:
         """An upper estimate of the number of parameters, without building the network."""
         widest = max(self.widths)

@@ -1,15 +1,17 @@
 """The configuration of a training run, checked when it is made; kept with checkpoints and models."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pfode import defaults
 from pfode.errors import UsageError, unknown
 from pfode.prediction import PREDICTIONS
 from pfode.process import EDM, VE, Flow, Process, from_config
+from pfode.scores.networks.mlp import MLPConfig
 from pfode.scores.networks.unet import UNetConfig
 from pfode.scores.training.levels import LEVELS, usual_levels
+from pfode.scores.training.objectives import Denoising, Objective, objective
 
 __all__ = ["TrainConfig", "usual_network"]
 
@@ -42,7 +44,7 @@ class TrainConfig:
     """Everything that decides the result of a run, besides the data.
 
     Args:
-        network: configuration of the `UNet`; see `usual_network`.
+        network: configuration of the `UNet`, see `usual_network`; of the `MLP` for points.
         process: the noise process, as `Process.config()` gives it.
         prediction: what the network returns: "edm", "x0", "eps", "score", "v" or "flow"; "" chooses by the process:
             "edm" for EDM and VE, "flow" for Flow, else "eps".
@@ -64,12 +66,13 @@ class TrainConfig:
         clip: largest norm of the gradient.
         seed: of every random number of the run.
         amp: bfloat16 autocast inside the network; weights, averages and optimiser stay float32.
+        objective: what is minimised: see `pfode.scores.training.objectives`.
 
     Raises:
         UsageError: a value of another type or out of range, named by its field.
     """
 
-    network: UNetConfig
+    network: UNetConfig | MLPConfig
     process: dict[str, Any]
     prediction: str = ""
     sigma_data: float = defaults.Train.SIGMA_DATA
@@ -91,6 +94,7 @@ class TrainConfig:
     clip: float = defaults.Train.CLIP
     seed: int = defaults.Train.SEED
     amp: bool = False
+    objective: Objective = field(default_factory=Denoising)
 
     def __post_init__(self) -> None:
         process = from_config(self.process)
@@ -121,10 +125,15 @@ class TrainConfig:
             "flip", isinstance(self.flip, tuple) and all(isinstance(n, str) for n in self.flip), self.flip, "names"
         )
         _require("amp", isinstance(self.amp, bool), self.amp, "True or False")
+        _require("objective", isinstance(self.objective, Objective), self.objective, "a value such as Denoising()")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
-        return json.loads(json.dumps({**asdict(self), "network": self.network.to_json()}))
+        kept = {one.name: getattr(self, one.name) for one in fields(self)}
+        kept |= {"network": self.network.to_json(), "objective": self.objective.config()}
+        if self.objective == Denoising():
+            del kept["objective"]
+        return json.loads(json.dumps(kept))
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainConfig":
@@ -137,8 +146,12 @@ class TrainConfig:
         for key in value:
             if key not in known:
                 raise unknown("training field", key, known)
-        plain = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-        return cls(**{**plain, "network": UNetConfig.from_json(value["network"])})
+        plain: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        network = MLPConfig if value["network"].get("name") == "MLP" else UNetConfig
+        plain["network"] = network.from_json(value["network"])
+        if "objective" in plain:
+            plain["objective"] = objective(value["objective"])
+        return cls(**plain)
 
 
 def usual_network(

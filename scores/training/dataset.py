@@ -54,6 +54,10 @@ class Data:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, index: list[int]) -> Tensor:
+        """The pictures of these numbers in [-1, 1], (n, channels, size, size) in float64."""
+        return self.images[torch.tensor(index)].to(torch.float64) / 127.5 - 1
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of one picture: (channels, size, size)."""

@@ -1,6 +1,6 @@
 """A training run: optimiser, averages, metrics, checkpoints; survives any kill and resumes bit for bit.
 
-What is drawn is a function of the seed and the position (see `objective`), so that neither the number of processes nor
+What is drawn is a function of the seed and the position (see `batches`), so that neither the number of processes nor
 an interruption changes it, and a checkpoint needs no random state.
 """
 
@@ -25,12 +25,14 @@ from pfode.journal import Journal
 from pfode.optional import optional_module
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.save import save
+from pfode.scores.networks.mlp import MLPConfig
 from pfode.scores.networks.unet import UNet
 from pfode.scores.training.averages import average
+from pfode.scores.training.batches import Batch, unseen_classes
 from pfode.scores.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
 from pfode.scores.training.config import TrainConfig
 from pfode.scores.training.dataset import Data
-from pfode.scores.training.objective import Batch, problem, unseen_classes
+from pfode.scores.training.points import Points
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,7 +78,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        data: Data,
+        data: Data | Points,
         folder: str | os.PathLike[str] | None = None,
         *,
         resume: bool = False,
@@ -95,7 +97,7 @@ class Trainer:
         self.batch = Batch(config, data)
         self.step, self.seconds = 0, 0.0
         torch.manual_seed(config.seed)
-        self.net = UNet(config.network)
+        self.net = network(config)
         self.model: Any = self.accelerator.prepare_model(self.net)
         weights = {name: p.detach() for name, p in self.net.named_parameters()}
         self.ema = {width: {name: value.clone() for name, value in weights.items()} for width in config.ema}
@@ -103,6 +105,9 @@ class Trainer:
             self.net.parameters(), lr=config.rate, betas=(0.9, config.beta2), weight_decay=config.decay, fused=True
         )
         self.den = self._denoiser(self.model)
+        config.objective.check(self.den)
+        if config.objective.alone and processes > 1:
+            raise UsageError(f"objective {type(config.objective).__name__}: trains in one process, not in {processes}")
         self.folder = None if folder is None else Path(folder)
         self.metrics = None if folder is None else Journal(Path(folder) / METRICS, "a training run's", "remove it")
         self.damaged: list[FileError] = []  # checkpoints that were passed over
@@ -151,7 +156,7 @@ class Trainer:
 
     def denoiser(self, width: float | None = None) -> Denoiser:
         """A denoiser with the averaged weights (the first width by default), in evaluation mode; a copy."""
-        net = UNet(self.config.network).to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = network(self.config).to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         net.load_state_dict(self.ema[self.config.ema[0] if width is None else width])
         return self._denoiser(net.eval().requires_grad_(False))
 
@@ -196,15 +201,11 @@ class Trainer:
         """Add the gradient of this process's share of one part of the batch; returns its loss, over `accum`."""
         config, device = self.config, self.accelerator.device
         start = part * (config.batch // config.accum) + self.first * self.share
-        x0, noise, t, label = self.batch.draw(self.step, range(start, start + self.share))
-        x, c, target = problem(self.den, x0, noise, t)
-        scaled, c_noise = c.c_in.reshape(-1, 1, 1, 1) * x, c.c_noise
-        extra = {} if label is None else {"label": label.to(device)}
+        example = self.batch.example(self.step, range(start, start + self.share))
         last = part == config.accum - 1  # the processes exchange their gradients with the last part only
         together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
         with together, torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            out = self.model(scaled.float().to(device), c_noise.float().to(device), **extra)
-            loss = (out.float() - target.float().to(device)).square().mean() / config.accum
+            loss = config.objective.loss(self.den, example, device).mean() / config.accum
             self.accelerator.backward(loss)
         return loss.detach()
 
@@ -331,16 +332,23 @@ class Trainer:
             self.metrics.remove()
 
 
-def _check_fit(config: TrainConfig, data: Data) -> None:
+def network(config: TrainConfig) -> torch.nn.Module:
+    """A new network of a configuration."""
+    return config.network.make() if isinstance(config.network, MLPConfig) else UNet(config.network)
+
+
+def _check_fit(config: TrainConfig, data: Data | Points) -> None:
     """Refuse a network that does not fit the data, and classes that the data do not have.
 
     Raises:
         UsageError: see above.
     """
-    shape = (config.network.channels, config.network.size, config.network.size)
+    shape = config.network.shape
     if shape != data.shape or config.network.classes != len(data.names):
         network = f"training: a network for {shape} with {config.network.classes} classes"
         raise UsageError(f"{network} does not fit data of {data.shape} with {len(data.names)}")
+    if config.flip and isinstance(data, Points):
+        raise UsageError("training: flip: points have no mirror images", "flip=()")
     for name in config.flip:
         if name != "*" and name not in data.names:
             raise UsageError(f"training: flip: no class {name!r:.60}", did_you_mean(name, ("*", *data.names)))

@@ -12,8 +12,8 @@ from pfode.errors import UnseenLabelWarning, UsageError
 from pfode.labels import class_indices
 from pfode.scores import guide, load, save
 from pfode.scores.denoiser import Denoiser
+from pfode.scores.training.batches import unseen_classes
 from pfode.scores.training.data import Data
-from pfode.scores.training.objective import unseen_classes
 from pfode.scores.training.trainer import Trainer
 from pfode.scores.wrapping import clip
 from tests.scores import pickled
