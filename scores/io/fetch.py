@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from pfode.errors import FileError, MissingError, UsageError
-from pfode.scores.io.layout import parts
+from pfode.scores.io.layout import LEFT_OUT, TEXT_PIPELINES, parts, read_json, stem, variants
 from pfode.scores.io.shipped import SELF_CONTAINED
 
 __all__ = ["fetch", "own_file"]
@@ -28,11 +28,15 @@ SMALL = [
 WEIGHTS = ["diffusion_pytorch_model*.safetensors", "*-of-*.safetensors"]
 
 
-def fetch(name: str, revision: str | None = None, **options: Any) -> Path:
+def fetch(
+    name: str, revision: str | None = None, *, prompts: bool = False, variant: str | None = None, **options: Any
+) -> Path:
     """The folder of a model of the hub: first its configurations, then the weights that `pfode.load` reads.
 
     Args:
-        name: "owner/name". options: of `huggingface_hub.snapshot_download` (token, cache_dir, local_files_only, ...).
+        name: "owner/name".
+        prompts: whether a pipeline under prompts is wanted, and fetched; variant: of its weights, such as "fp16".
+        options: of `huggingface_hub.snapshot_download` (token, cache_dir, local_files_only, ...).
 
     Raises:
         MissingError: it is neither in the cache nor can it be fetched; FileError: it is of another kind.
@@ -42,12 +46,30 @@ def fetch(name: str, revision: str | None = None, **options: Any) -> Path:
     folder = _download(name, allow_patterns=[*SMALL, SELF_CONTAINED], **options)
     if os.path.isfile(folder / SELF_CONTAINED):
         return folder
+    file = folder / "model_index.json"
+    pipeline = read_json(file).get("_class_name") if os.path.exists(file) else None
+    if prompts and isinstance(pipeline, str) and pipeline in TEXT_PIPELINES:
+        return _fetch_parts(name, folder, [k for k in TEXT_PIPELINES[pipeline] if k not in LEFT_OUT], variant, options)
     index, network, _ = parts(folder)
     places = [network, folder / "vae"] if "vae" in index else [network]
     prefixes = ["" if place == folder else f"{place.name}/" for place in places]
     return _download(
         name, allow_patterns=[*SMALL, *(prefix + pattern for prefix in prefixes for pattern in WEIGHTS)], **options
     )
+
+
+def _fetch_parts(name: str, folder: Path, keys: list[str], variant: str | None, options: dict[str, Any]) -> Path:
+    """The parts of a pipeline under prompts; a part that has not the variant in its plain form, and the other way."""
+    texts = [f"{key}/*.{ending}" for key in keys for ending in ("json", "txt", "model")]
+    for wanted in (variant, None if variant else "fp16"):
+        lacking = [key for key in keys if not variants(folder / key, stem(key)) and not key.startswith("tokenizer")]
+        dotted = f".{wanted}" if wanted else ""
+        middles = ("", "-*-of-*") if wanted is None else ("", "-?????-of-?????")
+        names = [f"{key}/{stem(key)}{part}" for key in lacking for part in {f"{m}{dotted}" for m in middles}]
+        names += [f"{key}/{stem(key)}{dotted}-?????-of-?????" for key in lacking]
+        if lacking:
+            folder = _download(name, allow_patterns=[*SMALL, *texts, *(f"{n}.safetensors" for n in names)], **options)
+    return folder
 
 
 def _download(name: str, **options: Any) -> Path:

@@ -39,8 +39,13 @@ def guided_name(model: str | os.PathLike[str]) -> tuple[str, float | None]:
     return name, None
 
 
-def model_path(model: str | os.PathLike[str]) -> Path:
+def model_path(model: str | os.PathLike[str], prompts: bool = False, variant: str | None = None) -> Path:
     """What is behind a model argument, on the disk: a file, or a folder that pfode or diffusers saved.
+
+    Args:
+        model: a name, a path, or the name of a model of the hub.
+        prompts: whether there will be prompts; a pipeline that needs some is not fetched without.
+        variant: of the weights to fetch of it, such as "fp16".
 
     Raises:
         UsageError: an unknown name. FileError: no such file, or one that is not read.
@@ -73,7 +78,7 @@ def model_path(model: str | os.PathLike[str]) -> Path:
         optional_module("huggingface_hub", f"model {name!r}: no such file or folder; a model of a hub")
         from pfode.scores.io.fetch import fetch
 
-        return model_path(fetch(found[1], found[2]))
+        return model_path(fetch(found[1], found[2], prompts=prompts, variant=variant))
     if not Path(name).suffix:
         hint = f"a .safetensors file, a folder, owner/name on the hub, or a shipped model ({did_you_mean(name, known)})"
         raise UsageError(f"unknown model {name!r:.200}", hint)

@@ -1,10 +1,11 @@
 """What a safetensors file is that pfode did not write, told by the names of its tensors, without importing torch."""
 
 from pfode.header import Header
+from pfode.scores.io.layout import TEXT_PIPELINES
 
-__all__ = ["kind"]
+__all__ = ["kind", "pipeline_of"]
 
-SINGLE_FILE = "pipe = diffusers.{}.from_single_file(FILE); den = pfode.from_pipeline(pipe, prompt=...)"
+SINGLE_FILE = "it takes a prompt: pfode.load(FILE, prompt='a cat', base=FOLDER), or diffusers.{}.from_single_file(FILE)"
 FOLDER = "give the folder that diffusers saved, with its config.json"
 # beginnings of names that are there, what the file is then, and what to do with it; the first that fits
 _KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
@@ -26,7 +27,7 @@ _KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("double_blocks.", "single_blocks."),
         "a single-file checkpoint of Flux",
-        SINGLE_FILE.format("FluxPipeline") + ", with transformer= and the text encoders of the folder",
+        SINGLE_FILE.format("FluxPipeline"),
     ),
     (("first_stage_model.",), "a single-file autoencoder", FOLDER),
     (("down_blocks.", "conv_in."), "the weights of a network of diffusers", FOLDER),
@@ -45,3 +46,9 @@ def kind(header: Header) -> tuple[str, str]:
         if all(any(name.startswith(start) for name in names) for start in beginnings):
             return what, hint
     return "", ""
+
+
+def pipeline_of(header: Header) -> str | None:
+    """The class of diffusers that a single-file checkpoint is a pipeline of; None for any other file."""
+    hint = kind(header)[1]
+    return next((name for name in TEXT_PIPELINES if hint == SINGLE_FILE.format(name)), None)

@@ -4,6 +4,7 @@ Nothing of a folder is executed, and only regular files are read.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,28 @@ from pfode.errors import FileError
 from pfode.fields import shown
 from pfode.files import parse_json, read_file
 
-__all__ = ["PIPELINES", "parts", "read_json", "weight_files"]
+__all__ = ["LEFT_OUT", "PIPELINES", "TEXT_PIPELINES", "parts", "read_json", "stem", "variants", "weight_files"]
 
 STEM = "diffusion_pytorch_model"
 MAX_JSON = 8 << 20  # bytes; an index of shards names every tensor
 PIPELINES = {
     "DDPMPipeline": "unet", "DDIMPipeline": "unet", "PNDMPipeline": "unet", "DiTPipeline": "transformer"
+}  # fmt: skip
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "scheduler")  # no weights that a picture needs
+TEXT_PIPELINES = {  # those under prompts, and what they consist of
+    "StableDiffusionPipeline": (
+        "unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"
+    ),
+    "StableDiffusionXLPipeline": (
+        "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"
+    ),
+    "StableDiffusion3Pipeline": (
+        "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2",
+        "tokenizer_3", "scheduler",
+    ),
+    "FluxPipeline": (
+        "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"
+    ),
 }  # fmt: skip
 
 
@@ -36,7 +53,10 @@ def parts(folder: Path) -> tuple[dict[str, Any], Path, Path | None]:
         name = index.get("_class_name")
         component = PIPELINES.get(name) if isinstance(name, str) else None
         if component is None:
-            hint = "pipe = diffusers.DiffusionPipeline.from_pretrained(...); pfode.from_pipeline(pipe, prompt=...)"
+            if name in TEXT_PIPELINES:
+                hint = "it takes a prompt: pfode.load(FOLDER, prompt='a cat'), or pfode.from_pipeline(pipe, prompt=...)"
+            else:
+                hint = "pipe = diffusers.DiffusionPipeline.from_pretrained(...); pfode.from_pipeline(pipe, ...)"
             raise FileError(f"{index_file}: _class_name: {shown(name)} is none of {', '.join(PIPELINES)}", hint)
         vae = "vae" if name == "DiTPipeline" else None
         for key in (component, "scheduler", *([vae] if vae else [])):
@@ -111,3 +131,15 @@ def weight_files(place: Path) -> tuple[list[Path], dict[str, Path] | None, Path]
         hint = "write it as safetensors where you trust it: model.save_pretrained(folder, safe_serialization=True)"
         raise FileError(f"{pickles[0]}: is a pickle, which can run any code when read: refused", hint)
     raise FileError(f"{plain}: no such file", f"the folder holds no {STEM}.safetensors")
+
+
+def stem(key: str) -> str:
+    """How the files of weights of a pipeline's part begin: those of diffusers, and of transformers."""
+    return "model" if key.startswith("text_encoder") else STEM
+
+
+def variants(place: Path, stem: str) -> set[str | None]:
+    """The variants of weights in a folder, by the names of their files: None for the plain ones, "fp16", ..."""
+    shards = r"(?:-\d{1,6}-of-\d{1,6})?"
+    pattern = re.compile(rf"{re.escape(stem)}{shards}(?:\.([\w]+))?{shards}\.safetensors")
+    return {found[1] for found in map(pattern.fullmatch, os.listdir(place) if os.path.isdir(place) else []) if found}

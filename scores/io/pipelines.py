@@ -1,8 +1,7 @@
 """Pipelines of diffusers as denoisers: the network under a prompt, in the pipeline's latent space, and its decoder."""
 
-import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,110 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from pfode.compat.schedules import NOISE, Stated, stated
+from pfode.denoiser import digest
 from pfode.errors import UsageError, integer, number
 from pfode.scores.latent import Autoencoder, LatentDenoiser
 from pfode.scores.networks.diffusers import Adapter
+from pfode.scores.networks.prompted import Conditions, Prompted, call_flux, call_sd3, call_unet
 
-__all__ = ["PipelineDenoiser", "Prompted", "from_pipeline"]
+__all__ = ["PipelineDenoiser", "from_pipeline", "prompted"]
 
-Conditions = Mapping[str, Tensor]
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
-# ---- how each network is called
+class PipelineDenoiser(LatentDenoiser):
+    """The denoiser of a text-to-image pipeline: a `LatentDenoiser` with the prompts and the guidance built in.
 
-
-def call_unet(model: Any, x: Tensor, t: Tensor, c: Conditions) -> Tensor:
-    """The output of a `UNet2DConditionModel` (Stable Diffusion, SDXL) for states x at network times t, under c."""
-    added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]} if "pooled" in c else None
-    words = {"encoder_hidden_states": c["words"], "timestep_cond": c.get("guidance_cond")}
-    return model(x, t, **words, added_cond_kwargs=added, return_dict=False)[0]
-
-
-def call_sd3(model: Any, x: Tensor, t: Tensor, c: Conditions) -> Tensor:
-    """The output of an `SD3Transformer2DModel` (Stable Diffusion 3) for states x at network times t, under c."""
-    words = {"encoder_hidden_states": c["words"], "pooled_projections": c["pooled"]}
-    return model(hidden_states=x, timestep=t, **words, return_dict=False)[0]
-
-
-def call_flux(model: Any, x: Tensor, t: Tensor, c: Conditions) -> Tensor:
-    """The output of a `FluxTransformer2DModel`, which sees the latents as a row of squares of 2 x 2, under c."""
-    batch, channels, height, width = x.shape
-    squares = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    words = {"encoder_hidden_states": c["words"], "pooled_projections": c["pooled"], "guidance": c.get("guidance_cond")}
-    places = {"txt_ids": c["text_ids"], "img_ids": c["image_ids"]}
-    row = squares.reshape(batch, (height // 2) * (width // 2), 4 * channels)
-    out = model(hidden_states=row, timestep=t.to(x.dtype), **words, **places, return_dict=False)[0]
-    back = out.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return back.reshape(batch, channels, height, width)
-
-
-class Prompted(nn.Module):
-    """A network under a prompt, guided away from another by a scale, both in one forward of twice the batch.
-
-    Args:
-        model: the pipeline's own network, shared with it.
-        call: how it is called.
-        towards, away: conditions of one sample, with a batch dimension of 1; those under `shared` have none.
+    Of several prompts `labels` has the texts; a label is one of them, or its number.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        call: Callable[[Any, Tensor, Tensor, Conditions], Tensor],
-        towards: Conditions,
-        away: Conditions | None,
-        shared: Conditions,
-        scale: float,
+        network: Any,
+        known: Stated,
+        shape: tuple[int, ...],
+        autoencoder: Autoencoder,
+        labels: Sequence[str] | None = None,
     ):
-        super().__init__()
-        self.model, self.call, self.scale = model, call, scale
-        self.guided = away is not None
-        self.names = (list(towards), list(shared))
-        for group, values in (("towards", towards), ("away", away or {}), ("shared", shared)):
-            for name, value in values.items():
-                self.register_buffer(f"{group}_{name}", value.detach(), persistent=False)
-
-    @property
-    def evals(self) -> int:
-        """Network forwards per sample of one call."""
-        return 2 if self.guided and self.scale not in (0, 1) else 1
-
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        """x (batch, channels, height, width), c_noise (batch,).
-
-        Raises:
-            UsageError: a label, which a network under a prompt does not take.
-        """
-        if label is not None:
-            raise UsageError("this denoiser has a prompt and takes no label", "leave label= out")
-        own, shared = self.names
-        common = {name: getattr(self, f"shared_{name}") for name in shared}
-
-        def given(group: str) -> dict[str, Tensor]:
-            values = {name: getattr(self, f"{group}_{name}") for name in own}
-            return {name: value.expand(len(x), *value.shape[1:]) for name, value in values.items()}
-
-        if self.evals == 1:
-            group = "away" if self.guided and self.scale == 0 else "towards"
-            return self.call(self.model, x, c_noise, given(group) | common)
-        first, second = given("away"), given("towards")
-        both = {name: torch.cat([first[name], second[name]]) for name in own}
-        out = self.call(self.model, torch.cat([x, x]), torch.cat([c_noise, c_noise]), both | common)
-        first_out, second_out = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2)
-        return first_out + self.scale * (second_out - first_out)
-
-    def scaled(self, scale: float) -> Self:
-        """The same with another scale, sharing everything."""
-        other = copy.copy(self)
-        other.scale = scale
-        return other
-
-
-class PipelineDenoiser(LatentDenoiser):
-    """The denoiser of a text-to-image pipeline: a `LatentDenoiser` with the prompt and the guidance built in."""
-
-    def __init__(self, network: Any, known: Stated, shape: tuple[int, ...], autoencoder: Autoencoder):
         super().__init__(
             network,
             known.process,
@@ -121,8 +41,14 @@ class PipelineDenoiser(LatentDenoiser):
             autoencoder=autoencoder,
             sigma_data=known.sigma_data,
             shape=shape,
+            labels=labels,
             time_scale=known.time_scale,
         )
+
+    @property
+    def conditions(self) -> str:
+        """A digest of the prompts as the network is given them, apart from the weights, which `fingerprint` is of."""
+        return digest("prompts", dict(self.net.named_buffers(recurse=False)))
 
     @property
     def evals(self) -> int:  # type: ignore[override]
@@ -137,12 +63,10 @@ class PipelineDenoiser(LatentDenoiser):
         """
         if not self.net.guided and scale != 1:
             raise UsageError(
-                "this pipeline was taken without a prompt to guide away from", "from_pipeline(pipe, ..., guidance=7.5)"
+                "this pipeline was taken without a prompt to guide away from",
+                "from_pipeline(pipe, ..., guidance=7.5), of Flux true_cfg= and negative_prompt=",
             )
         return self.with_network(self.net.scaled(scale))
-
-
-# ---- pipelines
 
 
 @dataclass(frozen=True)
@@ -150,8 +74,10 @@ class _Request:
     """The arguments of a call of `from_pipeline`, checked."""
 
     pipe: Any
-    prompt: str | None
+    config: Mapping[str, Any]
+    prompts: tuple[str, ...] | None
     negative: str | None
+    named: bool
     guidance: float
     true_cfg: float
     height: int
@@ -165,6 +91,7 @@ def from_pipeline(
     prompt: str | None = None,
     negative_prompt: str | None = None,
     *,
+    prompts: Sequence[str] | None = None,
     guidance: float | None = None,
     true_cfg: float = 1.0,
     height: int | None = None,
@@ -177,12 +104,13 @@ def from_pipeline(
 ) -> LatentDenoiser:
     """A pipeline of diffusers as a denoiser in its latent space, with `.decode(x)` for pictures in [-1, 1].
 
-    Stable Diffusion (1 and 2), SDXL, SD3 and Flux, with one prompt; DiT, with the classes as labels; DDPM, DDIM and
+    Stable Diffusion (1 and 2), SDXL, SD3 and Flux, with prompts; DiT, with the classes as labels; DDPM, DDIM and
     PNDM. The noise process and the prediction are those of the pipeline's scheduler; networks are shared with the
     pipeline, not copied.
 
     Args:
         prompt, negative_prompt: encoded by the pipeline; or as embeddings of one prompt, of batch size 1.
+        prompts: several, the classes of the denoiser: `pfode.sample(..., label="all")` draws a picture of each.
         guidance: the scale of classifier-free guidance, the pipeline's default when left out; 1 for none. Of Flux the
             scale that is an input of the network. `pfode.sample(..., guidance=)` changes it.
         true_cfg: of Flux the scale of classifier-free guidance, which needs a negative prompt.
@@ -200,25 +128,65 @@ def from_pipeline(
                                 negative_pooled_prompt_embeds), strict=True))  # fmt: skip
     given = {key: value for key, value in embeds.items() if value is not None}
     if kind in (_pixels, _dit):
-        if prompt is not None or negative_prompt is not None or given or options or guidance is not None:
+        words = (prompt, prompts, negative_prompt, guidance)
+        if any(value is not None for value in words) or given or options:
             hint = "label= and guidance= are given to pfode.sample" if kind is _dit else "leave prompt and guidance out"
             raise UsageError(f"{name} takes no prompt", hint)
         return kind(pipe)
-    _check_prompts(name, prompt, negative_prompt, given)
-    scale = inspect.signature(pipe.__call__).parameters["guidance_scale"].default if guidance is None else guidance
-    factor = pipe.vae_scale_factor * (2 if kind is _flux else 1)
+    config = {key: value for key, value in dict(pipe.scheduler.config).items() if key in NOISE}
+    config["_class_name"] = type(pipe.scheduler).__name__
+    return prompted(
+        pipe, config, prompt, negative_prompt, prompts=prompts, guidance=guidance, true_cfg=true_cfg, height=height,
+        width=width, embeds=given, **options,
+    )  # fmt: skip
+
+
+def prompted(
+    pipe: Any,
+    config: Mapping[str, Any],
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    guidance: float | None = None,
+    true_cfg: float = 1.0,
+    height: int | None = None,
+    width: int | None = None,
+    embeds: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> PipelineDenoiser:
+    """A text-to-image pipeline under prompts, with the process that the config of a scheduler states.
+
+    Args:
+        pipe: of Stable Diffusion, SDXL, SD3 or Flux. config: with the name of the class under "_class_name".
+        embeds: in place of prompts, by their names. The others are those of `from_pipeline`.
+
+    Raises:
+        UsageError: as `from_pipeline`.
+    """
+    name = next(cls.__name__ for cls in type(pipe).__mro__ if cls.__name__ in KINDS)
+    given = dict(embeds or {})
+    _check_prompts(name, prompt, prompts, negative_prompt, given)
+    named = prompts is not None
+    texts = tuple(prompts) if prompts is not None else None if prompt is None else (prompt,)
+    usual = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
+    scale = number("guidance", usual if guidance is None else guidance)
+    factor = pipe.vae_scale_factor * (2 if KINDS[name] in (_flux, _sd3) else 1)
     sides = {"height": height or _side(pipe, 0), "width": width or _side(pipe, 1)}
     for key, side in sides.items():
         if integer(key, side, factor) % factor:
-            raise UsageError(f"{key}: need a multiple of {factor}, got {side}")
-    scale, true_cfg = number("guidance", scale), number("true_cfg", true_cfg)
-    return kind(
-        _Request(pipe, prompt, negative_prompt, scale, true_cfg, sides["height"], sides["width"], given, options)
-    )
+            near = max(factor, round(side / factor) * factor)
+            raise UsageError(f"{key}: need a multiple of {factor}, got {side}", f"{key}={near}")
+    return KINDS[name](
+        _Request(
+            pipe, config, texts, negative_prompt, named, scale, number("true_cfg", true_cfg), sides["height"],
+            sides["width"], given, options,
+        )
+    )  # fmt: skip
 
 
-def _check_prompts(name: str, prompt: object, negative: object, embeds: Mapping[str, object]) -> None:
-    """Prompts are single strings, or embeddings of one prompt, and there is one.
+def _check_prompts(name: str, prompt: object, prompts: object, negative: object, embeds: Mapping[str, object]) -> None:
+    """There are prompts, in one of the ways to give them, and they are strings, or embeddings of one prompt.
 
     Raises:
         UsageError: they are not; it is named.
@@ -229,11 +197,19 @@ def _check_prompts(name: str, prompt: object, negative: object, embeds: Mapping[
             raise UsageError(f"{key}: need the embeddings of one prompt, shape (1, ...), got {got}")
     for key, value in (("prompt", prompt), ("negative_prompt", negative)):
         if value is not None and not isinstance(value, str):
-            raise UsageError(f"{key}: need one string, got {value!r:.60}", "one denoiser for each prompt")
-    if prompt is None and "prompt_embeds" not in embeds:
+            raise UsageError(
+                f"{key}: need one string, got {value!r:.60}", "several prompts: prompts=['a cat', 'a dog']"
+            )
+    if prompts is not None:
+        sound = isinstance(prompts, list | tuple) and prompts and all(isinstance(text, str) for text in prompts)
+        if not sound:
+            raise UsageError(f"prompts: need a list of strings, got {prompts!r:.60}", "prompts=['a cat', 'a dog']")
+    given = [key for key, value in (("prompt", prompt), ("prompts", prompts)) if value is not None]
+    given += ["prompt_embeds"] if "prompt_embeds" in embeds else []
+    if not given:
         raise UsageError(f"{name} needs a prompt", "from_pipeline(pipe, prompt='a cat') or prompt_embeds=")
-    if prompt is not None and "prompt_embeds" in embeds:
-        raise UsageError("prompt and prompt_embeds exclude each other", "give one of them")
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other", "give one of them")
 
 
 def _side(pipe: Any, axis: int) -> int:
@@ -242,19 +218,25 @@ def _side(pipe: Any, axis: int) -> int:
     return (size if isinstance(size, int) else size[axis]) * pipe.vae_scale_factor
 
 
-def _scheduler(pipe: Any, tokens: int | None = None) -> Stated:
+def _known(config: Mapping[str, Any], tokens: int | None = None) -> Stated:
     """The noise process and the prediction of a pipeline, as the config of its scheduler states them."""
-    scheduler = pipe.scheduler
-    config = {key: value for key, value in dict(scheduler.config).items() if key in NOISE}
     try:
-        return stated({**config, "_class_name": type(scheduler).__name__}, tokens)
+        return stated(config, tokens)
     except UsageError as error:
         raise UsageError(f"pipe.scheduler: {error.message}", error.hint) from error
 
 
-def _encoded(request: _Request, guided: bool) -> list[Any]:
-    """The embeddings in the order of `PROMPTS`, made by the pipeline's own encoder where they were not given."""
-    if request.prompt is None:
+def _scheduler(pipe: Any) -> Stated:
+    config = {key: value for key, value in dict(pipe.scheduler.config).items() if key in NOISE}
+    return _known({**config, "_class_name": type(pipe.scheduler).__name__})
+
+
+def _encoded(request: _Request, guided: bool) -> list[Tensor | None]:
+    """The embeddings in the order of `PROMPTS`, made by the pipeline's own encoder where they were not given.
+
+    Those to guide towards have a row for each prompt, those to guide away from one.
+    """
+    if request.prompts is None:
         if guided and "negative_prompt_embeds" not in request.embeds:
             raise UsageError("prompt_embeds without negative_prompt_embeds", "give both, or guidance=1")
         return [request.embeds.get(key) for key in PROMPTS]
@@ -264,14 +246,23 @@ def _encoded(request: _Request, guided: bool) -> list[Any]:
         **request.embeds,
         **request.options,
     }
+    parameters = inspect.signature(request.pipe.encode_prompt).parameters
     for key in ("prompt_2", "prompt_3"):
-        if key in inspect.signature(request.pipe.encode_prompt).parameters:
+        if key in parameters:
             words.setdefault(key, None)
+    strange = next((key for key in words if key not in parameters), None)
+    if strange is not None:
+        known = ", ".join(key for key in parameters if key not in ("prompt", "device", "num_images_per_prompt"))
+        raise UsageError(f"{strange}: not an option of the prompts of {type(request.pipe).__name__}", known)
+    rows = []
     with torch.no_grad():
-        found = request.pipe.encode_prompt(
-            prompt=request.prompt, device=request.pipe._execution_device, num_images_per_prompt=1, **words
-        )
-    return [*found, *[None] * (4 - len(found))]
+        for prompt in request.prompts:
+            found = request.pipe.encode_prompt(
+                prompt=prompt, device=request.pipe._execution_device, num_images_per_prompt=1, **words
+            )
+            rows.append([*found, *[None] * (4 - len(found))])
+    towards = [None if first is None else torch.cat([row[i] for row in rows]) for i, first in enumerate(rows[0])]
+    return [towards[0], rows[0][1], towards[2], rows[0][3]]
 
 
 def _conditions(**values: Tensor | None) -> dict[str, Tensor]:
@@ -282,12 +273,13 @@ def _conditions(**values: Tensor | None) -> dict[str, Tensor]:
 def _latent_denoiser(
     request: _Request, network: Prompted, channels: int, tokens: int | None, time_scale: float | None = None
 ) -> Any:
-    known = _scheduler(request.pipe, tokens)
+    known = _known(request.config, tokens)
     if time_scale is not None:
         known = known._replace(time_scale=time_scale)
     factor = request.pipe.vae_scale_factor
     shape = (channels, request.height // factor, request.width // factor)
-    return PipelineDenoiser(network.eval(), known, shape, Autoencoder(request.pipe.vae))
+    labels = request.prompts if request.named else None
+    return PipelineDenoiser(network.eval(), known, shape, Autoencoder(request.pipe.vae), labels)
 
 
 def _stable_diffusion(request: _Request) -> PipelineDenoiser:
@@ -299,6 +291,7 @@ def _stable_diffusion(request: _Request) -> PipelineDenoiser:
     embedded = config.time_cond_proj_dim is not None
     guided = request.guidance != 1 and not embedded
     words, no_words, pooled, no_pooled = _encoded(request, guided)
+    assert words is not None
     cond = None
     if embedded:
         w = torch.tensor([request.guidance - 1.0])
@@ -315,7 +308,7 @@ def _stable_diffusion(request: _Request) -> PipelineDenoiser:
     away = _conditions(words=no_words, pooled=no_pooled, time_ids=ids) if guided else None
     _alike(towards, away)
     return _latent_denoiser(
-        request, Prompted(unet, call_unet, towards, away, {}, request.guidance), config.in_channels, None
+        request, Prompted(unet, call_unet, towards, away, {}, request.guidance, request.named), config.in_channels, None
     )
 
 
@@ -330,9 +323,8 @@ def _sd3(request: _Request) -> PipelineDenoiser:
     away = _conditions(words=no_words, pooled=no_pooled) if guided else None
     _alike(towards, away)
     tokens = (request.height // factor) * (request.width // factor)
-    return _latent_denoiser(
-        request, Prompted(model, call_sd3, towards, away, {}, request.guidance), model.config.in_channels, tokens
-    )
+    network = Prompted(model, call_sd3, towards, away, {}, request.guidance, request.named)
+    return _latent_denoiser(request, network, model.config.in_channels, tokens)
 
 
 def _flux(request: _Request) -> PipelineDenoiser:
@@ -341,31 +333,40 @@ def _flux(request: _Request) -> PipelineDenoiser:
     high, wide = (side // (2 * pipe.vae_scale_factor) for side in (request.height, request.width))
     guided = request.true_cfg != 1
     sides: list[dict[str, Tensor]] = []
-    for prompt, prefix in ((request.prompt, ""), *(((request.negative, "negative_"),) if guided else ())):
-        if prompt is None:
-            words, pooled = (request.embeds.get(f"{prefix}{key}") for key in ("prompt_embeds", "pooled_prompt_embeds"))
-        else:
-            with torch.no_grad():
-                words, pooled, _ = pipe.encode_prompt(prompt=prompt, prompt_2=None, device=pipe._execution_device)
-        if words is None or pooled is None:
-            hint = f"{prefix}prompt=, or {prefix}prompt_embeds= and {prefix}pooled_prompt_embeds="
-            raise UsageError(f"Flux: {'true_cfg' if prefix else 'it'} needs a {prefix.replace('_', ' ')}prompt", hint)
+    negative = None if request.negative is None else (request.negative,)
+    for prompts, prefix in ((request.prompts, ""), *(((negative, "negative_"),) if guided else ())):
+        words, pooled = _flux_words(request, prompts, prefix)
         cond = torch.full((1,), request.guidance, device=words.device) if model.config.guidance_embeds else None
         sides.append(_conditions(words=words, pooled=pooled, guidance_cond=cond))
     towards, away = sides[0], sides[1] if guided else None
     _alike(towards, away)
-    words = towards["words"]
+    words = sides[0]["words"]
     places = torch.zeros(high, wide, 3)
     places[..., 1], places[..., 2] = torch.arange(high)[:, None], torch.arange(wide)
     shared = {"text_ids": torch.zeros(words.shape[1], 3).to(words), "image_ids": places.reshape(-1, 3).to(words)}
-    network = Prompted(model, call_flux, towards, away, shared, request.true_cfg if guided else 1.0)
+    network = Prompted(model, call_flux, towards, away, shared, request.true_cfg if guided else 1.0, request.named)
     return _latent_denoiser(request, network, model.config.in_channels // 4, high * wide, time_scale=1.0)
+
+
+def _flux_words(request: _Request, prompts: Sequence[str] | None, prefix: str) -> tuple[Tensor, Tensor]:
+    """The two embeddings of prompts that Flux takes, a row each; prefix: "negative_" for those to guide away from."""
+    pipe, found = request.pipe, []
+    if prompts is None:
+        found.append([request.embeds.get(f"{prefix}{key}") for key in ("prompt_embeds", "pooled_prompt_embeds")])
+    options = {"prompt_2": None, **request.options} if not prefix else {**request.options, "prompt_2": None}
+    for prompt in prompts or ():
+        with torch.no_grad():
+            found.append(pipe.encode_prompt(prompt=prompt, device=pipe._execution_device, **options)[:2])
+    if any(value is None for row in found for value in row):
+        hint = f"{prefix}prompt=, or {prefix}prompt_embeds= and {prefix}pooled_prompt_embeds="
+        raise UsageError(f"Flux: {'true_cfg' if prefix else 'it'} needs a {prefix.replace('_', ' ')}prompt", hint)
+    return torch.cat([row[0] for row in found]), torch.cat([row[1] for row in found])
 
 
 def _alike(towards: Conditions, away: Conditions | None) -> None:
     """Raise UsageError where prompt and negative prompt have embeddings of different shapes."""
     for name, value in towards.items():
-        if away is not None and (name not in away or away[name].shape != value.shape):
+        if away is not None and (name not in away or away[name].shape[1:] != value.shape[1:]):
             got = tuple(away[name].shape) if name in away else "none"
             raise UsageError(f"the prompts differ in shape: {name}: {tuple(value.shape)} and {got}", "pad the shorter")
 

@@ -149,3 +149,69 @@ def text_encoder(folder: Any) -> dict[str, Any]:
         max_position_embeddings=16, eos_token_id=len(entries) - 1, bos_token_id=len(entries) - 2, pad_token_id=0,
     )  # fmt: skip
     return {"tokenizer": tokenizer, "text_encoder": randomised(transformers.CLIPTextModel(config))}
+
+
+def projecting_encoder(folder: Any, seed: int = 1) -> dict[str, Any]:
+    """The tokenizer of `text_encoder`, and a text encoder whose last state is projected."""
+    transformers: Any = importlib.import_module("transformers")
+
+    made = text_encoder(folder)
+    config = made["text_encoder"].config
+    config = transformers.CLIPTextConfig(**{**config.to_dict(), "projection_dim": config.hidden_size // 2})
+    return {**made, "text_encoder": randomised(transformers.CLIPTextModelWithProjection(config), seed)}
+
+
+def t5() -> dict[str, Any]:
+    """A tokenizer of single letters and an encoder as T5 has them."""
+    transformers: Any = importlib.import_module("transformers")
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    special = {"<pad>": 0.0, "</s>": 0.0, "<unk>": -2.0, "\u2581": -1.0}
+    entries = [*special.items(), *((letter, -1.0) for letter in letters)]
+    tokenizer = transformers.T5Tokenizer(vocab=entries, extra_ids=0)
+    config = transformers.T5Config(
+        vocab_size=len(entries), d_model=WORDS, d_kv=4, d_ff=16, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return {"tokenizer": tokenizer, "text_encoder": randomised(transformers.T5EncoderModel(config))}
+
+
+def saved_pipeline(name: str, folder: Any, scheduler: Any) -> Any:
+    """A pipeline with text encoders, which it also saves to `folder`/pipe: "sd", "sdxl", "sd3" or "flux"."""
+    (folder / "words").mkdir()
+    one, other = text_encoder(folder / "words"), projecting_encoder(folder / "words")
+    if name == "sd":
+        pipe = stable_diffusion(scheduler, **one)
+    elif name == "sdxl":
+        net = latent_unet(
+            addition_embed_type="text_time", addition_time_embed_dim=4, cross_attention_dim=2 * WORDS,
+            projection_class_embeddings_input_dim=6 * 4 + WORDS // 2,
+        )  # fmt: skip
+        pipe = diffusers.StableDiffusionXLPipeline(
+            vae=vae(), unet=net, scheduler=scheduler, add_watermarker=False, **one,
+            text_encoder_2=other["text_encoder"], tokenizer_2=other["tokenizer"],
+        )  # fmt: skip
+    elif name == "sd3":
+        model = diffusers.SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2,
+            joint_attention_dim=2 * WORDS, caption_projection_dim=8, pooled_projection_dim=WORDS, out_channels=4,
+            pos_embed_max_size=8,
+        )  # fmt: skip
+        pipe = diffusers.StableDiffusion3Pipeline(
+            transformer=randomised(model), vae=vae(shift_factor=0.06), scheduler=scheduler, **other,
+            text_encoder_2=projecting_encoder(folder / "words", 2)["text_encoder"], tokenizer_2=other["tokenizer"],
+            text_encoder_3=None, tokenizer_3=None,
+        )  # fmt: skip
+    else:
+        model = diffusers.FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=WORDS, pooled_projection_dim=WORDS, axes_dims_rope=(2, 2, 4),
+            guidance_embeds=True,
+        )  # fmt: skip
+        long = t5()
+        pipe = diffusers.FluxPipeline(
+            transformer=randomised(model), vae=vae(shift_factor=0.06), scheduler=scheduler, **one,
+            text_encoder_2=long["text_encoder"], tokenizer_2=long["tokenizer"],
+        )  # fmt: skip
+    pipe.save_pretrained(folder / "pipe")
+    return quiet(pipe)

@@ -221,3 +221,26 @@ def test_paths_are_no_names_of_the_hub(monkeypatch, name):
     monkeypatch.setattr("pfode.scores.io.fetch.snapshot_download", failing(AssertionError("asked the hub")))
     with pytest.raises((UsageError, FileError)):
         pfode.load(name)
+
+
+@pytest.mark.skipif(not tiny.NEWER, reason="this version's pipelines take less")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_pipeline_under_prompts(hub, tmp_path, variant):
+    """Of the weights one variant is fetched, of each part, and in the other form where there is but that."""
+    pytest.importorskip("transformers")
+    remote, local, _ = hub
+    tiny.saved_pipeline("sd", tmp_path, tiny.scheduler("DDIMScheduler", beta_schedule="scaled_linear"))
+    shutil.copytree(tmp_path / "pipe", remote, dirs_exist_ok=True)
+    unet, words = remote / "unet", remote / "text_encoder"
+    shutil.copy(unet / "diffusion_pytorch_model.safetensors", unet / "diffusion_pytorch_model.fp16.safetensors")
+    (words / "model.safetensors").rename(words / "model.fp16.safetensors")
+    (remote / "whole.safetensors").write_bytes(b"large")
+    (unet / "diffusion_pytorch_model.non_ema.safetensors").write_bytes(b"large")
+    den: Any = pfode.load("me/model", prompt="a cat", variant=variant)
+    assert den.shape == (4, 8, 8)
+    middle = ".fp16" if variant else ""
+    assert {name for name in names(local) if name.endswith(".safetensors")} == {
+        f"unet/diffusion_pytorch_model{middle}.safetensors", "text_encoder/model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
