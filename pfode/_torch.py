@@ -3,6 +3,7 @@
 The versions are those in which the names came. `tests/engine/test_torch_names.py` tries each, and its fallback.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -37,13 +38,13 @@ def in_place_changes(x: Tensor) -> int | None:
     return None if x.is_inference() else version(x)
 
 
-def storage_uses(x: Tensor) -> float:
-    """How many tensors share the storage of x.
+def storage_uses(x: Tensor) -> Callable[[], float]:
+    """What counts the tensors that share the storage of x, for as long as x lives.
 
     `torch._C._storage_Use_Count`: torch >= 2.1. Without it infinity: the storage counts as shared.
     """
     count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
-    return math.inf if count is None else count(x.untyped_storage()._cdata)
+    return (lambda: math.inf) if count is None else functools.partial(count, x.untyped_storage()._cdata)
 
 
 def is_transformed(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ step (`Joint`), or tensors of shape (batch,) that stay there (`PerSample`).
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pfode.ode.state import leaves, rebuild
 
@@ -30,6 +31,14 @@ class Joint:
     def no(self, a: Any) -> Any:
         return not a
 
+    def sure(self, a: Any) -> bool:
+        """Whether a condition is known to hold, without reading anything back."""
+        return a
+
+    def count(self, total: Any, counted: Any, work: Any) -> Any:
+        """A total with the work of an attempt added where that is counted."""
+        return total + counted * work
+
     def fill(self, value: Any, like: Any) -> Any:
         return value
 
@@ -47,7 +56,7 @@ class PerSample:
     per_sample = True
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
-        return torch.where(condition, a, b)
+        return torch.where(condition, a, b) if isinstance(a, Tensor) else b.masked_fill(condition, a)
 
     def low(self, a: Any, b: Any) -> Any:
         return a.clamp(max=b)
@@ -57,6 +66,14 @@ class PerSample:
 
     def no(self, a: Any) -> Any:
         return ~a
+
+    def sure(self, a: Any) -> bool:
+        return False
+
+    def count(self, total: Any, counted: Any, work: Any) -> Any:
+        if isinstance(work, Tensor):
+            return total + counted * work
+        return torch.add(total, counted, alpha=work) if work else total
 
     def fill(self, value: Any, like: Any) -> Any:
         return torch.full(
@@ -70,8 +87,10 @@ class PerSample:
         """Samples of `new` where the condition holds, else of `old`; None, a carry not known, stays None."""
         if new is None or old is None:
             return None
-        pairs = zip(leaves(new), leaves(old), strict=True)
-        return rebuild(new, (torch.where(condition.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+        if isinstance(new, Tensor):
+            return torch.where(condition.view(-1, *[1] * (new.ndim - 1)), new, old)
+        parts = [self.merge(condition, a, b) for a, b in zip(leaves(new), leaves(old), strict=True)]
+        return rebuild(new, iter(parts))
 
 
 Batching = Joint | PerSample

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from pfode._torch import cpp_compiler, dynamo_error, while_loop
 from pfode.errors import MissingError, UsageError
-from pfode.ode.adjoints.sources import FirstCall
 from pfode.ode.autocast import Casting
 from pfode.ode.batching import PerSample
 from pfode.ode.control import PID
@@ -171,7 +170,6 @@ def _norm(field: Field) -> RMS | None:
 def _kernel(field: Field, how: Compiled, norm: RMS | None, control: PID | None) -> Kernel:
     """A kernel of this field, made or found: `ahead` with a controller, else `step`."""
     layout, f = field.layout, field.f
-    f = f.f if isinstance(f, FirstCall) else f  # that has seen by now what it wanted to
     form = "" if layout.plain else repr(rebuild(layout.example, itertools.count()))
     form = form, tuple(layout.shapes), tuple(layout.dtypes)
     control = None if control is None else _unlimited(control)

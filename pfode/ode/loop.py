@@ -26,6 +26,8 @@ STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
 _TRIES = 12  # attempts in a row that are not finite or not solved before a sample is given up
 FLOOR = {real: 16 * torch.finfo(real).eps for real in (torch.float32, torch.float64)}  # least step by the time's size
 _LEAST = 1e-300  # of a first step's size
+_NO_REPLY = Reply()
+_RUNNING, _SUCCESS, _MAX_STEPS, _MIN_STEP, _NON_FINITE, _NEWTON_FAILED, _EVENT = map(int, Status)  # quicker as ints
 
 
 def advance(
@@ -61,7 +63,7 @@ def advance(
             record = state.commit(proposal, step, verdict, field.calls - calls)
         calls = field.calls
         reply = yield record
-        state.answer(record, reply or Reply(), field.calls - calls)
+        state.answer(record, reply or _NO_REPLY, field.calls - calls)
     return state.end()
 
 
@@ -79,8 +81,8 @@ class _Proposal(NamedTuple):
 
 
 class _Verdict(NamedTuple):
-    """Of an attempt: its error in units of the tolerance, whether its equations were solved, whether both are fine and
-    it is accepted; what was probed; |y1|."""
+    """Of an attempt: its error in units of the tolerance, whether its equations were solved (None: there are none),
+    whether both are fine and it is accepted; what was probed; |y1|."""
 
     error: Any
     ok: Any
@@ -100,7 +102,7 @@ class LoopState:
         h, memory: the size of the next step, and the controller's memory.
         at, here: the index of the stop ahead, and of the one that t is, or -1.
         at_jump: whether t is a jump, beyond which the carry is not made yet.
-        status, alive: how far the solve is, and whether it goes on.
+        status: how far the solve is; running: where it is under way; alive: whether anything is.
         failures: attempts in a row that were not finite or not solved.
         counts, attempts: work so far; attempts of the whole batch.
         counting: which samples of a fixed grid still count: True, or shape (batch,).
@@ -119,7 +121,8 @@ class LoopState:
     ):
         self.field, self.solver, self.control, self.schedule = field, solver, control, schedule
         self.batching, self.probe, self.until, self.adaptive = batching, probe, until, schedule.norm is not None
-        self.never, self.zero = batching.fill(0, schedule.start) != 0, batching.fill(0, schedule.start)
+        self.zero, self.nowhere = batching.fill(0, schedule.start), batching.fill(-1, schedule.start)
+        self.never = self.zero != 0
         self.jumps: Any = torch.tensor(schedule.jumps, device=y.device) if batching.per_sample else schedule.jumps
         self.jumping, self.last_stop = any(schedule.jumps), len(schedule.stops) - 1
         self.floor = FLOOR[clock(y.device)]
@@ -128,7 +131,7 @@ class LoopState:
         self.differentiable = field.context.pure and torch.is_grad_enabled() and self.adaptive and batching.per_sample
 
         self.t, self.y = schedule.start, y
-        self.at, self.here, self.at_jump = self.zero, self.zero - 1, self.never
+        self.at, self.here, self.at_jump = self.zero, self.nowhere, self.never
         self.h, slope, self.status = _first_step(field, solver, control, schedule, batching, y, self.units)
         self.carry = solver.init(field, schedule.lift(self.t, self.here) if schedule.lift else self.t, y, slope)
         self.memory = (batching.fill(1.0, self.t), batching.fill(1.0, self.t), self.never)
@@ -136,8 +139,9 @@ class LoopState:
         self.solved: Tensor | None = None  # on fixed grids: whether all steps solved their equations, read at the end
         self.failures, self.attempts, self.counting = self.zero, 0, True
         self.restart: Any = False  # where a jump was reached just now
-        started = (self.zero + field.calls) * (self.status != Status.SUCCESS)
+        started = (self.zero + field.calls) * (self.status != _SUCCESS)
         self.counts = Counts(self.zero, self.zero, started, self.zero, self.zero)
+        self.running = self.status == _RUNNING
         self._look()
         watched = (
             until is None or batching.per_sample or field.context.pure or not self.adaptive or schedule.lift or probe
@@ -146,8 +150,7 @@ class LoopState:
 
     def _look(self) -> None:
         """Whether anything is still on its way."""
-        running: Any = self.status == Status.RUNNING
-        self.alive = bool(running.any()) if self.batching.per_sample else running
+        self.alive = bool(self.running.any()) if self.batching.per_sample else self.running
 
     def leap(self) -> Attempt | None:
         """Attempts that nobody looks at, in one call of a solver that can (`Compiled.ahead`), up to the stop if that is
@@ -166,13 +169,13 @@ class LoopState:
         (self.t, self.h, self.memory, self.y, self.carry), made, passed = went
         self.attempts, self.size_of_y = self.attempts + made, self.y.abs()
         if passed:
-            self.failures, self.here = self.zero, self.zero - 1
+            self.failures, self.here = self.zero, self.nowhere
         steps, accepted, nfe = self.counts.steps + made, self.counts.accepted + passed, field.calls - calls
         self.counts = self.counts._replace(steps=steps, accepted=accepted, nfe=self.counts.nfe + nfe)
         if not closes or self.t != stop:
             return None
-        self.alive = self.at < self.last_stop
-        self.status = self.status if self.alive else Status.SUCCESS
+        self.alive = self.running = self.at < self.last_stop
+        self.status = self.status if self.alive else _SUCCESS
         self.here, self.at = self.at, min(self.at + 1, self.last_stop)
         t, y = self.t, self.y
         return Attempt(t, t, t, t, y, y, True, Step(y, None, _unseen), [], self.counts, self.carry)
@@ -180,13 +183,12 @@ class LoopState:
     def propose(self) -> _Proposal:
         """The step to try next: of the size wanted, or to the stop ahead where that is as near."""
         schedule, where, t, h, sign = self.schedule, self.batching.where, self.t, self.h, self.schedule.sign
-        live = self.status == Status.RUNNING
         stop = self.batching.pick(schedule.stops, self.at)
         left = (stop - t) * sign
         last = where(left <= self.control.max_step, h * STRETCH, h) >= left
         size = where(last, left, h)
-        t1 = where(live, where(last, stop, t + h * sign), t)
-        reached = where(last & live, self.at, self.zero - 1)
+        t1 = where(self.running, where(last, stop, t + h * sign), t)
+        reached = where(last & self.running, self.at, self.nowhere)
         u0, u1 = (schedule.lift(t, self.here), schedule.lift(t1, reached)) if schedule.lift else (t, t1)
         if self.jumping:
             ahead = last & self.batching.pick(self.jumps, self.at)
@@ -200,16 +202,17 @@ class LoopState:
         t, y, probe = self.t, self.y, self.probe
         asked = probe and (lambda: probe(t, y, proposal.t1, step.y1, None))
         error, ok, tried, size_of_y = self.read(self.units, self.batching, step, self.size_of_y, asked)
-        fine = (error < math.inf) & ok
-        accepted = (self.status == Status.RUNNING) & fine & (error <= 1)
+        fine = error < math.inf if ok is None else (error < math.inf) & ok
+        enough = error <= 1
         if self.control.force:
-            accepted = accepted | ((self.status == Status.RUNNING) & fine & (proposal.size <= self.control.min_step))
+            enough = enough | (proposal.size <= self.control.min_step)
+        accepted = self.running & fine & enough
         return _Verdict(error, ok, fine, accepted, tried, size_of_y)
 
     def commit(self, proposal: _Proposal, step: Step, verdict: _Verdict, calls: int) -> Attempt:
         """Go on where the step was accepted, choose the next size, count; `calls` is what the step evaluated."""
         batching, where, accepted = self.batching, self.batching.where, verdict.accepted
-        before = self.y, self.carry, self.status == Status.RUNNING
+        before = self.y, self.carry, self.running
         self._count(step, accepted, calls)
         if not self.adaptive and step.ok is not None:
             self.solved = step.ok if self.solved is None else self.solved & step.ok
@@ -221,47 +224,49 @@ class LoopState:
         hit = accepted & proposal.last
         if self.adaptive:
             self._resize(proposal.size, verdict, hit)
-        self.status = where(hit & (self.at == self.last_stop), self.zero + Status.SUCCESS, self.status)
+        self.status = where(hit & (self.at == self.last_stop), _SUCCESS, self.status)
+        self.running = self.status == _RUNNING
         if self.jumping:
             jumped = hit & batching.pick(self.jumps, self.at)
             self.at_jump = jumped | (self.at_jump & batching.no(accepted))
         self.here, self.at = where(accepted, proposal.reached, self.here), batching.low(self.at + hit, self.last_stop)
-        self.restart, tried = self.at_jump & hit, verdict.tried
+        self.restart, tried = self.jumping and self.at_jump & hit, verdict.tried
         if batching.per_sample:
             step, tried = self._settle(proposal, step, verdict, before)
         else:
-            self.alive = self.status == Status.RUNNING
+            self.alive = self.running
         t0, t1, u0, u1, *_ = proposal
         return Attempt(t0, t1, u0, u1, before[0], self.y, accepted, step, tried, self.counts, self.carry)
 
     def _count(self, step: Step, accepted: Any, calls: int) -> None:
         """Add the work of an attempt, of the samples that it was made for."""
-        counted = self.status == Status.RUNNING if self.batching.per_sample else self.counting
+        counted, count = self.running if self.batching.per_sample else self.counting, self.batching.count
         steps, passed, nfe, jacobians, iterations = self.counts
         self.counts = Counts(
             steps + counted,
             passed + (accepted & counted),
-            nfe + counted * (calls if step.nfe is None else step.nfe),
-            jacobians + counted * step.jacobians,
-            iterations + counted * step.iterations,
+            count(nfe, counted, calls if step.nfe is None else step.nfe),
+            count(jacobians, counted, step.jacobians),
+            count(iterations, counted, step.iterations),
         )
 
     def _resize(self, size: Any, verdict: _Verdict, hit: Any) -> None:
         """The size of the next step, after one of this size, and whether it is too small to go on with."""
         batching, where, control, fine = self.batching, self.batching.where, self.control, verdict.fine
-        error = where(fine, verdict.error, batching.fill(math.inf, verdict.error))
-        order = self.solver.error_order
+        error, order = where(batching.no(fine), math.inf, verdict.error), self.solver.error_order
         factor, self.memory = control.factor(batching, error, verdict.accepted, self.memory, order)
         wanted = batching.low(batching.high(size * factor, control.min_step), control.max_step)
         # a step cut short by a stop says little about the next one
         self.h = where(hit & (wanted < self.h), self.h, wanted)
-        self.failures = where(fine, self.zero, self.failures + 1)
+        self.failures = where(fine, 0, self.failures + 1)
+        if batching.sure(verdict.accepted):
+            return
         least = batching.high(abs(self.t) * self.floor, control.min_step)
         stuck = (self.failures >= _TRIES) | (self.h < least) | (size <= control.min_step)
-        cause = where(verdict.ok, self.zero + Status.NON_FINITE, self.zero + Status.NEWTON_FAILED)
-        cause = where(fine, self.zero + Status.MIN_STEP, cause)
-        running = self.status == Status.RUNNING
-        self.status = where(running & batching.no(verdict.accepted) & stuck, cause, self.status)
+        cause = batching.fill(_NON_FINITE, self.t)
+        cause = cause if verdict.ok is None else where(verdict.ok, cause, _NEWTON_FAILED)
+        cause = where(fine, _MIN_STEP, cause)
+        self.status = where(self.running & batching.no(verdict.accepted) & stuck, cause, self.status)
 
     def _settle(
         self, proposal: _Proposal, step: Step, verdict: _Verdict, before: tuple[Tensor, Any, Any]
@@ -271,11 +276,12 @@ class LoopState:
         """
         y0, carry0, live = before
         batching, accepted = self.batching, verdict.accepted
-        facts = [(self.status == Status.RUNNING).any()[None], self.restart.any()[None]]
+        facts = [self.running.any()[None]]
+        facts += [self.restart.any()[None]] if self.jumping else []
         facts += [(live & batching.no(verdict.fine)).any()[None]] if self.differentiable else []
         facts += [self.probe(proposal.t0, y0, self.t, self.y, accepted)] if self.probe else []
-        self.alive, restarts, *tried = torch.cat([fact.double() for fact in facts]).tolist()
-        self.restart = self.restart if restarts else False
+        self.alive, *tried = torch.cat([fact.double() for fact in facts]).tolist()
+        self.restart = self.restart if self.jumping and tried.pop(0) else False
         if self.differentiable and tried.pop(0):
             u1 = batching.where(verdict.fine, proposal.u1, proposal.u0)
             step = self.solver.step(self.field, proposal.u0, u1, y0, carry0)
@@ -291,7 +297,8 @@ class LoopState:
         if reply.live is not None:
             self.counting = reply.live
         if reply.halt is not None:
-            self.status = self.batching.where(reply.halt, self.zero + Status.EVENT, self.status)
+            self.status = self.batching.where(reply.halt, _EVENT, self.status)
+            self.running = self.status == _RUNNING
             self._look()
         restart, self.restart = self.restart, False
         if restart is False or not self.jumping or not self.alive:
@@ -305,8 +312,7 @@ class LoopState:
 
     def end(self) -> End:
         """How it ended; on a fixed grid that is read here."""
-        running = self.status == Status.RUNNING
-        status, t = self.batching.where(running, self.zero + Status.MAX_STEPS, self.status), self.t
+        status, t = self.batching.where(self.running, _MAX_STEPS, self.status), self.t
         if not self.adaptive:
             status, t = _fixed_outcome(self.field, status, t, self.y, self.solved)
         return End(status, t, self.y, self.counts)
@@ -328,7 +334,7 @@ def _fixed_outcome(field: Field, status: Any, t: float, y: Tensor, solved: Tenso
     if solved is not None:
         finite = torch.stack([finite, solved.expand_as(finite)])
     flags = finite.tolist()
-    unsolved, broken = Status.NEWTON_FAILED, Status.NON_FINITE
+    unsolved, broken = _NEWTON_FAILED, _NON_FINITE
     if not field.layout.per_sample:
         fine, ok = (flags, True) if solved is None else flags
         return (status if fine and ok else broken if ok else unsolved), t
@@ -374,22 +380,22 @@ def _read(
         after = step.y1.abs()
         error = units.norm(step.error / units.scale(torch.maximum(before, after)))
         if not batching.per_sample and step.ok is None and probe is None:
-            return error.item(), True, [], after
+            return error.item(), None, [], after
     elif batching.per_sample:
         error = torch.zeros((), device=before.device)
     if batching.per_sample:
         assert error is not None
-        return error.to(clock(error.device)), (error == error) | True if step.ok is None else step.ok, [], after
+        return error.to(clock(error.device)), step.ok, [], after
     facts = [] if error is None else [error]
     facts += [step.ok] if step.ok is not None and error is not None else []
     if not facts and probe is None:
-        return 0.0, True, [], after
+        return 0.0, None, [], after
     if len(facts) == 1 and probe is None:
-        return facts[0].item(), True, [], after
+        return facts[0].item(), None, [], after
     flat = [fact.double().reshape(1) for fact in facts] + ([probe().double()] if probe else [])
     values = torch.cat(flat).tolist()
     first = 0.0 if error is None else values[0]
-    return first, len(facts) < 2 or bool(values[1]), values[len(facts) :], after
+    return first, bool(values[1]) if len(facts) == 2 else None, values[len(facts) :], after
 
 
 def _first_step(
@@ -409,8 +415,8 @@ def _first_step(
     number overflows that f can return.
     """
     zero = batching.fill(0, schedule.start)
-    status = batching.where(schedule.stops[-1] == schedule.start, zero + Status.SUCCESS, zero + Status.RUNNING)
-    arrived = not batching.per_sample and status == Status.SUCCESS
+    status = batching.where(schedule.stops[-1] == schedule.start, zero + _SUCCESS, zero + _RUNNING)
+    arrived = not batching.per_sample and status == _SUCCESS
     if units is None or control.first_step is not None or arrived:
         return batching.fill(control.first_step or math.inf, schedule.start), None, status
     t = schedule.lift(schedule.start, zero - 1) if schedule.lift else schedule.start
@@ -423,7 +429,7 @@ def _first_step(
         unit = largest[:, None] if batching.per_sample else largest
         d0, d1, most = _host(batching, norm(here / scale), norm(f / unit / scale), largest)
         finite = (d0 < math.inf) & (d1 < math.inf)
-        status = batching.where(finite | (status == Status.SUCCESS), status, zero + Status.NON_FINITE)
+        status = batching.where(finite | (status == _SUCCESS), status, zero + _NON_FINITE)
         span = abs(schedule.stops[-1] - schedule.start)
         slow = batching.high(d0, 1.0) / batching.high(d1, 1e-300) / most
         slow = batching.where(slow < span, slow, span)

@@ -127,13 +127,12 @@ def _with_tape(setup: Problem, how: Adjoint, found: Sources, ts: Any, throw: boo
     """Solve without gradients, an adjoint's tape looking on, and attach the solution to what it came from."""
     with torch.no_grad():
         bare = _bare(setup, found.places, how.pure)
-        tape, first = how.tape(bare), FirstCall(setup.field.f)
-        known = any(t.requires_grad for t in (setup.y, *found.tensors))
+        tape, known = how.tape(bare), any(t.requires_grad for t in (setup.y, *found.tensors))
         tape.recording = tape.recording and known and not setup.ts.requires_grad
-        if found.searched and not tape.recording:
-            bare.field.f = first
+        first = FirstCall(setup.field.f, found.searched and not tape.recording)
+        bare.field.witness = first
+        tape.witness = None if known or setup.ts.requires_grad else first
         out, end = _run(bare, None, tape)
-        bare.field.f = setup.field.f
     made = attach(bare, tape, found, tape.found or first.found, setup.y, setup.ts, out.detach(), end.y.detach())
     return finish(setup, ts, made.ys, end._replace(y=made.end), throw, made)
 
@@ -265,12 +264,14 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
                 passed, between = (int(n) for n in attempt.tried[:2]) if passing else (1, 0)
                 looked = out.add(attempt, passed, between)
                 looked = False if looked is None else looked
+        if tape and tape.needless:
+            tape = None
         if tape:
             tape.observe(attempt, passed)
-        reply = Reply(looked=looked)
+        reply = None if looked is False else Reply(looked=looked)
         if watch:
-            reply = watch.add(attempt, attempt.tried[2 * passing :])
-            reply = reply._replace(looked=reply.looked | looked)
+            met = watch.add(attempt, attempt.tried[2 * passing :])
+            reply = met._replace(looked=met.looked | looked)
     with torch.enable_grad() if tape else NOTHING:  # of steps made with their graphs
         ys = out.result()
     if tape:

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "Layout",
     "Loan",
     "Tree",
+    "Witness",
     "changed",
     "leaves",
     "rebuild",
@@ -225,16 +226,13 @@ class Loan:
         self.tensors = self.stack.unbind()
         self.flat = self.stack.view(len(self.stack), -1).unbind()
         self.array: Any = self.stack.numpy() if self.stack.ndim == 1 and self.stack.device.type == "cpu" else None
-        self.idle = max(map(sys.getrefcount, self.tensors)), storage_uses(self.stack)
+        self.uses = storage_uses(self.stack)
+        self.idle = max(map(sys.getrefcount, self.tensors)), self.uses()
 
     def take(self) -> "Loan":
         """Itself, with memory that nobody else has."""
         references, uses = self.idle
-        if (
-            not self.reuse
-            or max(map(sys.getrefcount, self.tensors)) > references
-            or not storage_uses(self.stack) <= uses < math.inf
-        ):
+        if not self.reuse or max(map(sys.getrefcount, self.tensors)) > references or not self.uses() <= uses < math.inf:
             self._renew()
         return self
 
@@ -274,8 +272,13 @@ def unchanged(whose: str, tensors: Iterable[Tensor]) -> Iterator[None]:
         raise changed(whose)
     if kept:
         now = [x.detach() for x in tensors if before is None or x.device.type == "cpu"]
-        if not all(bool(((a == b) | (a != a) & (b != b)).all()) for a, b in zip(kept, now, strict=True)):
+        if not all(_same(a, b) for a, b in zip(kept, now, strict=True)):
             raise changed(whose)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether all values are equal, NaN to NaN."""
+    return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
 
 
 @functools.lru_cache(256)
@@ -308,6 +311,15 @@ class Context:
         return None if self.norm is None else (self.rtol, self.atol)
 
 
+class Witness(Protocol):
+    """A function to be called in a field's place as long as it is `due`: to see what the field uses."""
+
+    @property
+    def due(self) -> bool: ...
+
+    def __call__(self, t: Tensor, y: Tree, *args: Any) -> Tree: ...
+
+
 class Field:
     """dy/dt on flat states for one solve: calls the user's f, counts the calls, lends out scratch memory.
 
@@ -319,10 +331,12 @@ class Field:
 
     Attributes:
         calls, jacobians: how many evaluations and Jacobians were made.
+        witness: what makes evaluations in f's place for as long as it is `due`.
         jacobian_mode: how Jacobians are made of this field, the first of newton.py's ways that it allows, an index.
         counted: whether torch counts the changes in place of its states (not in inference mode).
     """
 
+    witness: "Witness | None" = None
     counted: bool = False
 
     def __init__(
@@ -330,6 +344,7 @@ class Field:
     ):
         self.f, self.layout, self.args, self.context = f, layout, args, context
         self.calls = self.jacobians = self.jacobian_mode = 0
+        self._new = True  # whether an evaluation is still to be looked at closely
         self._plain_shape = layout.shapes[0] if layout.plain else None
         self._real, self._dtype, self._device = layout.real, layout.dtype, layout.device
         self._lent: dict[Any, Any] = {}
@@ -346,24 +361,31 @@ class Field:
         self.put(parts, self._slope(t, y))
 
     def _slope(self, t: Tensor, y: Tensor) -> Tree:
-        """What f returns. The first call compares the values of its arguments before and after, others only torch's
-        counts of changes in place: those are free, but NumPy's and `.data`'s changes and inference mode escape them.
+        """What f returns.
 
         Raises:
             UsageError: f changed its state (or, in the first call, its time) in place.
         """
         self.calls += 1
         state = self.layout.tree(y) if self._plain_shape is None else y.view(self._plain_shape)
-        if self.calls == 1:
-            with unchanged("the field", (t, *leaves(state))):
-                self.counted = versions((y,)) is not None
-                return self.f(t, state, *self.args)
+        if self._new:
+            return self._first(t, y, state)
         if not self.counted or y.is_inference():
             return self.f(t, state, *self.args)
         before = version(y)
         slope = self.f(t, state, *self.args)
         if version(y) != before:
             raise changed("the field")
+        return slope
+
+    def _first(self, t: Tensor, y: Tensor, state: Tree) -> Tree:
+        """The first evaluation compares the values of its arguments before and after, later ones only torch's counts of
+        changes in place: those are free, but NumPy's and `.data`'s changes and inference mode escape them.
+        """
+        with unchanged("the field", (t, *leaves(state))):
+            self.counted = versions((y,)) is not None
+            slope = (self.witness or self.f)(t, state, *self.args)
+        self._new = self.witness is not None and self.witness.due
         return slope
 
     def put(self, parts: Sequence[Tensor], slope: Any) -> None:

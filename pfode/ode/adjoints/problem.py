@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from pfode.ode.adjoints.sources import GraphContents
+from pfode.ode.adjoints.sources import FirstCall, GraphContents
 from pfode.ode.batching import Batching
 from pfode.ode.control import PID
 from pfode.ode.records import Attempt, End, Schedule
@@ -75,11 +75,19 @@ class Cotangents(NamedTuple):
 class Tape:
     """What an adjoint keeps of one solve.
 
-    `recording`: whether the next step is to be made with its graph; `found`: what lies in that of the first one.
+    Attributes:
+        recording: whether the next step is to be made with its graph; `found`: what lies in that of the first one.
+        witness: the first call of the field, where it decides whether anything needs a gradient.
     """
 
     recording = False
     found: GraphContents | None = None
+    witness: FirstCall | None = None
+
+    @property
+    def needless(self) -> bool:
+        """Whether it is known that nothing needs a gradient: then nothing is to be kept."""
+        return self.witness is not None and not (self.witness.due or self.witness.found.leaves)
 
     def recording_context(self) -> AbstractContextManager[Any]:
         """The surroundings to make the next step in."""

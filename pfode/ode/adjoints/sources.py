@@ -197,10 +197,15 @@ def sequence_number() -> int:
 
 
 class FirstCall:
-    """A field whose first evaluation is made with its graph, to see what it uses."""
+    """The first evaluation of a field, made with its graph to see what it uses: a Witness.
 
-    def __init__(self, f: Callable[..., Tree]):
-        self.f, self.due, self.found = f, True, GraphContents([], [], False)
+    Attributes:
+        due: whether it is still to be made.
+        found: what its graph contains.
+    """
+
+    def __init__(self, f: Callable[..., Tree], due: bool = True):
+        self.f, self.due, self.found = f, due, GraphContents([], [], False)
 
     def __call__(self, t: Tensor, y: Tree, *args: Any) -> Tree:
         if not self.due or transformed():
