@@ -257,6 +257,7 @@ def _blamed(place: Path, fetched: bool = False) -> Iterator[None]:
         raise
     except Exception as error:  # whatever a reader of damaged files raises
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = "weights are missing" if "meta tensor" in reason else reason
         if fetched and isinstance(error, OSError | ConnectionError):
             hint = "base=FOLDER, the pipeline that it belongs to as diffusers saved it"
             raise MissingError(f"{place}: its configurations cannot be fetched: {reason}", hint) from error
