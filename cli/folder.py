@@ -20,7 +20,7 @@ from pfode.errors import FileError, UsageError, WriteError
 from pfode.files import FolderLock, lock_folder, read_file, write_atomic
 from pfode.journal import Journal
 
-__all__ = ["DONE", "NON_FINITE", "RESULTS", "RUN", "Folder", "Line", "picture"]
+__all__ = ["DONE", "NON_FINITE", "RESULTS", "RUN", "Folder", "Line", "picture", "same_run"]
 
 RUN, RESULTS = "run.json", "results.jsonl"
 DONE, NON_FINITE = "done", "non_finite"
@@ -173,6 +173,13 @@ class Folder:
             if re.fullmatch(r"\d{6,}\.png|results(\.\d+)?\.jsonl", name):
                 (self.path / name).unlink()
         (self.path / RUN).unlink()
+
+
+def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two `settings` make the same pictures, of whichever seeds and at whatever cost."""
+    cost = ("steps", "nfe", "evals", "nfe_mean")
+    there, here = (_flat({key: value for key, value in said.items() if key not in cost}) for said in (one, other))
+    return there == here
 
 
 def _unwritable(path: Path, error: OSError) -> WriteError:

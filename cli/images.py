@@ -1,4 +1,4 @@
-"""Pictures: from tensors to pixels and back, contact sheets, animations, and the settings in a PNG's text."""
+"""Pictures: from tensors to pixels and back, contact sheets, animations, and the settings that a file keeps."""
 
 import io
 import json
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from pfode.cli.places import KINDS
 from pfode.errors import FileError, UsageError
 from pfode.scores.io.pictures import opened
 
@@ -22,6 +23,7 @@ __all__ = [
     "contact_sheet",
     "cross_out",
     "default_scale",
+    "encode",
     "encode_animation",
     "encode_png",
     "from_picture",
@@ -31,12 +33,17 @@ __all__ = [
     "sheet_columns",
     "sheet_size",
     "to_pixels",
+    "usual_count",
 ]
 
 GAP = 2  # white pixels between and around the pictures of a sheet
 MAX_PIXELS = 80_000_000  # of a sheet; Pillow calls more a bomb when it reads it back
 MAX_SETTINGS = 1_000_000  # characters
 GREY = (0.299, 0.587, 0.114)  # of red, green and blue (Rec. 601)
+DESCRIPTION, COMMENT, EXIF_IFD = 0x010E, 0x9286, 0x8769  # tags of EXIF
+ROWS, COLUMNS = 4, 10  # of a sheet, at least, where nothing says how many pictures
+CELL = 96  # pixels of a picture's side on a sheet, at least
+SMALL = 64  # pixels of the side of pictures of which a whole sheet is drawn without being asked
 ANIMATIONS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP"}
 
 if TYPE_CHECKING:
@@ -89,10 +96,27 @@ def cross_out(picture: np.ndarray) -> None:
 
 
 def sheet_columns(n: int, classes: int = 0) -> int:
-    """Columns of a sheet: one per class where that fills the rows, else near-square."""
+    """Columns of a sheet: as many of every class where that fills the rows; else near-square, or 10 of 40 and more."""
     if 1 < classes <= 20 and n % classes == 0:
-        return classes
-    return math.ceil(math.sqrt(n))
+        several = classes * max(1, COLUMNS // classes)
+        return several if n % several == 0 else classes
+    square = math.ceil(math.sqrt(n))
+    return square if n < ROWS * COLUMNS else max(square, COLUMNS)
+
+
+def usual_count(classes: int, height: int, width: int) -> int | None:
+    """How many pictures a sheet has where nothing says it: at least 4 rows of 10, as many of every class.
+
+    Args:
+        classes: that are drawn in turn; 0 for a single one, or none.
+
+    Returns:
+        None for large pictures, and for so many classes that a row cannot have each.
+    """
+    if max(height, width) > SMALL or classes > 20:
+        return None
+    columns = max(1, classes) * max(1, COLUMNS // max(1, classes))
+    return columns * max(ROWS, -(-ROWS * COLUMNS // columns))
 
 
 def sheet_size(n: int, height: int, width: int, scale: int, columns: int) -> tuple[int, int]:
@@ -112,9 +136,9 @@ def sheet_size(n: int, height: int, width: int, scale: int, columns: int) -> tup
 
 
 def default_scale(n: int, height: int, width: int, columns: int) -> int:
-    """The whole number that brings a picture to about 64 pixels: 8 for 8x8, 2 for 32x32; less for a huge sheet."""
+    """The whole number that brings a picture to 96 pixels or more: 12 for 8x8, 3 for 32x32; less for a huge sheet."""
     room = math.isqrt(MAX_PIXELS // (n + columns)) - GAP
-    return max(1, min(64, room) // max(height, width))
+    return max(1, min(-(-CELL // min(height, width)), room // max(height, width)))
 
 
 def contact_sheet(pixels: Pixels, scale: int, columns: int) -> np.ndarray:
@@ -127,6 +151,29 @@ def contact_sheet(pixels: Pixels, scale: int, columns: int) -> np.ndarray:
         top, left = GAP + row * (height * scale + GAP), GAP + column * (width * scale + GAP)
         sheet[top : top + height * scale, left : left + width * scale] = picture
     return sheet
+
+
+def encode(picture: np.ndarray, settings: dict[str, Any], suffix: str) -> bytes:
+    """A picture as the file that a suffix of `KINDS` says, with how it was made; JPEG alone changes pixels.
+
+    In JPEG and WebP the settings stand in the EXIF data: `pfode` as the description, `parameters` as the comment.
+
+    Raises:
+        UsageError: JPEG or WebP, and more pixels or settings than it can have.
+    """
+    kind = KINDS[suffix]
+    if kind == "PNG":
+        return encode_png(picture, settings)
+    exif = Image.Exif()
+    exif[DESCRIPTION] = json.dumps(settings, allow_nan=False)
+    exif.get_ifd(EXIF_IFD)[COMMENT] = b"UNICODE\0" + parameters(settings).encode("utf-16-be", "replace")
+    how: dict[str, Any] = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
+    stream = io.BytesIO()
+    try:
+        Image.fromarray(picture).save(stream, kind, exif=exif, **how)
+    except (ValueError, OSError) as error:  # settings of more than 64 KB, or more than 65,535 or 16,383 pixels
+        raise UsageError(f"a {kind} cannot hold this sheet: {error}", "--out sheet.png") from error
+    return stream.getvalue()
 
 
 def encode_png(picture: np.ndarray, settings: dict[str, Any]) -> bytes:
@@ -173,22 +220,30 @@ def encode_animation(frames: Sequence[np.ndarray], suffix: str) -> bytes:
 
 
 def read_text(path: Path) -> dict[str, str]:
-    """The texts of a PNG, read from its header without decoding a pixel.
+    """The texts of a picture, `pfode` and `parameters` among them, read from its header without decoding a pixel.
 
     Raises:
-        FileError: missing, no PNG, damaged, or too large to be a picture.
+        FileError: missing, no PNG, JPEG or WebP, damaged, or too large to be a picture.
     """
     try:
-        with opened(str(path), path, ("PNG",), MAX_PIXELS) as picture:
-            return {str(k): str(v) for k, v in picture.info.items() if isinstance(v, str)}
+        with opened(str(path), path, ("PNG", "JPEG", "WEBP"), MAX_PIXELS) as picture:
+            texts = {str(k): str(v) for k, v in picture.info.items() if isinstance(v, str)}
+            if picture.format != "PNG":
+                exif = picture.getexif()
+                texts |= {"pfode": str(exif[DESCRIPTION])} if DESCRIPTION in exif else {}
+                comment = exif.get_ifd(EXIF_IFD).get(COMMENT, b"")
+                if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+                    texts["parameters"] = comment[8:].decode("utf-16-be", "replace")
+            return texts
     except FileError as error:
         if "broken picture" not in error.message:
             raise
-        raise FileError(f"{path}: not a PNG, or a damaged one", "give a picture written by pfode sample") from error
+        problem = f"{path}: not a PNG, JPEG or WebP, or a damaged one"
+        raise FileError(problem, "give a picture written by pfode sample") from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a PNG written by `pfode sample`, their outer form checked; the values of the options are not.
+    """The settings in a picture written by `pfode sample`, their outer form checked; the values of the options are not.
 
     Raises:
         FileError: as `read_text`, or no settings, or some of another form.

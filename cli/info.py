@@ -24,7 +24,7 @@ from pfode.scores.io.shipped import shipped
 __all__ = ["command"]
 
 PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "pillow", "click", "huggingface_hub")
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 LONG = 160  # characters of a value that are shown
 
 
@@ -69,12 +69,13 @@ def _file(path: Path, verify: bool) -> dict[str, Any]:
         if verify:
             raise UsageError(f"--verify: {path} has no digest", "only files written by pfode have one: pfode convert")
         return models.folder(path) if path.is_dir() else models.pickle(path)
-    return _picture(path, verify) if _is_png(path) else _tensors(read_header(path), verify)
+    return _picture(path, verify) if _is_picture(path) else _tensors(read_header(path), verify)
 
 
-def _is_png(path: Path) -> bool:
+def _is_picture(path: Path) -> bool:
     with open_regular(path) as file:
-        return file.read(8) == PNG
+        first = file.read(12)
+    return first.startswith((PNG, JPEG)) or (first[:4], first[8:]) == (b"RIFF", b"WEBP")
 
 
 def _tensors(header: Header, verify: bool) -> dict[str, Any]:

@@ -144,8 +144,7 @@ class Job:
         """The number of columns of the sheet."""
         from pfode.cli import images
 
-        classes = len(labels(self.net)) if self.options["label"] == "all" else 0
-        return images.sheet_columns(len(self.sheet.seeds), classes)
+        return images.sheet_columns(len(self.sheet.seeds), drawn_classes(self.net, self.options))
 
     @property
     def scale(self) -> int:
@@ -162,6 +161,7 @@ def prepare(options: dict[str, Any]) -> Job:
     Raises:
         PfodeError: an option that the model, the plan or the machine cannot carry out.
     """
+    from pfode.cli import images
     from pfode.samplers.settle import classes, find_device, usual_count
 
     device = find_device(options["device"])
@@ -172,7 +172,8 @@ def prepare(options: dict[str, Any]) -> Job:
     net = guided(options, model)
     plan, plan_digest = find_plan(options, net)
     init, init_digest = read_init(options, model)
-    n = options["n"] or usual_count(net, options["label"])
+    n = options["n"] or images.usual_count(drawn_classes(net, options), *picture_shape(model)[1:])
+    n = n or usual_count(net, options["label"])
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
     digests = {"model": digest, "sampler": plan_digest, "init": init_digest}
     job = Job(options, net, model, plan, init, digests, device, seeds)
@@ -263,6 +264,11 @@ def picture_shape(net: Any) -> tuple[int, ...]:
 def labels(net: Any) -> Sequence[str]:
     """The names of a model's classes; none without classes."""
     return getattr(net, "labels", None) or ()
+
+
+def drawn_classes(net: Any, options: dict[str, Any]) -> int:
+    """How many classes are drawn in turn; 0 for a single one, or none."""
+    return len(labels(net)) if options["label"] == "all" else 0
 
 
 def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ class Command(click.Command):
         trust.check_sources(ctx)
         if self.name != "info":  # which answers without torch
             check_machine()
+            if "torch" not in sys.modules:
+                output(ctx).wait("pfode: loading torch ...")
         try:
             return super().invoke(ctx)
         except PfodeError as error:

@@ -8,9 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 import pfode
 from pfode.cli.job import Cost, Job, settings
-from pfode.errors import NumericalError, UsageError, WriteError
+from pfode.cli.places import SHEET, STDOUT, folder_of, suffix_of, write_free
+from pfode.cli.streams import output
+from pfode.errors import FileError, NumericalError, UsageError, WriteError
 from pfode.files import write_atomic
 
 if TYPE_CHECKING:
@@ -19,28 +23,32 @@ if TYPE_CHECKING:
 __all__ = ["check_outputs", "flaw", "flaws", "non_finite", "write", "write_film", "write_sheet"]
 
 
-def check_outputs(out: str, trajectory: str | None, separate: str | None) -> None:
+def check_outputs(out: str | None, trajectory: str | None, separate: str | None) -> None:
     """Find out whether the results can be written, before anything is drawn.
 
     Raises:
         UsageError: a name that no output can have. WriteError: a folder that takes no file.
     """
-    if Path(out).suffix.lower() != ".png":
-        raise UsageError(f"--out {out}: the sheet is a PNG", "--out sheet.png")
+    suffix_of(out)
+    folder = folder_of(out)
+    sheet = None if out == STDOUT else out if folder is None else str(folder / SHEET)
     if trajectory is not None:
         suffix = Path(trajectory).suffix.lower()
         if suffix not in (".gif", ".png", ".apng", ".webp"):
             raise UsageError(f"--trajectory {trajectory}: unknown kind {suffix!r}", "use .gif, .png or .webp")
-        if os.path.realpath(trajectory) == os.path.realpath(out):
-            raise UsageError(f"--trajectory and --out are the same file {out}", "give them different names")
+        if sheet is not None and os.path.realpath(trajectory) == os.path.realpath(sheet):
+            raise UsageError(f"--trajectory and --out are the same file {sheet}", "give them different names")
     if separate is not None:
-        for name in filter(None, (out, trajectory)):
+        for name in filter(None, (sheet, trajectory)):
             if _within(name, separate) and re.fullmatch(r"\d+\.png", Path(name).name):
                 raise UsageError(f"{name} has the name of a picture of --separate", "give it another name")
         _check_writable(separate, "--separate", made=True)
-    for option, name in (("--out", out), ("--trajectory", trajectory)):
+    for option, name in (("--out", sheet), ("--trajectory", trajectory)):
         if name is not None:
-            _check_writable(name, option, made=separate is not None and _within(name, separate))
+            made = (separate is not None and _within(name, separate)) or (name == sheet and folder is not None)
+            _check_writable(name, option, made=made)
+        if name == sheet and folder is not None:
+            continue  # takes another name where something of this one is
         if name is not None and os.path.isdir(name):
             raise WriteError(f"{name}: is a folder", f"give {option} the name of a file")
 
@@ -87,12 +95,29 @@ def write(job: Job, result: Any) -> list[str]:
 
 
 def write_sheet(job: Job, pixels: "np.ndarray", cost: Cost) -> str:
-    """Write the contact sheet, and return its name."""
-    from pfode.cli import images
+    """Write the contact sheet, and return its name.
 
-    sheet = images.contact_sheet(pixels, job.scale, job.columns)
-    write_atomic(job.options["out"], images.encode_png(sheet, settings(job, cost)))
-    return job.options["out"]
+    Where --out names no file it takes the first free name: one that is there is replaced by --separate alone, where it
+    is the sheet of the same run.
+    """
+    from pfode.cli import images
+    from pfode.cli.folder import same_run
+
+    out, said = job.options["out"], settings(job, cost)
+    data = images.encode(images.contact_sheet(pixels, job.scale, job.columns), said, suffix_of(out))
+    folder = folder_of(out)
+    if out == STDOUT:
+        output(click.get_current_context()).emit_bytes(data)
+        return out
+    if folder is None:
+        return str(write_atomic(out, data))
+
+    def ours(path: Path) -> bool:
+        with contextlib.suppress(FileError, KeyError, TypeError, AttributeError):
+            return job.options["separate"] is not None and same_run(images.read_settings(path), said)
+        return False
+
+    return str(write_free(folder, data, ours))
 
 
 def write_film(job: Job, result: Any) -> str:

@@ -1,7 +1,6 @@
 """Progress bars on stderr, hidden where that is no terminal or the run is quiet, as callbacks of the library."""
 
 import shutil
-import sys
 from typing import TYPE_CHECKING, Any
 
 from pfode.cli.streams import Output
@@ -19,9 +18,9 @@ def bar(out: Output, total: int | None = None, **options: Any) -> "tqdm[Any]":
     """A bar of tqdm; `options` are its own."""
     from tqdm import tqdm
 
+    out.clear()
     columns, rows = shutil.get_terminal_size()  # sound also where the terminal claims to have no size
-    hidden = out.quiet or sys.stderr is None or not sys.stderr.isatty()
-    return tqdm(total=total, disable=hidden, leave=False, ncols=min(columns, 100), nrows=rows, **options)
+    return tqdm(total=total, disable=not out.watched, leave=False, ncols=min(columns, 100), nrows=rows, **options)
 
 
 class _Bar:

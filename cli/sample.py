@@ -1,6 +1,7 @@
 """pfode sample: draw pictures, write the sheet, say what was done."""
 
 import os
+import sys
 import time
 import warnings
 from typing import Any
@@ -13,6 +14,7 @@ from pfode.cli.job import OF_THE_MODEL, Cost, Job, prepare, settings
 from pfode.cli.model_option import model_option
 from pfode.cli.options import Command, FileName, Finite
 from pfode.cli.outputs import check_outputs, flaws, non_finite, write
+from pfode.cli.places import STDOUT
 from pfode.cli.processes import launched
 from pfode.cli.progress import PictureBar
 from pfode.cli.settings import DTYPES, format_seeds, settle
@@ -111,7 +113,13 @@ __all__ = ["command", "one_sheet"]
     metavar="N",
     help=f"Pictures at a time; changes no picture.  [default: {defaults.BATCH}]",
 )
-@click.option("--out", type=FileName(), default="sheet.png", metavar="FILE.png", help="Contact sheet of all pictures.")
+@click.option(
+    "--out",
+    type=FileName(),
+    metavar="FILE|DIR/|-",
+    help="Contact sheet of all pictures: .png, .jpg or .webp; in a folder, or without --out, sheet.png, or sheet-2.png "
+    "... where that is there; - for stdout.",
+)
 @click.option("--scale", type=click.IntRange(1, 64), metavar="N", help="Enlarge the pictures on the sheet N times.")
 @click.option(
     "--separate",
@@ -143,6 +151,8 @@ def command(ctx: click.Context, **options: Any) -> None:
     out = output(ctx)
     options = settle(ctx, options)
     check_outputs(options["out"], options["trajectory"], options["separate"])
+    if options["out"] == STDOUT:
+        check_stdout(out)
     if options["overwrite"] and options["separate"] is None:
         raise UsageError("--overwrite: nothing is continued without --separate", "--separate DIR")
     from pfode.cli import many
@@ -178,7 +188,20 @@ def command(ctx: click.Context, **options: Any) -> None:
         "images_per_second": drawn / seconds,
         "settings": settings(job, cost),
     }
-    out.emit(summary, done["files"][0])
+    if options["out"] != STDOUT:
+        out.emit(summary, done["files"][0])
+
+
+def check_stdout(out: Output) -> None:
+    """Find out whether a picture may go to stdout.
+
+    Raises:
+        UsageError: stdout is a terminal, or has the JSON.
+    """
+    if out.json:
+        raise UsageError("--json and --out - both go to stdout", "--out sheet.png")
+    if sys.stdout is not None and sys.stdout.isatty():
+        raise UsageError("--out -: stdout is a terminal, which is no place for a PNG", "--out - > sheet.png")
 
 
 def one_sheet(job: Job, out: Output) -> dict[str, Any]:

@@ -25,10 +25,42 @@ class Output:
     quiet: bool = False
     debug: bool = False
     lost: dict[str, OSError] = field(default_factory=dict)  # by "stdout" and "stderr"
+    waiting: str = ""  # what stands on the terminal until something else is said
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody looks on: stderr is a terminal, and the run is not quiet."""
+        return not self.quiet and sys.stderr is not None and sys.stderr.isatty()
+
+    def wait(self, text: str) -> None:
+        """Say on a terminal what takes a moment; the next remark, bar or result takes its place."""
+        if self.watched:
+            self.clear()
+            self._put("stderr", text, end="")
+            self.waiting = text
+
+    def clear(self) -> None:
+        """Take away what `wait` said."""
+        if self.waiting:
+            text, self.waiting = self.waiting, ""
+            self._put("stderr", f"\r{' ' * len(text)}\r", end="")
 
     def emit(self, data: Any, text: str) -> None:
         """Put the result on stdout: `data` as JSON, or `text`."""
         self._write("stdout", json.dumps(data, allow_nan=False) if self.json else text)
+
+    def emit_bytes(self, data: bytes) -> None:
+        """Put a result that is no text, such as a picture, on stdout."""
+        self.clear()
+        self.flush()
+        if sys.stdout is None:
+            self.lost.setdefault("stdout", OSError("it is closed"))
+            return
+        try:
+            sys.stdout.buffer.write(data)
+        except OSError as error:
+            self._lose("stdout", error)
+        self.flush()
 
     def note(self, text: str) -> None:
         """Put a remark on stderr, unless the run is quiet."""
@@ -40,15 +72,20 @@ class Output:
         self._write("stderr", text)
 
     def _write(self, name: str, text: str) -> None:
+        self.clear()
+        self._put(name, text)
+
+    def _put(self, name: str, text: str, end: str = "\n") -> None:
+        text += end
         stream: TextIO | None = getattr(sys, name)
         if stream is None or name in self.lost:
             self.lost.setdefault(name, OSError("it is closed"))
             return
         try:
             try:
-                click.echo(text, file=stream)
+                click.echo(text, file=stream, nl=False)
             except UnicodeEncodeError:  # the name of a file, in an encoding that does not have it
-                click.echo(text.encode(stream.encoding or "ascii", "backslashreplace"), file=stream)
+                click.echo(text.encode(stream.encoding or "ascii", "backslashreplace"), file=stream, nl=False)
         except OSError as error:
             self._lose(name, error)
 

@@ -105,7 +105,7 @@ CALLS = [
     ("sample --device cuda:x", 2, "unknown device"),
     ("sample --batch 0", 2, "0 is not in the range"),
     ("sample --scale 0", 2, "0 is not in the range"),
-    ("sample --out sheet.jpg", 2, "PNG"),
+    ("sample --out sheet.bmp", 2, "--out sheet.png"),
     ("sample --trajectory path.mp4", 2, "unknown kind '.mp4'"),
     ("sample --trajectory sheet.png", 2, "same file"),
     ("sample --model digitz", 2, "did you mean 'digits'"),

@@ -273,7 +273,7 @@ def test_flagged_pictures_are_left_out(cli, tmp_path, whole, sick, monkeypatch):
     (line,) = (line for line in lines(tmp_path / "a") if line["status"] == "non_finite")
     assert (line["seed"], line["sample"], line["step"] in (1, 2), line["time"] > 0) == (10, 10, True, True)
     with Image.open(tmp_path / "sheet.png") as sheet:  # a cross on white, never a black picture
-        tile = np.asarray(sheet)[2 + 2 * 66 : 66 + 2 * 66 : 8, 2:66:8]
+        tile = np.asarray(sheet)[2 + 2 * 98 : 98 + 2 * 98 : 12, 2:98:12]
     assert tile.shape == (8, 8)
     assert (tile == 0).sum() <= 16
     done = cli(*WORDS, "--n", 20, "--separate", "a", "--json")  # the network has recovered

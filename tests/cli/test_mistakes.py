@@ -21,7 +21,7 @@ MISTAKES = [
     ("sample --model digit", 2, "did you mean 'digits'?"),
     ("sample --model digits.safetensors", 3, "no such file"),
     ("sample --label seven", 2, "unknown label 'seven'"),
-    ("sample --out sheet.jpg", 2, "--out sheet.png"),
+    ("sample --out sheet.tiff", 2, "--out sheet.png"),
     ("sample --device cuda:7", 4, "--device cpu"),
     ("sample --dtype half", 2, "'fp16'"),
     ("sample --nfe 1 --sampler rk4 --final", 2, "no such option --final"),

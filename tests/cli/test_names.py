@@ -164,4 +164,4 @@ def test_guidance_alone_takes_every_class(cli, monkeypatch):
     monkeypatch.setattr(next(p for p in command.params if p.name == "label"), "default", None)
     run = cli("sample", "--guidance", 2, "--steps", 1, "--json")
     assert run.code == 0, run.err
-    assert (run.json["n"], run.json["evals"], run.json["settings"]["options"]["label"]) == (10, 2, "all")
+    assert (run.json["n"], run.json["evals"], run.json["settings"]["options"]["label"]) == (40, 2, "all")

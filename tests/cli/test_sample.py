@@ -26,7 +26,7 @@ def test_sheet_and_streams(cli, tmp_path):
     assert run.code == 0
     assert run.out == "sheet.png\n"
     assert re.search(r"steps 3, NFE \d+, evals \d+", run.err)
-    assert pixels(tmp_path / "sheet.png").shape == (2 + 2 * 66, 2 + 3 * 66)
+    assert pixels(tmp_path / "sheet.png").shape == (2 + 2 * 98, 2 + 3 * 98)
     assert cli("sample", "--steps", 3, "--n", 5, "--quiet").err == ""
 
 
@@ -34,7 +34,7 @@ def test_pixels_are_those_of_the_library(sheet):
     net = pfode.load("digits")
     x = pfode.sample(net, n=4, steps=3, seed=7).x
     first = ((x[0, 0].double().clamp(-1, 1) + 1) * 127.5).round().numpy()
-    assert np.array_equal(pixels(sheet)[2:66:8, 2:66:8], first)
+    assert np.array_equal(pixels(sheet)[2:98:12, 2:98:12], first)
 
 
 def test_like_repeats_a_sheet(cli, sheet):
@@ -109,7 +109,7 @@ def test_options_reach_the_plan(cli):
         ("--sampler ddpm --brownian", {"sampler": "ddpm", "brownian": True}),
     ]
     for words, options in cases:
-        assert cli("sample", "--steps", 5, "--n", 1, "--scale", 1, *words.split()).code == 0
+        assert cli("sample", "--steps", 5, "--n", 1, "--scale", 1, "--out", "sheet.png", *words.split()).code == 0
         x = pfode.sample(net, n=1, steps=5, **options).x
         assert np.array_equal(pixels("sheet.png")[2:-2, 2:-2], images.to_pixels(x)[0]), words
 
@@ -132,7 +132,21 @@ def test_image_to_image(cli, tmp_path, model):
     picture = np.zeros((16, 32, 3), np.uint8)
     picture[:, 8:24, 1] = 255  # the centre square is green
     Image.fromarray(picture).save(tmp_path / "green.png")
-    words = ("sample", "--model", model, "--steps", 6, "--n", 4, "--scale", 1, "--init", "green.png")
+    words = (
+        "sample",
+        "--model",
+        model,
+        "--steps",
+        6,
+        "--n",
+        4,
+        "--scale",
+        1,
+        "--init",
+        "green.png",
+        "--out",
+        "sheet.png",
+    )
     far = []
     for strength in (0.1, 0.5, 1):
         assert cli(*words, "--strength", strength).code == 0
@@ -195,8 +209,8 @@ def test_separate_pictures_do_not_depend_on_the_batch(cli, tmp_path):
     assert pixels(tmp_path / "c/000004.png").shape == (8, 8)
     assert cli("sample", "--steps", 3, "--seeds", "4,2", "--separate", "d", "--out", "d/sheet.png").code == 0
     assert (tmp_path / "d/sheet.png").is_file()
-    assert cli("sample", "--like", "c/000004.png").code == 0
-    assert np.array_equal(pixels(tmp_path / "sheet.png")[2:-2:8, 2:-2:8], pixels(tmp_path / "c/000004.png"))
+    assert cli("sample", "--like", "c/000004.png", "--out", "one.png").code == 0
+    assert np.array_equal(pixels(tmp_path / "one.png")[2:-2:12, 2:-2:12], pixels(tmp_path / "c/000004.png"))
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
@@ -207,10 +221,10 @@ def test_trajectory(cli, tmp_path, suffix):
         frames = getattr(film, "n_frames", 1)
         assert 4 <= frames <= 5  # equal ones are merged
         film.seek(frames - 1)
-        assert film.size == (2 * 134 + 8, 134)
+        assert film.size == (2 * 198 + 8, 198)
         last = np.asarray(film.convert("L"))
-        assert np.array_equal(last[:, :134], last[:, 142:])
-        assert np.array_equal(last[:, :134], pixels(tmp_path / "sheet.png"))
+        assert np.array_equal(last[:, :198], last[:, 206:])
+        assert np.array_equal(last[:, :198], pixels(tmp_path / "sheet.png"))
 
 
 def test_plan_file_as_sampler(cli, tmp_path):
@@ -242,7 +256,7 @@ def test_adaptive_samplers(cli, tmp_path):
     run = cli(*words, "--json")
     out = pfode.sample(pfode.load("digits"), 5, sampler="rk45", rtol=0.01)
     each = out.stats["nfe"].tolist()
-    assert np.array_equal(pixels("sheet.png"), images.contact_sheet(images.to_pixels(out.x), 8, 3))
+    assert np.array_equal(pixels("sheet.png"), images.contact_sheet(images.to_pixels(out.x), 12, 3))
     assert run.json["nfe_of_each"] == each
     assert (run.json["nfe"], run.json["evals"], run.json["nfe_mean"]) == (max(each), max(each), sum(each) / 5)
     assert len(set(each)) > 1
@@ -292,7 +306,7 @@ def test_adaptive_samplers_that_fail(cli, tmp_path, monkeypatch, separate):
 
 
 def test_scale_and_columns():
-    assert [images.default_scale(16, s, s, 4) for s in (8, 28, 32, 64, 128)] == [8, 2, 2, 1, 1]
+    assert [images.default_scale(16, s, s, 4) for s in (8, 28, 32, 64, 128)] == [12, 4, 3, 2, 1]
     for n in (20_000, 50_000, 300_000):
         columns = images.sheet_columns(n)
         images.sheet_size(n, 8, 8, images.default_scale(n, 8, 8, columns), columns)
