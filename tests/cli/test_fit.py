@@ -105,7 +105,7 @@ def test_errors(fit, tmp_path, words, code, problem):
 def test_auto_finds_plans_beside_the_model(fit, cli, tmp_path, monkeypatch):
     """A sheet drawn with one is repeated by --like, and not with another plan."""
     shutil.copy(shipped.shipped()["digits"], tmp_path / "mine.safetensors")
-    words = ("sample", "--model", "mine.safetensors", "--nfe", 2, "--n", 1)
+    words = ("sample", "--model", "mine.safetensors", "--nfe", 2, "--n", 1, "--out", "sheet.png")
     assert cli("fit", "--model", "mine.safetensors", "--nfe", "2", *FEW).code == 0
     assert "sampler fitted" not in cli(*words).err
     shutil.copy("plans/mine.plan-2.safetensors", tmp_path)
