@@ -25,6 +25,8 @@ class Fit:
     CHECK = 128  # samples that choose
     TEACHER = 100  # steps of the fine solution
     LABEL = "all"
+    TUNE_STEPS = 640  # of the optimiser
+    TUNE_BATCH = 64  # samples in one of them
 
 
 class Train:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from pfode.errors import UsageError
 from pfode.introspection import compute_dtype
 from pfode.process import Process, float64
 from pfode.tensors import raw
@@ -23,10 +24,12 @@ __all__ = [
     "Preconditioned",
     "Preconditioning",
     "at",
+    "conditioning",
     "digest",
     "fingerprint",
     "forwards",
     "preconditioned",
+    "tuned",
 ]
 
 
@@ -39,7 +42,9 @@ class Denoiser(Protocol):
     Optional, used where present: `shape` (of one sample, without the batch), `labels` (names of the classes), `evals`
     (network forwards per call; 1 when absent), `data_std` (of data whose mean is 0), `guided(scale)` (classifier-free
     guidance), `compiled()`, `fingerprint` (a digest of its weights), `plans` (fitted to it, by their number of calls),
-    and `at(t)`: what stands in for it at time t, a float, under the same preconditioning and with its own `evals`.
+    `at(t)`: what stands in for it at time t, a float, under the same preconditioning and with its own `evals`,
+    `conditioning` (the layers of its network that tell it how noisy x is, each with its width) and `tuned(offsets)`:
+    what stands in for it when so much is added to the outputs of those layers.
     """
 
     @property
@@ -117,6 +122,10 @@ class Bare(Preconditioned):
         there = at(self.denoiser, t)
         return self if there is self.denoiser else Bare(there)
 
+    def tuned(self, offsets: Mapping[str, Tensor]) -> "Bare":
+        """See `tuned`."""
+        return Bare(tuned(self.denoiser, offsets))
+
 
 AnyDenoiser = TypeVar("AnyDenoiser", bound=Denoiser)
 
@@ -129,6 +138,38 @@ def at(denoiser: AnyDenoiser, t: Any) -> AnyDenoiser:
     """
     found = getattr(denoiser, "at", None)
     return denoiser if found is None else found(t)
+
+
+def tuned(denoiser: AnyDenoiser, offsets: Mapping[str, Tensor]) -> AnyDenoiser:
+    """What stands in for a denoiser when its network is asked with another condition: `denoiser.tuned(offsets)`.
+
+    The time that a row of a plan asks at is one coordinate of the condition that it asks with; the offsets are others,
+    learnt for one row as its time is ("Three Creates All", arXiv 2603.22375: step-wise time embeddings).
+
+    Args:
+        offsets: by the name of a conditioning layer, what is added to its output, shape (width,) or (batch, width).
+
+    Raises:
+        UsageError: a denoiser without such layers.
+    """
+    found = getattr(denoiser, "tuned", None)
+    if found is None:
+        problem = f"{type(denoiser).__name__} has no conditioning layers to which a tuned plan could add its offsets"
+        raise UsageError(problem, "run it on the network it was fitted to, wrapped by pfode.scores.Denoiser")
+    return found(offsets)
+
+
+def conditioning(denoiser: Denoiser) -> Mapping[str, int]:
+    """The layers that tell a denoiser's network how noisy its input is, and the widths of their outputs.
+
+    Raises:
+        UsageError: it has none, or they cannot be found.
+    """
+    found = getattr(denoiser, "conditioning", None)
+    if not found:
+        problem = f"{type(denoiser).__name__} has no layers that depend on the time alone: there is nothing to tune"
+        raise UsageError(problem, "a torch network wrapped by pfode.scores.Denoiser, or tune=False")
+    return found
 
 
 def fingerprint(denoiser: Denoiser) -> str | None:

@@ -1,6 +1,7 @@
 """A network and its preconditioning, seen as a denoiser: D(x, t) = c_skip x + c_out F(c_in x, c_noise)."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from pfode.labels import class_index, label_tensor
 from pfode.plans.table import Plan
 from pfode.prediction import PREDICTIONS, Coefficient, Pair
 from pfode.process import VP, Process, VPCosine, VPDiscrete, need_process
+from pfode.scores.conditioning import Tunable, check_offsets, find_layers, plain
 from pfode.scores.guidance import guide
 from pfode.scores.io.published import Published
 from pfode.tensors import readable
@@ -101,6 +103,8 @@ class Denoiser(Preconditioned, Published):
         self.digest = digest
         self.plans: Mapping[int, Plan] = {} if plans is None else plans
         self._hashed: tuple[Stamp | None, str] | None = None
+        self._layers: dict[str, int] | None = None
+        self._tunable: tuple[object, Any] | None = None  # for which weights it was made, and the network with offsets
         weights = network.parameters() if isinstance(network, nn.Module) else ()
         weight = next((p for p in weights if p.is_floating_point()), None)
         self.device = None if weight is None else weight.device
@@ -230,6 +234,39 @@ class Denoiser(Preconditioned, Published):
     def compiled(self) -> Self:
         """The same denoiser with its network through torch.compile."""
         return self.with_network(torch.compile(self.net), self.fingerprint, self.plans)
+
+    @property
+    def conditioning(self) -> dict[str, int]:
+        """The layers that tell the network how noisy x is, and their widths; see `find_layers`.
+
+        Raises:
+            UsageError: a function instead of a torch module, or a network whose `shape` is not known.
+        """
+        if self._layers is None:
+            if not isinstance(self.net, nn.Module) or self.shape is None:
+                lacks = "a torch module as its network" if self.shape else "the shape of a sample: shape=(3, 32, 32)"
+                raise UsageError(f"conditioning: {type(self).__name__} needs {lacks}", "Denoiser(network, ..., shape=)")
+            network = plain(self.net)
+            self._layers = find_layers(network, self.with_network(network).network, self.shape)
+        return self._layers
+
+    def tuned(self, offsets: Mapping[str, Tensor]) -> Self:
+        """The denoiser whose network adds these offsets to the outputs of its conditioning layers.
+
+        Args:
+            offsets: by the name of a layer, shape (width,) or (batch, width).
+
+        Raises:
+            UsageError: layers that are none of `conditioning`, or offsets of another width.
+        """
+        layers = self.conditioning
+        check_offsets(offsets, layers)
+        if self._tunable is None or self._tunable[0] is not self._hashed:
+            network = Tunable(plain(self.net), layers)
+            self._tunable = self._hashed, network if plain(self.net) is self.net else torch.compile(network)
+        made = copy.copy(self)
+        made.net = functools.partial(self._tunable[1], offsets)
+        return made
 
     def guided(self, scale: float) -> DenoiserProtocol:
         """Classifier-free guidance: see `guide`."""

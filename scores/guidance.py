@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfode.denoiser import Denoiser, Preconditioned, Preconditioning, at, preconditioned
+from pfode.denoiser import Denoiser, Preconditioned, Preconditioning, at, preconditioned, tuned
 from pfode.errors import UsageError, integer, number
 from pfode.labels import class_index, class_indices, warn_unseen
 from pfode.plans.rows import row_affine
@@ -161,6 +161,10 @@ class Autoguided(Wrapper):
     def at(self, t: float | Tensor) -> "Autoguided":
         """See `Wrapper.at`."""
         return Autoguided(at(self.denoiser, t), at(self.weak, t), self.rule.at(t, self.process))
+
+    def tuned(self, offsets: Mapping[str, Tensor]) -> "Autoguided":
+        """With these offsets in the denoiser; the weak one stays as it is."""
+        return Autoguided(tuned(self.denoiser, offsets), self.weak, self.rule)
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """The guided D(x, t), in the dtype of x; both denoisers get the same x, t and conditions."""

@@ -1,14 +1,14 @@
 """Denoisers that wrap another denoiser: what they pass on, and those whose output is clipped or thresholded."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from pfode.bounds import clipped, thresholded
-from pfode.denoiser import Denoiser, at, fingerprint
+from pfode.denoiser import Denoiser, at, fingerprint, tuned
 from pfode.errors import UsageError, number
 from pfode.labels import class_count
 from pfode.process import float64
@@ -52,6 +52,19 @@ class Wrapper:
             t: a time of the process, or a tensor (batch,) of times, for which one denoiser stands in at all of them.
         """
         return self.rewrap(lambda denoiser: at(denoiser, t))
+
+    @property
+    def conditioning(self) -> Mapping[str, int]:
+        """The conditioning layers of the wrapped denoiser's network, with their widths.
+
+        Raises:
+            UsageError: the wrapped denoiser has no `conditioning`.
+        """
+        return need_method(self.denoiser, "conditioning", "only the networks of pfode.scores.Denoiser are tuned")
+
+    def tuned(self, offsets: Mapping[str, Tensor]) -> Self:
+        """The same with these offsets in the wrapped denoiser; see `pfode.denoiser.tuned`."""
+        return self.rewrap(lambda denoiser: tuned(denoiser, offsets))
 
     def label_index(self, name: str | int) -> int:
         """The number of a class; see `pfode.scores.Denoiser.label_index`.

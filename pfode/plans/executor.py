@@ -14,7 +14,7 @@ from torch.utils import checkpoint as rematerialise
 
 from pfode import noise
 from pfode._torch import transformed
-from pfode.denoiser import Bare, Denoiser, Preconditioned, at, preconditioned
+from pfode.denoiser import Bare, Denoiser, Preconditioned, at, preconditioned, tuned
 from pfode.errors import OtherModelWarning, UsageError, shortened
 from pfode.plans.rows import Row, Rows, Sums, add, combine, folded, used, with_noise
 from pfode.plans.table import Plan, foreign, takes_part
@@ -309,6 +309,10 @@ def _networks(
 ) -> list[Callable[..., Any]]:
     """What every row calls, with the conditions: no layer more than needed, as small networks feel each."""
     found = [at(net, t) for t in plan.t.tolist()]
+    if plan.tune:
+        rows = [value.to(x.device).unbind() for value in plan.tune.values()]
+        offsets = (dict(zip(plan.tune, row, strict=True)) for row in zip(*rows, strict=True))
+        found = [tuned(one, row) for one, row in zip(found, offsets, strict=True)]
     calls: list[Callable[..., Any]] = [
         one.denoiser if isinstance(one, Bare) and one.dtype in (None, x.dtype) else one.network for one in found
     ]
@@ -325,7 +329,15 @@ def _on_a_copy(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _remark(plan: Plan, denoiser: Denoiser) -> None:
+    """Say that a plan was fitted to another model.
+
+    Raises:
+        UsageError: a tuned plan, whose offsets mean nothing there.
+    """
     if not torch.compiler.is_compiling() and foreign(plan, denoiser):
+        if plan.tune:
+            problem = f"plan {plan.name!r} was tuned to another model: its offsets belong to the weights of that one"
+            raise UsageError(problem, "fit_plan(denoiser, nfe, tune=True)")
         text = f"plan {plan.name!r} was fitted to another model: here a hand-made sampler may serve better"
         warnings.warn(text, OtherModelWarning, stacklevel=4)
 

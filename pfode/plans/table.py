@@ -8,6 +8,7 @@ Rows are made on the host in float64; `rows` beside this file applies them, `exe
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
 
 _TENSORS = ("t", "time", "alpha", "sigma", "r", "r_prev", "b", "c", "init", "step", "node", "first", "span")
 _WHOLE = {"step": torch.int64, "node": torch.bool}
+_TUNE = "tune."  # before the name of a layer, in a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,8 @@ class Plan:
         first: (time, alpha, sigma) of x_T, shape (3,): state 0's unless `init` moves x_T (churn, a free first step).
         span: start and stop of the interval that xi_k covers of the Brownian clock u = 1 / (1 + (alpha/sigma)^(1/4)),
             shape (n + 1, 2), the last for xi_init. NaN where nothing is drawn, or the noise has no interval.
+        tune: what row k adds to the output of a conditioning layer of the network it was fitted to, by the layer's
+            name, float32, shape (n, width): a tuned plan (`pfode.denoiser.tuned`).
 
     Raises:
         UsageError: shapes, values or times that no plan can have.
@@ -77,6 +81,7 @@ class Plan:
     meta: dict[str, Any] = field(default_factory=dict)
     first: Tensor = None  # type: ignore[assignment]
     span: Tensor = None  # type: ignore[assignment]
+    tune: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         with torch.inference_mode(False):  # in it, tensors would be of no use to gradients later
@@ -95,6 +100,7 @@ class Plan:
             value = value.to("cpu", _WHOLE.get(key, torch.float64))
             object.__setattr__(self, key, value.clone())
             self._check(key, len(self.t))
+        self._settle_tune()
         if not isinstance(self.name, str) or not self.name.isprintable() or not isinstance(self.meta, dict):
             raise UsageError(f"plan: need a printable name and a dict of meta, got {self.name!r} and {self.meta!r:.60}")
         alpha, sigma = torch.cat([self.first[1:2], self.alpha]), torch.cat([self.first[2:], self.sigma])
@@ -108,6 +114,23 @@ class Plan:
         if not (self.node[0] and self.node[-1] and torch.equal(begins, self.node[:-1].long())):
             raise UsageError(f"plan {self.name!r}: a step must begin at every node but the last, and nowhere else")
         self.check_times(self.process)
+
+    def _settle_tune(self) -> None:
+        """Make the offsets the plan's own, and check them."""
+        if not isinstance(self.tune, Mapping):
+            raise UsageError(f"plan: tune: expected offsets by layer, got {self.tune!r:.60}", 'tune={"layer": offsets}')
+        found = {}
+        for layer, value in self.tune.items():
+            if not isinstance(layer, str) or not layer or not layer.isprintable():
+                raise UsageError(f"plan: tune: expected the name of a layer, got {layer!r:.60}")
+            value = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+            if value.ndim != 2 or len(value) != len(self.t) or value.shape[1] == 0 or not value.is_floating_point():
+                got = f"{value.dtype} of shape {tuple(value.shape)}"
+                raise UsageError(f"plan: tune: {layer}: expected floats of shape ({len(self.t)}, width), got {got}")
+            if not torch.isfinite(value).all():
+                raise UsageError(f"plan: tune: {layer} is not finite")
+            found[layer] = value.to("cpu", torch.float32).clone()
+        object.__setattr__(self, "tune", found)
 
     def _default(self, key: str) -> Tensor:
         """What `first` and `span` are where they are not given."""
@@ -170,12 +193,17 @@ class Plan:
         if not isinstance(other, Plan):
             return NotImplemented
         same = self.process == other.process and self.prediction == other.prediction
-        return same and all(_equal(getattr(self, key), getattr(other, key)) for key in _TENSORS)
+        same = same and self.tune.keys() == other.tune.keys()
+        pairs = [(getattr(self, key), getattr(other, key)) for key in _TENSORS] if same else []
+        pairs += [(value, other.tune[layer]) for layer, value in self.tune.items()] if same else []
+        return same and all(_equal(a, b) for a, b in pairs)
 
     __hash__ = None  # type: ignore[assignment]
 
     def __str__(self) -> str:
         head = f"plan {self.name!r}: {self.steps} steps, {self.nfe} NFE, prediction {self.prediction}, {self.process}"
+        if self.tune:
+            head += f", tuned: {sum(v.numel() for v in self.tune.values()):,} offsets in {len(self.tune)} layers"
         lines = [head, " row  step           t      alpha      sigma          r   b | c"]
         for k in range(self.nfe):
             level = f"{self.t[k]:11.5g} {self.alpha[k]:10.5g} {self.sigma[k]:10.5g} {self.r[k]:10.5g}"
@@ -189,6 +217,7 @@ class Plan:
         """Write the plan as one safetensors file with its process, name and digest in the metadata."""
         config = {"name": self.name, "process": self.process.config(), "prediction": self.prediction, "meta": self.meta}
         tensors = {key: getattr(self, key).detach().contiguous() for key in _TENSORS}
+        tensors |= {_TUNE + layer: value.detach().contiguous() for layer, value in self.tune.items()}
         return write_tensors(
             path, tensors, {"pfode.kind": "plan", "pfode.config": json.dumps(config, ensure_ascii=False)}
         )
@@ -210,8 +239,9 @@ class Plan:
         config = header.config("pfode.config")
         try:
             parts = {key: tensors[key] for key in _TENSORS if key in tensors}
+            tune = {key.removeprefix(_TUNE): value for key, value in tensors.items() if key.startswith(_TUNE)}
             process = from_config(config["process"])
-            return cls(process, config["prediction"], **parts, name=config["name"], meta=config["meta"])
+            return cls(process, config["prediction"], **parts, name=config["name"], meta=config["meta"], tune=tune)
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{path}: broken plan: {error}") from error
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pfode import defaults, grids
-from pfode.denoiser import Denoiser, fingerprint
+from pfode.denoiser import Denoiser, conditioning, fingerprint
 from pfode.errors import NumericalError, UsageError, integer, unknown
 from pfode.files import lock_folder, make_folder
 from pfode.plans.table import Plan
@@ -28,6 +28,9 @@ from pfode.samplers.fit.losses import LOSSES, PHASES
 from pfode.samplers.fit.parameters import Parameters
 from pfode.samplers.fit.samples import CHECK, FIT, GROUP, Group, Source
 from pfode.samplers.fit.starts import GridLike, starts, stated
+from pfode.samplers.fit.team import Team
+from pfode.samplers.fit.tuning import Tuning
+from pfode.samplers.fit.tuning import tune as tune_plan
 
 __all__ = ["Progress", "fit_plan"]
 
@@ -44,9 +47,9 @@ class Progress:
     """How far a fit is, for its callback.
 
     Attributes:
-        stage: "teacher", then "fit". done, total: samples of the teacher, iterations of the fit.
+        stage: "teacher", "fit", then "tune". done, total: samples of the teacher, iterations of the fit, steps.
         rms, median: end-point errors of the best plan so far on the noise that chooses; of the fit alone.
-        start_rms, start_median: those of the starting plan.
+        start_rms, start_median: those of the starting plan; while it is tuned, of the fitted one.
     """
 
     stage: str
@@ -81,6 +84,10 @@ def fit_plan(
     batch: int = defaults.BATCH,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    tune: bool = False,
+    tune_steps: int = defaults.Fit.TUNE_STEPS,
+    tune_batch: int = defaults.Fit.TUNE_BATCH,
+    checkpoint: bool = False,
     cache: str | Path | None = None,
     callback: Callable[[Progress], None] | None = None,
 ) -> Plan:
@@ -109,6 +116,12 @@ def fit_plan(
         label: a class, or several in turn; "all" for every class, where there are any; None for none.
         guidance: a scale, or the ends of a range over which the samples are spread.
         shape, batch, dtype, device: as for `sample`.
+        tune: go on from the fitted plan by gradients through the calls, and learn beside its numbers with what
+            condition each row asks the network (`tuning`): a tuned plan, which belongs to this network alone. For
+            networks of torch modules (`pfode.scores.Denoiser`). In the processes of a `torch.distributed` group, as
+            `accelerate launch` makes one, the work is shared, and the plan the same in all of them.
+        tune_steps: of the optimiser. tune_batch: samples in one of them, rounded up to eights.
+        checkpoint: keep no more than one call's memory for the gradients, and call once more instead.
         cache: a folder (made where missing) that keeps the teacher's end points and the state of the fit: called
             again after an interruption, it continues, to the same plan.
         callback: called with the progress.
@@ -124,6 +137,11 @@ def fit_plan(
         raise unknown("parameterisation", parameterisation, PARAMETERISATIONS)
     if not isinstance(time_only, bool):
         raise UsageError(f"time_only: got {time_only!r:.60}", "time_only=True or time_only=False")
+    for name, value in (("tune", tune), ("checkpoint", checkpoint)):
+        if not isinstance(value, bool):
+            raise UsageError(f"{name}: got {value!r:.60}", f"{name}=True or {name}=False")
+    if tune and features is not None:
+        raise UsageError("tune: errors are measured in the samples themselves there", "leave features= out")
     for name, function in (("features", features), ("callback", callback)):
         if function is not None and not callable(function):
             raise UsageError(f"{name}: {type(function).__name__} cannot be called", f"{name}=None, or a function")
@@ -139,14 +157,38 @@ def fit_plan(
         "label": label, "guidance": guidance, "seed": seed, "features": features is not None,
         "begun": stated(start, grid, chart),
     }  # fmt: skip
+    tuning = Tuning(integer("tune_steps", tune_steps, 1, 10**7), integer("tune_batch", tune_batch, 1), checkpoint)
     source = Source(denoiser, settings, shape, dtype, device)
+    if tune:
+        conditioning(source.denoiser)
     begun = starts(start, denoiser.process, nfe, grid, chart, source.guided, parameterisation, time_only)
     _check_size(settings, source.shape, max(parameters.size for parameters in begun))
-    kept = _cache(cache, source, settings["features"])
-    say = callback or (lambda progress: None)
-    lock = contextlib.nullcontext() if cache is None else lock_folder(cache, "fit", "wait for it, or another cache")
+    say, team = callback or (lambda progress: None), Team()
+    kept = _cache(cache if team.rank == 0 else None, source, settings["features"])
+    lock = contextlib.nullcontext()
+    if cache is not None and team.rank == 0:
+        lock = lock_folder(cache, "fit", "wait for it, or another cache")
     with lock, torch.no_grad():
-        return _fit(source, settings, begun, features, counts["batch"], kept, say)
+        plan = team.first(lambda: _fit(source, settings, begun, features, counts["batch"], kept, say))
+        return _tuned(plan, source, tuning, kept, say) if tune else plan
+
+
+def _tuned(
+    plan: Plan, source: Source, tuning: Tuning, cache: Cache, say: Callable[[Progress], None]
+) -> Plan:
+    """The plan tuned, whose meta says how."""
+    checked = source.groups(CHECK, source.settings["check"], cache, lambda done, total: None)
+
+    def tell(done: int, best: Errors, start: Errors) -> None:
+        say(Progress("tune", done, tuning.steps, best.rms, best.median, start.rms, start.median))
+
+    made, best = tune_plan(plan, source, checked, tuning, cache, tell)
+    fitted = plan.meta["fitted"]
+    validation = {**fitted["validation"], "rms": best.rms, "median": best.median}
+    validation |= {f"plain {name}": fitted["validation"][name] for name in ("rms", "median")}
+    settings = {**fitted["settings"], "tune": True, "tune_steps": tuning.steps, "tune_batch": tuning.batch}
+    meta = {**plan.meta, "fitted": {**fitted, "settings": settings, "validation": validation}}
+    return replace(made, name=f"tuned-{plan.nfe}", meta=meta)
 
 
 def _cache(folder: str | os.PathLike[str] | None, source: Source, features: bool) -> Cache:

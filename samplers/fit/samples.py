@@ -17,12 +17,14 @@ from pfode.plans.executor import run
 from pfode.process import float64
 from pfode.samplers.catalogue import make_plan
 from pfode.samplers.fit.cache import Cache
+from pfode.samplers.fit.team import Team
 from pfode.samplers.settle import find_device, prepared, sample_shape, state_dtype
 
-__all__ = ["CHECK", "FIT", "GROUP", "Group", "Source"]
+__all__ = ["CHECK", "FIT", "GROUP", "STREAM", "Group", "Source", "joined"]
 
 GROUP = 8  # samples that share a guidance scale
 FIT, CHECK = 2**60, 2**61  # first seeds of the noise fitted on and of the noise that chooses; users' seeds are small
+STREAM = 3 * 2**60  # first seed of the noise that is used a few times and dropped
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +96,25 @@ class Source:
         Raises:
             NumericalError: end points that are not finite. FileError: a damaged cache.
         """
+        made = self._drawn(first, n)
+        ends = self._teach(made, first, cache, progress)
+        return [replace(group, target=end) for group, end in zip(made, ends, strict=True)]
+
+    def piece(self, first: int, n: int, index: int, team: Team) -> list[Group]:
+        """The index-th n samples of a stream of noise with their end points, which the processes share.
+
+        Raises:
+            NumericalError: end points that are not finite.
+        """
+        made = self._drawn(first + index * n, n)
+        mine = list(team.own(made))
+        whole = torch.cat([end.cpu() for end in self._ends(joined(mine))]) if mine else torch.zeros(0)
+        ends = team.whole(whole.split([len(group) for group in mine]))
+        _need_finite(ends)
+        return [replace(group, target=end.to(group.x)) for group, end in zip(made, ends, strict=True)]
+
+    def _drawn(self, first: int, n: int) -> list[Group]:
+        """n samples with noise from `first` on, whose targets are still to be found."""
         count = math.ceil(n / GROUP)
         seeds = [first + (self.settings["seed"] << 32) + i for i in range(n)]
         labels = self._labels(n)
@@ -107,8 +128,14 @@ class Source:
             x = noise.normal(seeds[few], noise.INITIAL, self.shape, self.dtype, self.device)
             x = float(denoiser.process.sigma(denoiser.process.t_max)) * x
             made.append(Group(denoiser, x, x, None if labels is None else labels[few]))
-        ends = self._teach(made, first, cache, progress)
-        return [replace(group, target=end) for group, end in zip(made, ends, strict=True)]
+        return made
+
+    def _ends(self, groups: Sequence[Group]) -> Iterator[Tensor]:
+        """The end points of a fine solution, group by group."""
+        plan = make_plan("exp-ab3", self.denoiser.process, self.settings["teacher"], grid="karras")
+        for group in groups:
+            cond: dict[str, Any] = {} if group.label is None else {"label": group.label}
+            yield run(plan, group.denoiser, group.x, **cond)
 
     def _labels(self, n: int) -> Tensor | None:
         """The classes of n samples, in turn, shape (n,); None where there are none."""
@@ -131,16 +158,32 @@ class Source:
         if kept is not None:
             ends = kept["x0"].to(self.device, self.dtype)
         else:
-            plan, parts = make_plan("exp-ab3", self.denoiser.process, self.settings["teacher"], grid="karras"), []
-            for group in groups:
-                cond: dict[str, Any] = {} if group.label is None else {"label": group.label}
-                parts.append(run(plan, group.denoiser, group.x, **cond))
+            parts = []
+            for end in self._ends(groups):
+                parts.append(end)
                 progress(sum(map(len, parts)), total)
             ends = torch.cat(parts)
             cache.write(path, {"x0": ends.cpu()})
-        if not ends.isfinite().all():
-            raise NumericalError("the fine solution is not finite", "check the network and its precision")
+        _need_finite([ends])
         return list(ends.split([len(group) for group in groups]))
+
+
+def joined(groups: Sequence[Group], most: int = 128) -> Iterator[Group]:
+    """The samples of successive groups under one denoiser in groups of up to so many."""
+    rest = list(groups)
+    while rest:
+        same = list(itertools.takewhile(lambda group: group.denoiser is rest[0].denoiser, rest))
+        same = same[: max(1, most // len(rest[0]))]
+        rest = rest[len(same) :]
+        labels = [group.label for group in same if group.label is not None]
+        x, target = (torch.cat([getattr(group, name) for group in same]) for name in ("x", "target"))
+        yield Group(same[0].denoiser, x, target, torch.cat(labels) if labels else None)
+
+
+def _need_finite(ends: Sequence[Tensor]) -> None:
+    """Raise NumericalError if end points are not finite."""
+    if not all(end.isfinite().all() for end in ends):
+        raise NumericalError("the fine solution is not finite", "check the network and its precision")
 
 
 def _ends(guidance: float | tuple[float, float] | None) -> tuple[float, float] | None:
