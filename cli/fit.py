@@ -96,6 +96,16 @@ LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
 @click.option("--dtype", type=click.Choice(["fp32", "fp64"]), default="fp32", help="Precision of the state.")
 @click.option("--device", default=defaults.DEVICE, metavar="auto|cpu|cuda|mps", help="Device to compute on.")
 @click.option("--batch", type=click.IntRange(1), default=defaults.BATCH, help="Samples per denoiser call.")
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="Then learn with what condition each call asks the network: MODEL.tuned-N.safetensors, for this model alone.",
+)
+@click.option(
+    "--tune-steps", type=click.IntRange(1), default=defaults.Fit.TUNE_STEPS, help="Steps of the optimiser of --tune."
+)
+@click.option("--tune-batch", type=click.IntRange(1), default=defaults.Fit.TUNE_BATCH, help="Samples in one of them.")
+@click.option("--checkpoint", is_flag=True, help="Tune in the memory of one call, each call made once more.")
 @click.option("--overwrite", is_flag=True, help="Replace plans that were fitted with other settings.")
 @click.pass_context
 def command(ctx: click.Context, **options: Any) -> None:
@@ -115,6 +125,8 @@ def command(ctx: click.Context, **options: Any) -> None:
     net = model.denoiser
     how = {key: options[key] for key in ("iterations", "n", "active", "check", "teacher", "loss", "seed", "time_only")}
     how |= {key: options[key] for key in ("parameterisation", "grid", "chart", "batch")}
+    how |= {key: options[key] for key in ("tune", "tune_steps", "tune_batch", "checkpoint")}
+    kind = "tuned" if options["tune"] else "plan"
     how |= {"device": device, "dtype": getattr(torch, DTYPES[options["dtype"]]), "cache": find_cache(net, folder)}
     how |= {
         "label": find_label(options["label"], net),
@@ -127,7 +139,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     ctx.call_on_close(lock_folder(folder, "fit").close)
     done = []
     for nfe, start in starts.items():
-        file = folder / f"{model.stem}.plan-{nfe}.safetensors"
+        file = folder / f"{model.stem}.{kind}-{nfe}.safetensors"
         plan = pfode.Plan.load(file) if file.exists() and not options["overwrite"] else None
         kept = plan is not None
         with FitBar(out, nfe) as progress:

@@ -65,7 +65,7 @@ class CellBar(_Bar):
 
 
 class FitBar(_Bar):
-    """The callback of `pfode.fit_plan`: a bar over the samples of the fine solution, then over the iterations."""
+    """The callback of `pfode.fit_plan`: a bar over the samples of the fine solution, the iterations, the steps."""
 
     def __init__(self, out: Output, nfe: int):
         super().__init__(out, 0, "")
@@ -75,9 +75,10 @@ class FitBar(_Bar):
         if progress.stage != self.stage:
             self.bar.close()
             self.stage = progress.stage
-            unit = " samples" if progress.stage == "teacher" else " iterations"
+            unit = {"teacher": " samples", "fit": " iterations", "tune": " steps"}[progress.stage]
             self.bar = bar(self.out, progress.total, unit=unit, desc=f"NFE {self.nfe}, {progress.stage}")
-        if progress.stage == "fit":
+        if progress.stage != "teacher":
             ratios = progress.rms / progress.start_rms, progress.median / progress.start_median
-            self.bar.set_postfix_str(f"rms {ratios[0]:.3f}, median {ratios[1]:.3f} of the start", refresh=False)
+            what = "start" if progress.stage == "fit" else "fitted plan"
+            self.bar.set_postfix_str(f"rms {ratios[0]:.3f}, median {ratios[1]:.3f} of the {what}", refresh=False)
         self.bar.update(progress.done - self.bar.n)

@@ -76,8 +76,8 @@ class Tunable(nn.Module):
 
     def __init__(self, network: nn.Module, layers: Mapping[str, int]):
         super().__init__()
-        tensors = [*network.parameters(), *network.buffers()]
-        self.network = copy.deepcopy(network, {id(value): value for value in tensors})
+        held = [kept for module in network.modules() for kept in (module._parameters, module._buffers)]
+        self.network = copy.deepcopy(network, {id(kept): kept for kept in held})  # what is replaced later is seen here
         self.offsets: Mapping[str, Tensor] = {}
         for name in layers:
             layer = self.network.get_submodule(name)

@@ -123,13 +123,13 @@ class Plan:
         for layer, value in self.tune.items():
             if not isinstance(layer, str) or not layer or not layer.isprintable():
                 raise UsageError(f"plan: tune: expected the name of a layer, got {layer!r:.60}")
-            value = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
-            if value.ndim != 2 or len(value) != len(self.t) or value.shape[1] == 0 or not value.is_floating_point():
-                got = f"{value.dtype} of shape {tuple(value.shape)}"
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            if not floating or value.ndim != 2 or len(value) != len(self.t) or value.shape[1] == 0:
+                got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.60}"
                 raise UsageError(f"plan: tune: {layer}: expected floats of shape ({len(self.t)}, width), got {got}")
-            if not torch.isfinite(value).all():
-                raise UsageError(f"plan: tune: {layer} is not finite")
             found[layer] = value.to("cpu", torch.float32).clone()
+            if not torch.isfinite(found[layer]).all():
+                raise UsageError(f"plan: tune: {layer} is not finite")
         object.__setattr__(self, "tune", found)
 
     def _default(self, key: str) -> Tensor:

@@ -33,10 +33,12 @@ class Team:
         return [share[i] for i in range(longest) for share in shares if i < len(share)]
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all processes; it is written over."""
-        if self.count > 1:
-            dist.all_reduce(value)
-        return value
+        """The sum of a tensor over all processes."""
+        if self.count == 1:
+            return value
+        shared = value.cuda() if dist.get_backend() == "nccl" else value.clone()
+        dist.all_reduce(shared)
+        return shared.to(value)
 
     def first(self, act: Callable[[], T]) -> T:
         """What the first process makes, in every process.

@@ -28,7 +28,7 @@ from pfode.samplers.fit.team import Team
 
 __all__ = ["Tuning", "tune"]
 
-PIECE = 512  # samples that are drawn at once
+PIECE = 8  # batches whose samples are drawn at once
 VISITS = 4  # how often each is used
 RATES = 2e-3, 2e-2  # of Adam: for the plan's numbers, for the offsets
 WARMUP, CLIP = 0.1, 5.0  # share of the steps in which the rate rises; the longest gradient
@@ -157,12 +157,12 @@ def tune(
     kept = cache.path("tune", {**source.settings, **vars(tuning), "start": free.base.vector.tolist()})
     state = team.first(lambda: Adam.load(kept, free.size))
     best = errors(free.plan(state.best), checked, team, tuning.batch) if state.done else start
-    each = max(1, PIECE // tuning.batch) * VISITS  # steps that a piece of noise serves
+    many, each = PIECE * GROUP * math.ceil(tuning.batch / GROUP), PIECE * VISITS  # samples of a piece, its steps
     while True:
         say(state.done, best, start)
         if state.done >= tuning.steps:
             return free.plan(state.best), best
-        piece = source.piece(STREAM, PIECE, state.done // each, team)
+        piece = source.piece(STREAM, many, state.done // each, team)
         for step in range(state.done % each, each):
             if state.done >= tuning.steps:
                 break
@@ -183,11 +183,10 @@ def _rate(done: float) -> float:
 
 def _batch(piece: Sequence[Group], step: int, batch: int, team: Team) -> Sequence[Group]:
     """This process's share of the samples of a step: every one comes up once in a visit, in another order."""
-    steps = max(1, PIECE // batch)
-    draw = torch.Generator().manual_seed(step // steps)
+    draw = torch.Generator().manual_seed(step // PIECE)
     order = torch.randperm(len(piece), generator=draw, device="cpu").tolist()
-    many = max(1, batch // GROUP)
-    first = step % steps * many
+    many = math.ceil(batch / GROUP)
+    first = step % PIECE * many
     return [piece[i] for i in team.own(order[first : first + many])]
 
 
