@@ -146,6 +146,14 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         self._kind = conventions.convention(self.config)
         self._plan = Plan.load(sampler) if sampler.endswith(".safetensors") else None
         if self._plan is not None:
+            if self._plan.tune:
+                problem = (
+                    f"plan {self._plan.name!r} is tuned: it asks inside the network, which a scheduler never calls"
+                )
+                raise UsageError(
+                    problem,
+                    "pfode.sample(pfode.from_pipeline(pipe, prompt=...), plan=plan), or pfode fit without --tune",
+                )
             _check_same(self._plan, self._kind.process)
         nodes.check(self.config, self._kind)
         if self._plan is None:

@@ -173,9 +173,7 @@ def fit_plan(
         return _tuned(plan, source, tuning, kept, say) if tune else plan
 
 
-def _tuned(
-    plan: Plan, source: Source, tuning: Tuning, cache: Cache, say: Callable[[Progress], None]
-) -> Plan:
+def _tuned(plan: Plan, source: Source, tuning: Tuning, cache: Cache, say: Callable[[Progress], None]) -> Plan:
     """The plan tuned, whose meta says how."""
     checked = source.groups(CHECK, source.settings["check"], cache, lambda done, total: None)
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,7 +130,7 @@ class Source:
             made.append(Group(denoiser, x, x, None if labels is None else labels[few]))
         return made
 
-    def _ends(self, groups: Sequence[Group]) -> Iterator[Tensor]:
+    def _ends(self, groups: Iterable[Group]) -> Iterator[Tensor]:
         """The end points of a fine solution, group by group."""
         plan = make_plan("exp-ab3", self.denoiser.process, self.settings["teacher"], grid="karras")
         for group in groups:
@@ -170,14 +170,13 @@ class Source:
 
 def joined(groups: Sequence[Group], most: int = 128) -> Iterator[Group]:
     """The samples of successive groups under one denoiser in groups of up to so many."""
-    rest = list(groups)
-    while rest:
-        same = list(itertools.takewhile(lambda group: group.denoiser is rest[0].denoiser, rest))
-        same = same[: max(1, most // len(rest[0]))]
-        rest = rest[len(same) :]
-        labels = [group.label for group in same if group.label is not None]
-        x, target = (torch.cat([getattr(group, name) for group in same]) for name in ("x", "target"))
-        yield Group(same[0].denoiser, x, target, torch.cat(labels) if labels else None)
+    for _, run_of in itertools.groupby(groups, lambda group: id(group.denoiser)):
+        same = list(run_of)
+        many = max(1, most // len(same[0]))
+        for few in (same[i : i + many] for i in range(0, len(same), many)):
+            labels = [group.label for group in few if group.label is not None]
+            x, target = (torch.cat([getattr(group, name) for group in few]) for name in ("x", "target"))
+            yield Group(few[0].denoiser, x, target, torch.cat(labels) if labels else None)
 
 
 def _need_finite(ends: Sequence[Tensor]) -> None:

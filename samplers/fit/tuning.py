@@ -8,7 +8,7 @@ piece of it is integrated finely, used a few times, and dropped.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class Adam:
         Raises:
             FileError: damaged, or of another fit.
         """
-        found = Cache.read(path, {name: (size,) for name in ("theta", "mean", "square", "best")} | {"done": (1,)})
+        found = Cache.read(path, dict.fromkeys(("theta", "mean", "square", "best"), (size,)) | {"done": (1,)})
         if found is None:
             return cls.new(size)
         done = found.pop("done").item()
@@ -201,7 +201,7 @@ def errors(plan: Plan, groups: Sequence[Group], team: Team, batch: int) -> Error
 
 def _apart(plan: Plan, group: Group, checkpoint: bool) -> Tensor:
     """The mean square end-point error of every sample of a group, float64, shape (batch,)."""
-    cond = {} if group.label is None else {"label": group.label}
+    cond: dict[str, Any] = {} if group.label is None else {"label": group.label}
     ends = run(plan, group.denoiser, group.x, checkpoint=checkpoint, **cond)
     return (ends - group.target).double().flatten(1).square().mean(1)
 

@@ -89,7 +89,7 @@ def test_stopped_and_started_again(tmp_path, monkeypatch, when):
     rest = []
     again = fit_plan(net(), 3, **QUICK, cache=tmp_path, callback=rest.append)
     assert again == whole
-    assert [progress.done for progress in rest if progress.stage == "tune"][0] >= 8
+    assert next(progress.done for progress in rest if progress.stage == "tune") >= 8
     assert {"teacher", "fit", "tune"} >= set(told) > {"fit"}
 
 
