@@ -100,11 +100,13 @@ def write_sheet(job: Job, pixels: "np.ndarray", cost: Cost) -> str:
     Where --out names no file it takes the first free name: one that is there is replaced by --separate alone, where it
     is the sheet of the same run.
     """
-    from pfode.cli import images
+    from pfode.cli import images, preview
     from pfode.cli.folder import same_run
 
     out, said = job.options["out"], settings(job, cost)
-    data = images.encode(images.contact_sheet(pixels, job.scale, job.columns), said, suffix_of(out))
+    sheet = images.contact_sheet(pixels, job.scale, job.columns)
+    data = images.encode(sheet, said, suffix_of(out))
+    preview.show(pixels, sheet, job.columns, job.options["preview"], output(click.get_current_context()))
     folder = folder_of(out)
     if out == STDOUT:
         output(click.get_current_context()).emit_bytes(data)

@@ -4,15 +4,19 @@ import contextlib
 import itertools
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import click
 
 from pfode.errors import UsageError, WriteError
 from pfode.files import make_folder, shown, write_atomic
 
-__all__ = ["KINDS", "SHEET", "STDOUT", "folder_of", "suffix_of", "write_free"]
+__all__ = ["KINDS", "PREVIEWS", "SHEET", "STDOUT", "folder_of", "open_picture", "suffix_of", "write_free"]
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of sheets, by their suffixes
+PREVIEWS = ("auto", "kitty", "iterm", "sixel", "blocks", "none")  # on the terminal, see `cli.preview`
 SHEET = "sheet.png"  # then sheet-2.png, sheet-3.png ...
 STDOUT = "-"
 
@@ -71,6 +75,16 @@ def write_free(folder: Path, data: bytes, ours: Callable[[Path], bool] = lambda 
         with contextlib.suppress(OSError):
             os.unlink(temporary)
     raise AssertionError("there is always a free name")
+
+
+def open_picture(path: str) -> str | None:
+    """Open a picture in the program that the system has for it; what to say where there is none."""
+    screens = ("DISPLAY", "WAYLAND_DISPLAY")
+    if sys.platform.startswith("linux") and not any(os.environ.get(name) for name in screens):
+        return f"--open: there is no screen here to open {shown(path)} on"
+    if click.launch(path):
+        return f"--open: nothing here opens {shown(path)}"
+    return None
 
 
 def _names(folder: Path) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from pfode.cli.job import OF_THE_MODEL, Cost, Job, prepare, settings
 from pfode.cli.model_option import model_option
 from pfode.cli.options import Command, FileName, Finite
 from pfode.cli.outputs import check_outputs, flaws, non_finite, write
-from pfode.cli.places import STDOUT
+from pfode.cli.places import PREVIEWS, STDOUT, open_picture
 from pfode.cli.processes import launched
 from pfode.cli.progress import PictureBar
 from pfode.cli.settings import DTYPES, format_seeds, settle
@@ -120,6 +120,13 @@ __all__ = ["command", "one_sheet"]
     help="Contact sheet of all pictures: .png, .jpg or .webp; in a folder, or without --out, sheet.png, or sheet-2.png "
     "... where that is there; - for stdout.",
 )
+@click.option("--open", is_flag=True, help="Open the sheet in the program that the system has for pictures.")
+@click.option(
+    "--preview",
+    type=click.Choice(PREVIEWS),
+    default="auto",
+    help="Show the sheet on the terminal: by graphics of kitty, iTerm2 or sixel, or half blocks; auto: as it can.",
+)
 @click.option("--scale", type=click.IntRange(1, 64), metavar="N", help="Enlarge the pictures on the sheet N times.")
 @click.option(
     "--separate",
@@ -152,7 +159,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     options = settle(ctx, options)
     check_outputs(options["out"], options["trajectory"], options["separate"])
     if options["out"] == STDOUT:
-        check_stdout(out)
+        check_stdout(out, options["open"])
     if options["overwrite"] and options["separate"] is None:
         raise UsageError("--overwrite: nothing is continued without --separate", "--separate DIR")
     from pfode.cli import many
@@ -190,14 +197,18 @@ def command(ctx: click.Context, **options: Any) -> None:
     }
     if options["out"] != STDOUT:
         out.emit(summary, done["files"][0])
+    if options["open"] and (remark := open_picture(done["files"][0])):
+        out.note(remark)
 
 
-def check_stdout(out: Output) -> None:
+def check_stdout(out: Output, opened: bool) -> None:
     """Find out whether a picture may go to stdout.
 
     Raises:
-        UsageError: stdout is a terminal, or has the JSON.
+        UsageError: stdout is a terminal, or has the JSON; or a picture that is to be opened has no file.
     """
+    if opened:
+        raise UsageError("--open: a picture on stdout has no file to open", "--out sheet.png")
     if out.json:
         raise UsageError("--json and --out - both go to stdout", "--out sheet.png")
     if sys.stdout is not None and sys.stdout.isatty():
