@@ -64,11 +64,13 @@ class Beginning:
     """What to begin from: states x, or data init to be noised, or noise of a shape; of which classes; see `sample`.
 
     Args:
+        mask: where the data init are drawn anew, see `sample`.
         brownian: take the noise of stochastic samplers from one Brownian path per seed.
     """
 
     x: Tensor | None = None
     init: Tensor | None = None
+    mask: Tensor | None = None
     shape: Sequence[int] | None = None
     label: Label = None
     brownian: bool = False

@@ -19,6 +19,7 @@ from pfode.errors import (
     UnsoundWarning,
     UsageError,
 )
+from pfode.inpainting import Inpainted, share_drawn
 from pfode.plans.executor import Failure, Point, find_failures, iterate, not_finite, replaced, run
 from pfode.plans.table import Plan
 from pfode.plans.unrolled import spread
@@ -96,6 +97,7 @@ def sample(
     seeds: Sequence[int] | None = None,
     x: Tensor | None = None,
     init: Tensor | None = None,
+    mask: Tensor | None = None,
     shape: Sequence[int] | None = None,
     plan: Plan | Adaptive | None = None,
     label: int | str | Sequence[int | str | None] | Tensor | None = None,
@@ -129,6 +131,9 @@ def sample(
         x: states at the first time, shape (n, *shape), instead of noise.
         init: data to begin from, shape `shape` or (n, *shape), noised to the first time: image-to-image with
             `strength`, the share of noise, sigma / (alpha + sigma), at the first time (1 is all noise), or `start`.
+        mask: inpainting: 1 where init is drawn anew, 0 where it is kept, in between a mean of the two; of a shape that
+            broadcasts to (n, *shape), such as (height, width). At the first time of the process, where no `strength`
+            or `start` says another, what is to be drawn anew is not looked at.
         shape: of one sample, where the denoiser does not say.
         label: a class (number or name), one per sample, where None is no class, or "all", every class in turn.
         guidance: scale of classifier-free guidance.
@@ -165,7 +170,7 @@ def sample(
     if text is not None:
         warnings.warn(text, UnsoundWarning, stacklevel=2)
     began = time.perf_counter()
-    parts = list(batches(denoiser, made, seeds, Beginning(x, init, shape, label, brownian), place, keep))
+    parts = list(batches(denoiser, made, seeds, Beginning(x, init, mask, shape, label, brownian), place, keep))
     bad, done = [], 0
     for part in parts:
         bad += [replace(flaw, index=done + flaw.index) for flaw in part.bad]
@@ -225,6 +230,7 @@ def batches(
     if len(seeds) * math.prod(shape) > MAX_BYTES // 4:
         raise UsageError(f"n: {len(seeds)} samples of shape {shape} are more than 1 TB", "draw them in parts")
     init = data_to_begin_from(beginning.init, x, shape, len(seeds))
+    mask = _mask(beginning.mask, init, shape, len(seeds))
     labels = classes(denoiser, beginning.label, len(seeds))
     where = place.device_of(denoiser, x)
     done = 0
@@ -232,14 +238,18 @@ def batches(
         began = time.perf_counter()
         some = slice(done, done + batch)
         chosen = list(seeds[some])
-        drawn = None
+        drawn, net = None, denoiser
         try:
             with torch.no_grad():
                 cond: dict[str, Any] = {} if labels is None else {"label": labels[some].to(where)}
                 cond |= {"brownian": True} if beginning.brownian else {}
-                data = None if init is None else init[some]
-                first = _first(plan, chosen, shape, dtype, where, data) if x is None else x[some].to(where, dtype)
-                drawn = _draw(plan, denoiser, first, chosen, cond, keep)
+                data = None if init is None else init[some].to(where, dtype)
+                seen = data
+                if mask is not None and data is not None:
+                    net = Inpainted(denoiser, data, mask[some].to(where, dtype))
+                    seen = data * (1 - net.mask) if plan.first[0] >= plan.process.t_max else data
+                first = _first(plan, chosen, shape, dtype, where, seen) if x is None else x[some].to(where, dtype)
+                drawn = _draw(plan, net, first, chosen, cond, keep)
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
@@ -252,6 +262,9 @@ def batches(
                 torch.cuda.empty_cache()
             continue
         states, previews, bad, each = drawn
+        last, process = float(plan.times[-1]), plan.process
+        if isinstance(net, Inpainted) and process.sigma(last) == 0:
+            states[-1] = net.ended(states[-1], process.alpha(last))
         if bad and keep.nan == "raise":
             raise non_finite(plan, replace(bad[0], index=done + bad[0].index))
         done += len(chosen)
@@ -267,6 +280,15 @@ def batches(
             preview=previews,
             stats={"seconds": time.perf_counter() - began, "batch": batch, **each},
         )
+
+
+def _mask(mask: Tensor | None, init: Tensor | None, shape: tuple[int, ...], n: int) -> Tensor | None:
+    """The mask of inpainting, (n, *shape)."""
+    if mask is None:
+        return None
+    if init is None:
+        raise UsageError("mask: says where init= is drawn anew", "give init=, the data to be kept elsewhere")
+    return share_drawn(mask, shape, n)
 
 
 def _refuse(plan: Adaptive, **asked: bool) -> None:
@@ -353,4 +375,4 @@ def _first(
         level = f"t = {t:g}, where data is not drowned in noise (alpha/sigma = {alpha / sigma:.3g})"
         raise UsageError(f"the plan starts at {level}", "give init=, the data, or x=, the noised data at that time")
     x = sigma * noise.normal(seeds, noise.INITIAL, shape, dtype, device)
-    return x if data is None else x + alpha * data.to(device, dtype)
+    return x if data is None else x + alpha * data

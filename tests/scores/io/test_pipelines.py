@@ -216,3 +216,48 @@ def test_labels_and_guidance_it_does_not_have():
         pfode.sample(den, n=1, steps=2, label=3)
     with pytest.raises(UsageError, match="without a prompt to guide away from"):
         pfode.sample(den, n=1, steps=2, guidance=3.0)
+
+
+@pytest.mark.parametrize("strength", [0.9, 0.5])
+def test_inpainting_equals_the_pipeline(strength, monkeypatch):
+    """Of a network without channels for a mask, with the noise of pfode's seeds in place of the pipeline's own.
+
+    At a strength of 1 the pipeline lets its first call see noise alone, pfode the kept part in it.
+    """
+    scheduler = ddim(timestep_spacing="trailing")
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    cls = diffusers.StableDiffusionInpaintPipeline
+    pipe = cls(vae=tiny.vae(), unet=tiny.latent_unet(), scheduler=scheduler, requires_safety_checker=False, **nothing)
+    picture = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    hole = torch.zeros(1, 1, 16, 16)
+    hole[..., 4:12, 6:14] = 1
+    eps = pfode.noise.normal([7, 8], pfode.noise.INITIAL, (4, 8, 8), torch.float32, torch.device("cpu"))
+    monkeypatch.setitem(cls.prepare_latents.__globals__, "randn_tensor", lambda *shape, **options: eps)
+    options = {"num_inference_steps": 8, "guidance_scale": 3.0, "height": 16, "width": 16, "strength": strength}
+    options |= {"image": picture.expand(2, -1, -1, -1), "mask_image": hole, "masked_image_latents": picture}
+    wanted = tiny.quiet(pipe)(**two(WORDS), **options, output_type="latent").images
+    den = pfode.from_pipeline(tiny.stable_diffusion(ddim()), guidance=3.0, height=16, width=16, **WORDS)
+    grid = torch.cat([scheduler.timesteps[-int(8 * strength) :].double(), torch.tensor([-1.0], dtype=torch.float64)])
+    got = pfode.sample(den, seeds=[7, 8], sampler="ddim", grid=grid, init=picture[0], mask=den.cells(hole)[0])
+    close(got.x, wanted)
+
+
+def test_pictures_into_latents():
+    """The encoder's mean, with every scale and shift, is what decoding begins from."""
+    for change in ({}, {"shift_factor": 0.06}, {"latents_mean": [0.1] * 4, "latents_std": [2.0, 3.0, 4.0, 5.0]}):
+        pipe = tiny.stable_diffusion(ddim(), vae=tiny.vae(scaling_factor=0.3, **change))
+        den = pfode.from_pipeline(pipe, guidance=1.0, **WORDS)
+        picture = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        latents = den.encode(picture)
+        assert latents.shape == (2, 4, 8, 8)
+        mean = pipe.vae.encode(picture).latent_dist.mode()
+        close(den.decode(latents), pipe.vae.decode(mean).sample.clamp(-1, 1))
+        if not change or "shift_factor" in change:
+            close(latents, (mean - change.get("shift_factor", 0.0)) * 0.3)
+    with pytest.raises(UsageError, match=r"encode: need pictures of shape \(n, 3, 16, 16\)"):
+        den.encode(picture[..., 1:])
+    hole = torch.zeros(16, 16)
+    hole[3, 5] = 1
+    assert den.cells(hole).nonzero().tolist() == [[1, 2]]
+    with pytest.raises(UsageError, match="cells: need a mask"):
+        den.cells(hole[1:])
