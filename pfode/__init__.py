@@ -9,9 +9,10 @@ __version__ = "0.1.0"
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "": ["brownian", "errors", "flow", "grids", "noise", "ode", "samplers", "scores"],
+        "": ["brownian", "cde", "errors", "flow", "grids", "noise", "ode", "samplers", "scores"],
         "errors": ["PfodeError"],
         "process": ["EDM", "VE", "VP", "Flow", "Process", "SubVP", "VPCosine", "VPDiscrete"],
+        "cde": ["cdesolve"],
         "ode": ["solve"],
         "plans.executor": ["iterate", "run"],
         "plans.table": ["Plan"],
@@ -22,6 +23,7 @@ __getattr__, __dir__ = lazy(
 
 if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py compares the lists
     from pfode import brownian as brownian
+    from pfode import cde as cde
     from pfode import errors as errors
     from pfode import flow as flow
     from pfode import grids as grids
@@ -29,6 +31,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode import ode as ode
     from pfode import samplers as samplers
     from pfode import scores as scores
+    from pfode.cde import cdesolve as cdesolve
     from pfode.errors import PfodeError as PfodeError
     from pfode.ode import solve as solve
     from pfode.plans.executor import iterate as iterate

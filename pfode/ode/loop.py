@@ -124,16 +124,17 @@ class LoopState:
         self.zero, self.nowhere = batching.fill(0, schedule.start), batching.fill(-1, schedule.start)
         self.never = self.zero != 0
         self.jumps: Any = torch.tensor(schedule.jumps, device=y.device) if batching.per_sample else schedule.jumps
-        self.jumping, self.last_stop = any(schedule.jumps), len(schedule.stops) - 1
+        self.jumping = any(schedule.jumps) or schedule.begins_at_jump is not False
+        self.last_stop = _last_stop(schedule.stops)
         self.floor = FLOOR[clock(y.device)]
         self.units = _units(schedule, y) if self.adaptive else None
         self.read = torch.no_grad()(_read) if field.context.pure else _read
         self.differentiable = field.context.pure and torch.is_grad_enabled() and self.adaptive and batching.per_sample
 
         self.t, self.y = schedule.start, y
-        self.at, self.here, self.at_jump = self.zero, self.nowhere, self.never
+        self.at, self.here, self.at_jump = self.zero, self.nowhere, self.never | schedule.begins_at_jump
         self.h, slope, self.status = _first_step(field, solver, control, schedule, batching, y, self.units)
-        self.carry = solver.init(field, schedule.lift(self.t, self.here) if schedule.lift else self.t, y, slope)
+        self.carry = solver.init(field, _beginning(field, schedule, self.here), y, slope)
         self.memory = (batching.fill(1.0, self.t), batching.fill(1.0, self.t), self.never)
         self.size_of_y = y.detach().abs() if self.adaptive else y
         self.solved: Tensor | None = None  # on fixed grids: whether all steps solved their equations, read at the end
@@ -318,6 +319,12 @@ class LoopState:
         return End(status, t, self.y, self.counts)
 
 
+def _last_stop(stops: Any) -> Any:
+    """The index of the end among the stops: of each sample the first that is the last one, shape (batch,)."""
+    each = isinstance(stops, Tensor) and stops.ndim == 2
+    return (stops != stops[-1]).sum(0) if each else len(stops) - 1
+
+
 def _unseen(theta: Tensor) -> Tensor:
     raise AssertionError("dense output of attempts that nobody was to look at")
 
@@ -419,7 +426,7 @@ def _first_step(
     arrived = not batching.per_sample and status == _SUCCESS
     if units is None or control.first_step is not None or arrived:
         return batching.fill(control.first_step or math.inf, schedule.start), None, status
-    t = schedule.lift(schedule.start, zero - 1) if schedule.lift else schedule.start
+    t = _beginning(field, schedule, zero - 1)
     slope = field(field.time(t), y).clone()  # fields may use one buffer for all their results
     with torch.no_grad():
         here, f = y.detach(), slope.detach()
@@ -463,6 +470,12 @@ def _host(batching: Batching, *values: Tensor) -> list[Any]:
     if batching.per_sample:
         return [value.to(clock(value.device)) for value in values]
     return torch.stack(values).tolist() if len(values) != 1 else [values[0].item()]
+
+
+def _beginning(field: Field, schedule: Schedule, here: Any) -> Any:
+    """Where a solve first evaluates its field: its start, or next to it where the field jumps there."""
+    t = schedule.lift(schedule.start, here) if schedule.lift else schedule.start
+    return t if schedule.begins_at_jump is False else _nudged(t, None, schedule.sign, schedule.begins_at_jump, field)
 
 
 def _nudged(t: Any, other: Any, sign: Any, condition: Any, field: Field) -> Any:

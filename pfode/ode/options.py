@@ -66,11 +66,12 @@ def prepare(f: Callable[..., Tree], y0: Tree, ts: Any, args: tuple[Any, ...], op
     most = _FIXED_STEPS if fixed and max_steps == MAX_STEPS else max_steps
     rtol, atol = _tolerances(options, layout, fixed)
     if floats is None:
-        _refuse_for_rows(options, batching)
+        if not batching.per_sample:
+            raise UsageError("ts of shape (batch, times) needs adaptive steps", "leave step_size and grid out")
         start: Any = times[0].detach()
         sign: Any = torch.where(times[-1] < times[0], -1.0, 1.0).to(times.dtype)
-        stops: Any = times[-1:].detach()
-        jumps: tuple[bool, ...] = (False,)
+        stops: Any
+        stops, jumps = _stops_of_rows(times.detach(), sign, options)
     else:
         start, sign = floats[0], 1.0 if floats[-1] >= floats[0] else -1.0
         stops, jumps = _stops(floats, sign, _nodes(floats, sign, solver, fixed, options, most), options)
@@ -79,20 +80,11 @@ def prepare(f: Callable[..., Tree], y0: Tree, ts: Any, args: tuple[Any, ...], op
             stops = torch.tensor(stops, dtype=times.dtype, device=times.device)
     norm = None if fixed else _norm(options.norm, layout)
     lifted = (lambda t, _: lift(times, t)) if times.requires_grad or transformed() else None
-    schedule = Schedule(start, stops, jumps, sign, rtol, atol, norm, most, lifted)
+    begins = _begins_at_jump(options, start)
+    schedule = Schedule(start, stops, jumps, sign, rtol, atol, norm, most, lifted, begins)
     controller = checks.controller(options.controller)
     field = Field(f, layout, args, schedule.context(pure=True))
     return Problem(field, solver, controller, schedule, batching, y, times)
-
-
-def _refuse_for_rows(options: Options, batching: Batching) -> None:
-    """Raise UsageError for what times of shape (batch, times) cannot go with."""
-    if not batching.per_sample:
-        raise UsageError("ts of shape (batch, times) needs adaptive steps", "leave step_size and grid out")
-    for name in ("step_t", "jump_t"):
-        if getattr(options, name) is not None:
-            problem = f"{name}: got {getattr(options, name)!r:.60} with ts of shape (batch, times)"
-            raise UsageError(problem, "ts of shape (times,)")
 
 
 def _times(ts: Any, layout: Layout) -> tuple[Tensor, list[float] | None]:
@@ -168,6 +160,34 @@ def _stops(
     marks = {**dict.fromkeys(nodes, False), **wanted}
     ordered = sorted(marks, key=lambda t: t * sign)
     return ordered, tuple(marks[t] for t in ordered)
+
+
+def _stops_of_rows(times: Tensor, sign: Tensor, options: Options) -> tuple[Tensor, tuple[bool, ...]]:
+    """The same for times of shape (times, batch): of each sample its own, then its end, shape (stops, batch)."""
+    first, last = times[0], times[-1:]
+    given = {name: getattr(options, name) for name in ("step_t", "jump_t") if getattr(options, name) is not None}
+    if len(given) > 1:
+        raise UsageError("step_t and jump_t: one of them where ts has shape (batch, times)", "all of them as jump_t")
+    for name, value in given.items():
+        wanted = torch.tensor(sorted(set(checks.finite_times(name, value))), dtype=times.dtype, device=times.device)
+        ahead = (wanted[:, None] - first) * sign
+        inside = (ahead > 0) & ((last - wanted[:, None]) * sign > 0)
+        most = int(inside.sum(0).max()) if len(wanted) else 0
+        order = torch.argsort(torch.where(inside, ahead, math.inf), dim=0, stable=True)[:most]
+        stops = torch.where(inside.gather(0, order), wanted[order], last)
+        return torch.cat([stops, last]), (name == "jump_t",) * most + (False,)
+    return last, (False,)
+
+
+def _begins_at_jump(options: Options, start: Any) -> Any:
+    """Whether the start is a time at which the field jumps; per sample a tensor, if it is for one of them."""
+    if options.jump_t is None:
+        return False
+    jumps = checks.finite_times("jump_t", options.jump_t)
+    if not isinstance(start, Tensor):
+        return start in jumps
+    found = torch.isin(start, torch.tensor(jumps, dtype=start.dtype, device=start.device))
+    return found if bool(found.any()) else False
 
 
 def _tolerances(options: Options, layout: Layout, fixed: bool) -> tuple[Any, Any]:

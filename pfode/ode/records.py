@@ -108,6 +108,7 @@ class Schedule:
         stops: times that steps must end at, in the direction of the solve, the last one its end: a list of floats or
             shape (stops,) or (stops, batch). For fixed steps, the grid.
         jumps: at which of them the field jumps: it is evaluated on the near side only, and afresh beyond.
+        begins_at_jump: whether it does at the start, a boolean or shape (batch,).
         sign: 1.0 or -1.0, the direction; or shape (batch,).
         rtol, atol: floats, or shaped like the state.
         norm: flat error in units of the tolerance -> shape () or (batch,); None: fixed steps, from stop to stop.
@@ -124,6 +125,7 @@ class Schedule:
     norm: Callable[[Tensor], Tensor] | None = None
     max_steps: int = 100_000
     lift: Callable[[Any, Any], Tensor] | None = None
+    begins_at_jump: Any = False
 
     def context(self, pure: bool) -> Context:
         """What the steps may know of this solve."""

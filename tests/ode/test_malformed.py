@@ -81,7 +81,8 @@ ARGUMENTS: list[Case] = [
     *cases("ts", [BENT], r"ts: need finite times that rise or fall, got \[\[", batch="per-sample"),
     ({"ts": ROWS[:2], "batch": "per-sample"}, "ts: 2 rows of times for a batch of 3\nhint: one row per sample"),
     ({"ts": ROWS, "batch": "per-sample", "method": "rk4"}, r"ts of shape \(batch, times\) needs adaptive steps\nhint"),
-    ({"ts": ROWS, "batch": "per-sample", "jump_t": [0.5]}, r"jump_t: got \[0.5\] with ts of shape \(batch, times\)\n"),
+    ({"ts": ROWS, "batch": "per-sample", "jump_t": [0.5], "step_t": [0.2]},
+     r"step_t and jump_t: one of them where ts has shape \(batch, times\)\nhint: all of them as jump_t"),
     *cases("method", ["dopri", "RK45", "euler2"], "unknown method {}\nhint: (did you mean|known)"),
     *cases("method", [None, 5, decay, Solver, object()], "method: need a name or a Solver, got .+\nhint: method="),
 ]  # fmt: skip

@@ -114,7 +114,8 @@ class _Backsolve(torch.autograd.Function):
                 inputs = (time, y, *params) if wants_t else (y, *params)
                 found = [None] * len(inputs)
                 if slope.requires_grad:
-                    found = torch.autograd.grad(slope, inputs, -state[2], allow_unused=True)
+                    # parameters may share a graph outside of func
+                    found = torch.autograd.grad(slope, inputs, -state[2], allow_unused=True, retain_graph=True)
             made = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
             at_t, *rest = made if wants_t else (torch.zeros_like(t), *made)
             return at_t, slope.detach(), *rest

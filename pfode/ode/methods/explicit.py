@@ -157,6 +157,8 @@ class _Kept:
         matrix = torch.stack(self.slopes[: len(weights)]).reshape(len(weights), -1).T
         if self.y0.ndim == 1 and not isinstance(self.h, Tensor):  # one operation
             return torch.addmv(self.y0, matrix, weights, beta=beta, alpha=self.h)
+        if self.y0.ndim == 1:  # the same numbers, with a gradient to h
+            return torch.addmv(self.y0, matrix, weights * self.h, beta=beta)
         moved = torch.mv(matrix, weights).view(self.y0.shape) * column(self.h, self.y0)
         return self.y0 + moved if beta else moved
 
