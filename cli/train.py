@@ -1,20 +1,20 @@
 """pfode train: train a score network on pictures, with a progress bar, sheets of samples, and checkpoints."""
 
-import io
+import re
 import shlex
+import signal
 import sys
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-import pfode
 from pfode import defaults
 from pfode.cli.options import Command, FileName, Finite
-from pfode.cli.settings import listed
+from pfode.cli.settings import find_sampler, listed
 from pfode.cli.streams import Output, output, printable
-from pfode.files import write_atomic
+from pfode.cli.watch import Stop, duration, stoppable, watch
+from pfode.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,6 @@ PROCESSES = {
     "edm": "EDM", "vp": "VP", "flow": "Flow", "ve": "VE", "sub-vp": "SubVP", "vp-cosine": "VPCosine",
 }  # fmt: skip
 PREDICTIONS = ("edm", "x0", "eps", "v", "flow", "score")
-SHEET_STEPS = 12
 FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 
 
@@ -39,9 +38,14 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 @click.option(
     "--size",
     type=click.IntRange(4, 256),
-    default=32,
-    help="Side in pixels that pictures of files are resized to.",
+    help="Side in pixels that pictures are resized to. [default: 32 for files of pictures, as they are in arrays]",
 )
+@click.option(
+    "--held-out", type=Finite(0, 0.5), default=0.0, help="Share of the pictures to keep for a loss of its own."
+)
+@click.option("--name", metavar="TEXT", help="Name of the model. [default: of the data]")
+@click.option("--source", metavar="TEXT", help="Where the pictures come from, for the model's card.")
+@click.option("--licence", metavar="TEXT", help="Licence of the pictures, for the model's card.")
 @click.option("--font", type=FileName(), metavar="FILE", help="Font of the emoji, if not Debian's.")
 @click.option("--listing", type=FileName(), metavar="FILE", help="emoji-test.txt, if not Debian's.")
 @click.option("--process", type=click.Choice(list(PROCESSES)), default="edm", help="Noise process.")
@@ -51,14 +55,25 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
 @click.option(
     "--sigma-data",
     type=Finite(0),
-    default=defaults.Train.SIGMA_DATA,
-    help="Standard deviation of the data, for --prediction edm.",
+    help="Standard deviation of the data, for --prediction edm. [default: measured]",
+)
+@click.option(
+    "--level-mean",
+    type=Finite(),
+    help="Mean of the logarithm of the noise levels that are trained on. [default: measured]",
+)
+@click.option("--level-std", type=Finite(0), help="Standard deviation of that logarithm. [default: measured]")
+@click.option(
+    "--balance/--no-balance", default=True, help="Let every noise level count alike: divide by its mean loss."
 )
 @click.option("--widths", metavar="LIST", help="Channels of each resolution, such as 32,96,128. [default: by the size]")
 @click.option("--blocks", metavar="LIST", help="Residual blocks of each resolution, such as 1,2,2.")
+@click.option("--width", type=Finite(0.1, 16), help="Factor on the usual channels, such as 0.5 or 2.")
+@click.option("--depth", type=click.IntRange(1, 8), help="Residual blocks at every resolution.")
 @click.option("--attention", metavar="LIST", help="Resolutions with self-attention, such as 8,16; 0 for none.")
 @click.option("--dropout", type=Finite(0), default=0.0, help="Dropout probability inside the residual blocks.")
 @click.option("--steps", type=click.IntRange(1), default=defaults.Train.STEPS, help="Optimiser steps.")
+@click.option("--time-budget", metavar="TIME", help="Train for a time, such as 90s, 30m or 1.5h, in place of --steps.")
 @click.option(
     "--batch",
     type=click.IntRange(1),
@@ -92,8 +107,9 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
     "--ema",
     default=",".join(map(str, defaults.Train.EMA)),
     metavar="LIST",
-    help="Widths of the weight averages, as shares of the run; the first is exported.",
+    help="Widths of the weight averages, as shares of the run.",
 )
+@click.option("--export-ema", type=Finite(0, 0.25), help="Average that the model takes. [default: the first of --ema]")
 @click.option(
     "--drop",
     type=Finite(0),
@@ -118,6 +134,8 @@ FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
     default=0,
     help="Steps between sheets of samples; 0 for none.",
 )
+@click.option("--sheet-sampler", default="auto", metavar="NAME", help="Sampler of the sheets.")
+@click.option("--sheet-guidance", type=Finite(), metavar="W", help="Scale of guidance of the sheets.")
 @click.option("--tracker", metavar="LIST", help="Experiment trackers of accelerate: tensorboard, wandb ...")
 @click.option(
     "--amp/--no-amp", default=None, help="bfloat16 inside the network. [default: where the device is faster in it]"
@@ -134,15 +152,27 @@ def command(ctx: click.Context, **options: Any) -> None:
     from pfode.samplers.settle import find_device
 
     device = find_device(options["device"])
+    budget = parse_time(options["time_budget"])
+    if budget is not None and ctx.get_parameter_source("steps") is click.core.ParameterSource.COMMANDLINE:
+        raise UsageError("--steps and --time-budget exclude each other", "give one of them")
     folder, model = places(options)
-    from pfode.scores.training.data import EMOJI_FONT, EMOJI_LIST, load_data
+    from pfode.scores.training.data import load_data
     from pfode.scores.training.trainer import Trainer
 
     if options["data"] != "digits" and not options["data"].endswith(".npz"):
-        network(options, options["size"], 3, 0)  # a size that does not fit is said before a thousand pictures are read
-    font, listing = Path(options["font"] or EMOJI_FONT), Path(options["listing"] or EMOJI_LIST)
-    data = load_data(options["data"], size=options["size"], font=font, listing=listing)
+        network(options, options["size"] or 32, 3, 0)  # what does not fit is said before a thousand pictures are read
+    if options["sheet_sampler"] != "auto":
+        find_sampler(options["sheet_sampler"])
+    data, held = load_data(options["data"], size=options["size"], **emoji_files(options)).split(options["held_out"])
+    for key in ("name", "source", "licence"):
+        if options[key] is not None:
+            data.card[key] = printable(options[key])
     config = configured(options, data, device)
+    width = options["export_ema"]
+    if width is not None and width not in config.ema:
+        raise UsageError(
+            f"--export-ema {width:g}: not one of --ema {options['ema']}", f"--export-ema {config.ema[0]:g}"
+        )
     trackers = tuple(name.strip() for name in (options["tracker"] or "").split(",") if name.strip())
     trainer = Trainer(
         config,
@@ -152,17 +182,62 @@ def command(ctx: click.Context, **options: Any) -> None:
         save_every=options["save_every"],
         device=device.type,
         trackers=trackers,
+        held_out=held,
+        card=card(data, None),
     )
     try:
         if trainer.main:
             introduce(trainer, options, out)
-        loss = train(trainer, options["sheet_every"], out)
+        sheets = {"every": options["sheet_every"], "sampler": options["sheet_sampler"]}
+        sheets |= {"guidance": options["sheet_guidance"]}
+        with stoppable(trainer.accelerator.num_processes == 1) as stop:
+            loss = watch(trainer, out, stop, budget, sheets)
+            if stop.number is not None:
+                interrupted(trainer, stop, out)
         if trainer.main:
-            path = trainer.export(model, card(data, loss))
-            done = {"out": str(path), "steps": trainer.step, "loss": loss}
-            out.emit({**done, "seconds": round(trainer.seconds, 1), "run": str(folder)}, str(path))
+            finish(trainer, model, width, loss, out)
     finally:
         trainer.close()
+
+
+def interrupted(trainer: "Trainer", stop: Stop, out: Output) -> None:
+    """Keep what was done, say how it goes on, and end as the signal asks.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: always.
+    """
+    place = trainer.save()
+    again = [word for word in sys.argv[1:] if word != "--resume"]
+    out.note(f"stopped after step {trainer.step}, kept in {place}; it goes on with")
+    out.note(shlex.join(["pfode", *again, "--resume"]))
+    if stop.number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(143)
+
+
+def finish(trainer: "Trainer", model: Path, width: float | None, loss: float | None, out: Output) -> None:
+    """Write the model, say how well it answers, and what to do next."""
+    levels, held = trainer.levels(), trainer.held_out_loss()
+    about = card(trainer.data, loss) | {"loss_by_level": levels}
+    done: dict[str, Any] = {"steps": trainer.step, "loss": loss}
+    if held is not None:
+        about["held_out_loss"], about["training_loss"] = (float(f"{value:.4g}") for value in held)
+        done["held_out_loss"], done["training_loss"] = held
+        out.note(f"loss on held-out pictures {held[0]:.4f}, on as many of those trained on {held[1]:.4f}")
+    path = trainer.export(model, about, width)
+    shown = levels[:: max(1, len(levels) // 8)]
+    out.note("loss by noise level, from sigma: " + ", ".join(f"{row['from']:.2g}: {row['loss']:.2g}" for row in shown))
+    next_ = shlex.join(["pfode", "sample", "--model", str(path if model.suffix != ".safetensors" else model)])
+    out.note(f"{duration(trainer.seconds)} of training; next: {next_}")
+    done |= {"seconds": round(trainer.seconds, 1), "run": str(trainer.folder), "loss_by_level": levels, "next": next_}
+    out.emit({"out": str(path), **done}, str(path))
+
+
+def emoji_files(options: dict[str, Any]) -> dict[str, Path]:
+    """The font and the list of the emoji."""
+    from pfode.scores.training.data import EMOJI_FONT, EMOJI_LIST
+
+    return {"font": Path(options["font"] or EMOJI_FONT), "listing": Path(options["listing"] or EMOJI_LIST)}
 
 
 def introduce(trainer: "Trainer", options: dict[str, Any], out: Output) -> None:
@@ -185,43 +260,6 @@ def introduce(trainer: "Trainer", options: dict[str, Any], out: Output) -> None:
     )
 
 
-def train(trainer: "Trainer", sheet_every: int, out: Output) -> float | None:
-    """Run to the end under a bar; the mean loss of the last steps, None if there were none."""
-    from tqdm import tqdm
-
-    hidden = out.quiet or not trainer.main or not sys.stderr.isatty()
-    losses: deque[float] = deque(maxlen=200)
-    with tqdm(total=trainer.config.steps, initial=trainer.step, disable=hidden, unit="step", dynamic_ncols=True) as bar:
-        for record in trainer.run():
-            losses.append(record.loss)
-            mean = sum(losses) / len(losses)
-            bar.set_postfix_str(f"loss {mean:.4f}, {record.images_per_second:.0f} images/s", refresh=False)
-            bar.update()
-            if trainer.main and sheet_every and record.step % sheet_every == 0:
-                draw(trainer, record.step)
-    return sum(losses) / len(losses) if losses else None
-
-
-def draw(trainer: "Trainer", step: int) -> None:
-    """A sheet of samples from the average so far: every class in turn, the same seeds each time."""
-    from PIL import Image
-
-    from pfode.cli import images
-
-    assert trainer.folder is not None
-    den = trainer.denoiser()
-    classes = len(trainer.data.names)
-    n = 4 * classes if 1 < classes <= 20 else 64
-    label = [i % classes for i in range(n)] if classes else None
-    x = pfode.sample(den, n=n, steps=SHEET_STEPS, label=label, nan="flag").x.nan_to_num()
-    pixels = images.to_pixels(x)
-    columns = images.sheet_columns(n, classes)
-    sheet = images.contact_sheet(pixels, images.default_scale(n, *trainer.data.shape[1:], columns), columns)
-    stream = io.BytesIO()
-    Image.fromarray(sheet).save(stream, "PNG")
-    write_atomic(trainer.folder / f"sheet-{step:06d}.png", stream.getvalue())
-
-
 def configured(options: dict[str, Any], data: "Data", device: "torch.device") -> "TrainConfig":
     """The options as a `TrainConfig`.
 
@@ -230,15 +268,23 @@ def configured(options: dict[str, Any], data: "Data", device: "torch.device") ->
     """
     from pfode import process
     from pfode.scores.training.config import TrainConfig
+    from pfode.scores.training.measure import measure
     from pfode.scores.training.trainer import fast_bfloat16
 
     channels, size, _ = data.shape
+    found = measure(data)
+    own = options["level_mean"] is not None or options["level_std"] is not None
+    how = PROCESSES[options["process"]]
     flips = {None: tuple(data.card.get("flip", ())), True: ("*",), False: ()}
     return TrainConfig(
-        network=network(options, size, channels, len(data.names)),
-        process=process.PROCESSES[PROCESSES[options["process"]]]().config(),
+        network=network(options, size, channels, len(data.names), 0 if data.styles is None else data.styles.shape[1]),
+        process=process.PROCESSES[how]().config(),
         prediction=options["prediction"] or "",
-        sigma_data=options["sigma_data"],
+        sigma_data=found.sigma_data if options["sigma_data"] is None else options["sigma_data"],
+        levels="lognormal" if own else "",
+        level_mean=found.level_mean if options["level_mean"] is None else options["level_mean"],
+        level_std=found.level_std if options["level_std"] is None else options["level_std"],
+        balance=options["balance"],
         steps=options["steps"],
         batch=options["batch"],
         accum=options["accum"],
@@ -255,7 +301,7 @@ def configured(options: dict[str, Any], data: "Data", device: "torch.device") ->
     )
 
 
-def network(options: dict[str, Any], size: int, channels: int, classes: int) -> "UNetConfig":
+def network(options: dict[str, Any], size: int, channels: int, classes: int, styles: int = 0) -> "UNetConfig":
     """The network of the options, or the usual one for pictures of this size.
 
     Raises:
@@ -271,7 +317,31 @@ def network(options: dict[str, Any], size: int, channels: int, classes: int) -> 
     if attention is not None:
         attention = tuple(side for side in attention if side)
     how: dict[str, Any] = {"widths": given("widths"), "blocks": given("blocks"), "attention": attention}
-    return usual_network(size, channels, classes, **how, dropout=options["dropout"])
+    for name, other in (("width", "widths"), ("depth", "blocks")):
+        if options[name] is not None and how[other] is not None:
+            raise UsageError(f"--{name} and --{other} exclude each other", "give one of them")
+    if options["width"] is not None:
+        usual = usual_network(size, channels, classes).widths
+        how["widths"] = tuple(max(8, round(width * options["width"] / 8) * 8) for width in usual)
+    if options["depth"] is not None:
+        levels = len(how["widths"] or usual_network(size, channels, classes).widths)
+        how["blocks"] = (options["depth"],) * levels
+    return usual_network(size, channels, classes, **how, dropout=options["dropout"], styles=styles)
+
+
+def parse_time(text: str | None) -> float | None:
+    """Seconds of a time such as "90s", "30m" or "1.5h"; None for None.
+
+    Raises:
+        UsageError: no such time.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,7}(?:\.\d{1,6})?)\s*(s|m|min|h)", text.strip())
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2][0]] if found else 0.0
+    if not seconds > 0:
+        raise UsageError(f"--time-budget: cannot read {text!r:.60}", "--time-budget 30m (or 90s, 1.5h)")
+    return seconds
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ is used through that network, so that its preconditioning folds into the solver'
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "Preconditioning",
     "at",
     "conditioning",
+    "conditions",
     "digest",
     "fingerprint",
     "forwards",
@@ -44,7 +45,8 @@ class Denoiser(Protocol):
     guidance), `compiled()`, `fingerprint` (a digest of its weights), `plans` (fitted to it, by their number of calls),
     `at(t)`: what stands in for it at time t, a float, under the same preconditioning and with its own `evals`,
     `conditioning` (the layers of its network that tell it how noisy x is, each with its width) and `tuned(offsets)`:
-    what stands in for it when so much is added to the outputs of those layers.
+    what stands in for it when so much is added to the outputs of those layers, and `conditions(seeds)`: what calls for
+    samples of these seeds are given besides the class, tensors by their names.
     """
 
     @property
@@ -170,6 +172,12 @@ def conditioning(denoiser: Denoiser) -> Mapping[str, int]:
         problem = f"{type(denoiser).__name__} has no layers that depend on the time alone: there is nothing to tune"
         raise UsageError(problem, "a torch network wrapped by pfode.scores.Denoiser, or tune=False")
     return found
+
+
+def conditions(denoiser: Denoiser, seeds: Sequence[int], device: torch.device | str) -> dict[str, Tensor]:
+    """What calls for samples of these seeds are given besides the class: by name, each of shape (len(seeds), ...)."""
+    found = getattr(denoiser, "conditions", None)
+    return {} if found is None else {key: value.to(device) for key, value in found(seeds).items()}
 
 
 def fingerprint(denoiser: Denoiser) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pfode import noise
-from pfode.denoiser import Denoiser, forwards
+from pfode.denoiser import Denoiser, conditions, forwards
 from pfode.errors import (
     MemoryLimitError,
     NumericalError,
@@ -242,6 +242,7 @@ def batches(
         try:
             with torch.no_grad():
                 cond: dict[str, Any] = {} if labels is None else {"label": labels[some].to(where)}
+                cond |= conditions(denoiser, chosen, where)
                 cond |= {"brownian": True} if beginning.brownian else {}
                 data = None if init is None else init[some].to(where, dtype)
                 seen = data

@@ -21,6 +21,7 @@ from pfode.process import VP, Process, VPCosine, VPDiscrete, need_process
 from pfode.scores.conditioning import Tunable, check_offsets, find_layers, plain
 from pfode.scores.guidance import guide
 from pfode.scores.io.published import Published
+from pfode.scores.styles import mixed
 from pfode.tensors import readable
 
 __all__ = ["KNOWN", "Denoiser"]
@@ -90,6 +91,7 @@ class Denoiser(Preconditioned, Published):
         self.sigma_data, self.time_scale = positive("sigma_data", sigma_data), positive("time_scale", time_scale)
         self.shape = None if shape is None else tuple(integer("shape", side, 1) for side in sides(shape))
         self.labels = None if labels is None else tuple(labels)
+        self.style: Tensor | None = None
         self.unseen = frozenset(unseen)
         if any(type(one) is not int or not 0 <= one <= len(self.labels or ()) for one in self.unseen):
             got = sorted(map(str, self.unseen))
@@ -184,6 +186,33 @@ class Denoiser(Preconditioned, Published):
         if label is not None:
             cond["label"] = label_tensor(label, self.labels, x)
         return self.net(x, c_noise, **cond)
+
+    def conditions(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """What calls for samples of these seeds are given besides the class: {"style": (len(seeds), numbers)}, or {}.
+
+        A network that keeps styles gets a new one per seed, see `pfode.scores.styles.mixed`; after `styled`, that one.
+        """
+        if self.style is not None:
+            return {"style": self.style.expand(len(seeds), -1)}
+        bank = getattr(self.net, "style_bank", None)
+        return {} if bank is None else {"style": mixed(bank, seeds)}
+
+    def styled(self, style: Tensor) -> Self:
+        """The same denoiser with one style for all samples, instead of one by each seed.
+
+        Args:
+            style: (numbers,), such as `mixed(...)[0]`, or a mean of two of them.
+
+        Raises:
+            UsageError: a network without styles, or a style of another shape.
+        """
+        numbers = getattr(self.net, "styles", 0)
+        if not numbers or not isinstance(style, Tensor) or style.shape != (numbers,):
+            wanted = f"({numbers},)" if numbers else "no style: this network takes none"
+            raise UsageError(f"style: expected {wanted}, got {tuple(getattr(style, 'shape', ()))}")
+        made = copy.copy(self)
+        made.style = style
+        return made
 
     @property
     def classes(self) -> int | None:

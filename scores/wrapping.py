@@ -74,6 +74,11 @@ class Wrapper:
         """
         return need_method(self.denoiser, "label_index", "give the number of the class")(name)
 
+    def conditions(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """What calls for samples of these seeds are given besides the class: what the wrapped denoiser says."""
+        found = getattr(self.denoiser, "conditions", None)
+        return {} if found is None else found(seeds)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """A copy whose networks are on a device and in a dtype; a denoiser without a `to` method stays as it is."""
         return self.rewrap(lambda d: d.to(device, dtype) if hasattr(d, "to") else d)

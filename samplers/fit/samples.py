@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,12 +29,12 @@ STREAM = 3 * 2**60  # first seed of the noise that is used a few times and dropp
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Samples under one guidance scale: x_T, the converged end points, both (batch, ...), and a class each, or none."""
+    """Samples under one guidance scale: x_T, the converged end points, both (batch, ...), and what calls are given."""
 
     denoiser: Denoiser
     x: Tensor
     target: Tensor
-    label: Tensor | None
+    cond: Mapping[str, Any]  # tensors, each (batch, ...): a class, a style
 
     def __len__(self) -> int:
         return len(self.x)
@@ -43,8 +43,8 @@ class Group:
         """The same in parts of at most `size` samples."""
         for i in range(0, len(self), size):
             few = slice(i, i + size)
-            label = None if self.label is None else self.label[few]
-            yield Group(self.denoiser, self.x[few], self.target[few], label)
+            cond = {key: value[few] for key, value in self.cond.items()}
+            yield Group(self.denoiser, self.x[few], self.target[few], cond)
 
     def call(self, x: Tensor, t: float) -> Tensor:
         """D, for the group's samples or several times as many: all of them, then all of them again.
@@ -52,7 +52,8 @@ class Group:
         The denoiser gets a copy of x, and a copy of what it returns is given back: it may work in place, or return one
         buffer again and again.
         """
-        cond = {} if self.label is None else {"label": self.label.repeat(len(x) // len(self))}
+        times = len(x) // len(self)
+        cond = {key: value.repeat(times, *(1 for _ in value.shape[1:])) for key, value in self.cond.items()}
         x0 = at(self.denoiser, t)(x.clone(), float64(t), **cond)
         return x0.to(x.dtype, copy=True)
 
@@ -127,15 +128,15 @@ class Source:
                 denoiser = prepared(denoiser, low + (high - low) * (i + 0.5) / count)
             x = noise.normal(seeds[few], noise.INITIAL, self.shape, self.dtype, self.device)
             x = float(denoiser.process.sigma(denoiser.process.t_max)) * x
-            made.append(Group(denoiser, x, x, None if labels is None else labels[few]))
+            cond = {} if labels is None else {"label": labels[few]}
+            made.append(Group(denoiser, x, x, cond | conditions(denoiser, seeds[few], self.device)))
         return made
 
     def _ends(self, groups: Iterable[Group]) -> Iterator[Tensor]:
         """The end points of a fine solution, group by group."""
         plan = make_plan("exp-ab3", self.denoiser.process, self.settings["teacher"], grid="karras")
         for group in groups:
-            cond: dict[str, Any] = {} if group.label is None else {"label": group.label}
-            yield run(plan, group.denoiser, group.x, **cond)
+            yield run(plan, group.denoiser, group.x, **group.cond)
 
     def _labels(self, n: int) -> Tensor | None:
         """The classes of n samples, in turn, shape (n,); None where there are none."""
@@ -174,9 +175,9 @@ def joined(groups: Sequence[Group], most: int = 128) -> Iterator[Group]:
         same = list(run_of)
         many = max(1, most // len(same[0]))
         for few in (same[i : i + many] for i in range(0, len(same), many)):
-            labels = [group.label for group in few if group.label is not None]
+            cond = {key: torch.cat([group.cond[key] for group in few]) for key in few[0].cond}
             x, target = (torch.cat([getattr(group, name) for group in few]) for name in ("x", "target"))
-            yield Group(few[0].denoiser, x, target, torch.cat(labels) if labels else None)
+            yield Group(few[0].denoiser, x, target, cond)
 
 
 def _need_finite(ends: Sequence[Tensor]) -> None:

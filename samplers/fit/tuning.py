@@ -201,7 +201,7 @@ def errors(plan: Plan, groups: Sequence[Group], team: Team, batch: int) -> Error
 
 def _apart(plan: Plan, group: Group, checkpoint: bool) -> Tensor:
     """The mean square end-point error of every sample of a group, float64, shape (batch,)."""
-    cond: dict[str, Any] = {} if group.label is None else {"label": group.label}
+    cond = group.cond
     ends = run(plan, group.denoiser, group.x, checkpoint=checkpoint, **cond)
     return (ends - group.target).double().flatten(1).square().mean(1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pfode import grids
-from pfode.denoiser import fingerprint
+from pfode.denoiser import conditions, fingerprint
 from pfode.errors import DenoiserError, NumericalError, UsageError
 from pfode.plans.table import Plan
 from pfode.samplers.catalogue import make_plan
@@ -153,6 +153,7 @@ class Measurer:
             for done in range(0, len(seeds), problem.batch):
                 some = slice(done, done + problem.batch)
                 cond = {} if labels is None else {"label": torch.tensor(labels[some], device="cpu").to(problem.device)}
+                cond |= conditions(problem.denoiser, seeds[some], problem.device)
                 x = problem.initial(seeds[some])
                 with torch.no_grad(), blamed(f"model {problem.name!r}"):
                     end, calls = peers.draw(spec.name, problem.denoiser, x, seeds[some], nfe, lay, cond, **given)

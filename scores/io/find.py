@@ -39,6 +39,12 @@ def guided_name(model: str | os.PathLike[str]) -> tuple[str, float | None]:
     return name, None
 
 
+def newest(run: Path) -> Path | None:
+    """The model in the newest checkpoint of a training run that has not ended; None for another folder."""
+    found = [path for path in run.glob(f"step-*/{SELF_CONTAINED}") if path.parent.name[5:].isdecimal()]
+    return max(found, key=lambda path: int(path.parent.name[5:]), default=None)
+
+
 def model_path(model: str | os.PathLike[str], prompts: bool = False, variant: str | None = None) -> Path:
     """What is behind a model argument, on the disk: a file, or a folder that pfode or diffusers saved.
 
@@ -59,7 +65,7 @@ def model_path(model: str | os.PathLike[str], prompts: bool = False, variant: st
         return known[name]
     if os.path.isdir(name):
         own = Path(name) / SELF_CONTAINED
-        return own if os.path.isfile(own) else Path(name)
+        return own if os.path.isfile(own) else newest(Path(name)) or Path(name)
     if os.path.lexists(name):
         file = Path(name)
         if file.suffix in PICKLES:

@@ -19,9 +19,10 @@ from pfode.errors import UsageError, unknown
 from pfode.labels import label_tensor
 from pfode.tensors import transformed
 
-__all__ = ["UNet", "UNetConfig", "attend"]
+__all__ = ["MAX_STYLES", "UNet", "UNetConfig", "attend"]
 
 MAX_PARAMETERS = 200_000_000
+MAX_STYLES = 1024
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class UNetConfig:
         attention: sides at which every block is followed by self-attention.
         head: channels per attention head; divides the widths that have attention.
         dropout: inside the residual blocks, while training.
+        styles: numbers of the style vector that a picture may come with besides its class; 0 for none.
+        bank: how many styles the network keeps, of which new ones are mixed; see `pfode.scores.styles`.
 
     Raises:
         UsageError: a value out of range, named by its field.
@@ -50,6 +53,8 @@ class UNetConfig:
     attention: tuple[int, ...] = (8,)
     head: int = 32
     dropout: float = 0.0
+    styles: int = 0
+    bank: int = 0
 
     def __post_init__(self) -> None:
         _integer("size", self.size, 4, 256)
@@ -59,6 +64,8 @@ class UNetConfig:
         _integers("blocks", self.blocks, 1, 6, 1, 8)
         _integers("attention", self.attention, 0, 6, 1, 64)
         _integer("head", self.head, 4, 1024)
+        _integer("styles", self.styles, 0, MAX_STYLES)
+        _integer("bank", self.bank, 0, MAX_STYLES if self.styles else 0)
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise UsageError(f"network: dropout: expected a number in [0, 1), got {self.dropout!r}")
         if len(self.blocks) != len(self.widths):
@@ -89,7 +96,7 @@ class UNetConfig:
         convolutions = sum(
             width * (width + widest) * (6 * n + 10) for width, n in zip(self.widths, self.blocks, strict=True)
         )
-        return 9 * convolutions + 4 * self.widths[0] * self.classes
+        return 9 * convolutions + 4 * self.widths[0] * (self.classes + self.styles)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object from which `from_json` rebuilds the configuration."""
@@ -123,17 +130,18 @@ def _integers(name: str, value: Any, least: int, most: int, low: int, high: int)
 
 
 class UNet(nn.Module):
-    """The network of `UNetConfig`: (x, c_noise, label) -> out of the shape of x."""
+    """The network of `UNetConfig`: (x, c_noise, label, style) -> out of the shape of x."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         self.shape = (config.channels, config.size, config.size)
-        self.classes = config.classes
+        self.classes, self.styles = config.classes, config.styles
         widths = config.widths
         embedding = 4 * widths[0]
         self.noise = nn.Sequential(Linear(2 * WAVES, embedding), nn.SiLU(), Linear(embedding, embedding))
         self.label = nn.Embedding(config.classes + 1, embedding) if config.classes else None
+        self.style = Style(config.styles, config.bank, embedding) if config.styles else None
         self.first = nn.Conv2d(config.channels, widths[0], 3, padding=1)
 
         def block(side: int, width_in: int, width: int) -> Block:
@@ -167,20 +175,30 @@ class UNet(nn.Module):
             nn.init.normal_(self.label.weight, std=0.5)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @property
+    def style_bank(self) -> Tensor | None:
+        """The styles that the network keeps, (bank, styles); None for a network without."""
+        return None if self.style is None else self.style.bank
+
     def architecture(self) -> dict[str, Any]:
         """A JSON object of which `pfode.scores.networks.build.build` makes the same network."""
         return {"name": "UNet", **self.config.to_json()}
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, style: Tensor | None = None) -> Tensor:
         """x (batch, channels, size, size), c_noise (batch,), label (batch,) of integers; None: the null class.
 
+        style (batch, styles), or (styles,) for all; None, or a row that is not finite: no style is given.
+
         Raises:
-            UsageError: labels for an unconditional network, out of range, or of another length.
+            UsageError: labels or styles for a network without them, out of range, or of another shape.
         """
+        if style is not None:
+            style = style_tensor(style, self.styles, x)
         if label is not None and self.label is not None:
             label = label_tensor(label, range(self.config.classes), x)
         if len(x) == 1 and x.device.type == "cpu" and not self.training:  # one picture alone would round differently
             pair = (x.expand(2, -1, -1, -1), c_noise.expand(2), None if label is None else label.expand(2))
+            pair = (*pair, None if style is None else style.expand(2, -1))
             return self(*pair)[:1]
         emb = self.noise(waves(c_noise).to(x.dtype))
         if self.label is not None:
@@ -190,6 +208,8 @@ class UNet(nn.Module):
             raise UsageError(
                 "this network is unconditional: it takes no label", "leave label= (or --label, --guidance) out"
             )
+        if self.style is not None:
+            emb = emb + self.style(style, emb)
         emb = functional.silu(emb)
         h = self.first(x if transformed(x) else x.contiguous(memory_format=torch.channels_last))
         skips = [h]
@@ -285,6 +305,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if slow or transformed(q):  # and none has a forward-mode derivative
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1).to(v.dtype) @ v
     return functional.scaled_dot_product_attention(q, k, v)
+
+
+class Style(nn.Module):
+    """A two-layer perceptron of a style vector, added to the embedding; a last input says whether there is one."""
+
+    def __init__(self, styles: int, bank: int, embedding: int):
+        super().__init__()
+        self.bank: Tensor
+        self.register_buffer("bank", torch.zeros(bank, styles) if bank else None)
+        self.layers = nn.Sequential(Linear(styles + 1, embedding), nn.SiLU(), Linear(embedding, embedding))
+        self.styles = styles
+
+    def forward(self, style: Tensor | None, emb: Tensor) -> Tensor:
+        if style is None:
+            return self.layers(emb.new_zeros(len(emb), self.styles + 1))
+        known = style.isfinite().all(dim=1, keepdim=True)
+        return self.layers(torch.cat([torch.where(known, style, 0), known], dim=1).to(emb.dtype))
+
+
+def style_tensor(style: Tensor, styles: int, x: Tensor) -> Tensor:
+    """A style as (batch, styles) on the device of x.
+
+    Raises:
+        UsageError: a network without styles, or a style of another shape.
+    """
+    if not styles:
+        raise UsageError("this network takes no style", "leave style= out")
+    if not isinstance(style, Tensor) or style.shape not in ((styles,), (1, styles), (len(x), styles)):
+        got = tuple(style.shape) if isinstance(style, Tensor) else type(style).__name__
+        raise UsageError(f"style: expected a tensor of shape ({styles},) or ({len(x)}, {styles}), got {got}")
+    return style.to(x.device).expand(len(x), -1)
 
 
 class Down(nn.Module):

@@ -19,8 +19,10 @@ from pfode.scores.training.dataset import MAX_BYTES, MAX_CLASSES, Data, checked_
 
 __all__ = ["arrays", "read_arrays"]
 
-KNOWN = ("images", "labels", "names")
+KNOWN = ("images", "labels", "names", "styles", "source", "licence")
 HOW = "np.savez(FILE, images=..., labels=...)"
+MAX_STYLES = 1024  # numbers of a style
+MAX_TEXT = 10_000  # characters
 PREFIX = 6, 2  # bytes of the magic string and of the version
 MAX_HEADER = 10_000  # numpy's own limit
 
@@ -37,7 +39,8 @@ class Header:
 
 def arrays(path: Path) -> Data:
     """FILE.npz with `images` (n, height, width[, channels]) or (n, channels, height, width) of uint8 and, if known,
-    `labels` (n,) of integers and `names` of the classes.
+    `labels` (n,), integers with the `names` of the classes, or the names themselves; `styles` (n, numbers), a vector
+    per picture; and the texts `source` and `licence`.
 
     Raises:
         FileError: other arrays, a damaged file, or one that unpacks to too much.
@@ -52,10 +55,12 @@ def arrays(path: Path) -> Data:
     images = np.ascontiguousarray(images)
     sha256 = hashlib.sha256(images.data).hexdigest()
     card = {"name": path.name, "source": path.name, "count": n, "sha256": sha256, "flip": []}
+    card |= {key: _text(where, key, found[key]) for key in ("source", "licence") if key in found}
+    styles = _styles(where, found["styles"]) if "styles" in found else None
     if "labels" not in found:
-        return Data(torch.from_numpy(images), None, (), card)
+        return Data(torch.from_numpy(images), None, (), card, styles=styles)
     labels, names = _classes(where, found["labels"], found.get("names"))
-    return Data(torch.from_numpy(images), torch.from_numpy(labels), names, card)
+    return Data(torch.from_numpy(images), torch.from_numpy(labels), names, card, styles=styles)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -69,10 +74,17 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         where = shown(path)
         n = _image_shape(where, headers["images"])[0]
         if "labels" in headers:
-            _require(where, "labels", headers["labels"], "iu", n, f"{n} integers >= 0")
+            _require(where, "labels", headers["labels"], "iuU", n, f"{n} integers >= 0 or names")
+        for key in ("source", "licence"):
+            if key in headers and (headers[key].dtype.kind != "U" or headers[key].shape not in ((), (1,))):
+                raise FileError(f"{where}: {key}: expected one text, got {headers[key].dtype!s:.80}", HOW)
+        if "styles" in headers:
+            _style_shape(where, headers["styles"], n)
         if "names" in headers:
             if "labels" not in headers:
                 raise FileError(f"{where}: names: there are no labels", HOW)
+            if headers["labels"].dtype.kind == "U":
+                raise FileError(f"{where}: names: the labels are names already", "leave names= out")
             _require(where, "names", headers["names"], "Uiu", None, f"1 to {MAX_CLASSES:,} texts")
         return {key: _read(archive, key, header) for key, header in headers.items()}
 
@@ -163,8 +175,37 @@ def _read(archive: Archive, key: str, header: Header) -> np.ndarray:
     return flat.reshape(header.shape, order="F" if header.fortran else "C")
 
 
+def _style_shape(where: str, header: Header, n: int) -> None:
+    """Refuse styles that are no vector of numbers for every picture."""
+    sound = len(header.shape) == 2 and header.shape[0] == n and 0 < header.shape[1] <= MAX_STYLES
+    if header.dtype.kind not in "fiu" or not sound:
+        expected = f"expected numbers of shape ({n}, 1 to {MAX_STYLES})"
+        raise FileError(f"{where}: styles: {expected}, got {header.dtype!s:.80} {header.shape}", HOW)
+
+
+def _styles(where: str, found: np.ndarray) -> torch.Tensor:
+    """Styles as float32."""
+    styles = torch.from_numpy(found.astype(np.float32))
+    if not styles.isfinite().all():
+        raise FileError(f"{where}: styles: not all of them are finite", HOW)
+    return styles
+
+
+def _text(where: str, key: str, found: np.ndarray) -> str:
+    """A text of one line."""
+    text = str(found.reshape(()).item())
+    if not text.strip() or not text.isprintable() or len(text) > MAX_TEXT:
+        raise FileError(f"{where}: {key}: expected one line of text, got {text!r:.80}", HOW)
+    return text
+
+
 def _classes(where: str, labels: np.ndarray, given: np.ndarray | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels as int64 and the names of their classes."""
+    """Labels as int64 and the names of their classes; texts are classes in alphabetical order."""
+    if labels.dtype.kind == "U":
+        known, numbers = np.unique(labels, return_inverse=True)
+        if len(known) > MAX_CLASSES:
+            raise FileError(f"{where}: labels: {len(known):,} names; at most {MAX_CLASSES:,}", HOW)
+        return numbers.astype(np.int64), checked_names(where, known.tolist())
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= MAX_CLASSES:
         raise FileError(f"{where}: labels: expected {len(labels)} integers >= 0, got values from {low} to {high}", HOW)

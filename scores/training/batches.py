@@ -19,6 +19,7 @@ __all__ = ["Batch", "unseen_classes"]
 
 SOURCE = 2**41  # where a source that is a law begins in its stream: beyond every point of the data
 SEEDED = 2**20 + 7  # points of a law between the starts of two runs
+JITTER = 0.1  # noise added to style vectors, in their standard deviations: networks are asked for styles between theirs
 STEP = 1e-6  # of the difference quotient of log(sigma/alpha) in the quantile
 
 
@@ -36,6 +37,7 @@ class Batch:
         self.process = from_config(config.process)
         mirrored = ["*" in config.flip or name in config.flip for name in data.names] or ["*" in config.flip]
         self.mirrored = torch.tensor(mirrored)
+        self.spread = 0 if data.styles is None else data.styles.std(dim=0, correction=0)
         self.order = (-1, np.empty(0, dtype=np.int64))
         self.coupled: tuple[int, Tensor] = (-1, torch.empty(0, device="cpu"))  # the noise of a step in its new order
 
@@ -79,7 +81,7 @@ class Batch:
         if config.objective.coupling.joint:
             noise = self._coupled(step)[list(indices)]
         seeds = [(config.seed * 0x9E3779B97F4A7C15 + step * config.batch + i) % 2**64 for i in indices]
-        return Example(x0, noise, t, labels, seeds, self._slopes(quantiles))
+        return Example(x0, noise, t, labels, seeds, self._slopes(quantiles), self.styles(step, indices))
 
     def _coupled(self, step: int) -> Tensor:
         """The source's points of a whole step in the order of the data: the same in every process and part."""
@@ -109,6 +111,24 @@ class Batch:
         low, high = (quantiles - STEP).clamp_min(1e-9), (quantiles + STEP).clamp_max(1 - 1e-9)
         logs = [-0.5 * self.process.log_snr(self.times(q)) for q in (low, high)]
         return ((logs[1] - logs[0]) / (high - low)).abs().nan_to_num(0.0, 0.0, 0.0)
+
+    def styles(self, step: int, indices: range) -> Tensor | None:
+        """Style vectors of the pictures that `draw` gives, with a little noise; a row of NaN hides one.
+
+        Returns:
+            float32 (n, styles); None for data without styles.
+        """
+        config, found = self.config, self.data.styles
+        if found is None:
+            return None
+        rows = []
+        for i in indices:
+            position = step * config.batch + i
+            generator = np.random.Generator(np.random.Philox(key=config.seed, counter=[0, 0, 2, position]))
+            hidden, jitter = generator.random() < config.drop, generator.standard_normal(found.shape[1])
+            noise = JITTER * self.spread * torch.from_numpy(jitter).float()
+            rows.append(found[self._chosen(position)] + noise + (torch.nan if hidden else 0.0))
+        return torch.stack(rows)
 
     def times(self, quantiles: Tensor) -> Tensor:
         """Times of the process at quantiles in [0, 1) of the distribution of noise levels, of their shape."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def write_checkpoint(
-    folder: Path, step: int, manifest: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]
+    folder: Path,
+    step: int,
+    manifest: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write a checkpoint, whole or not at all, and remove all but the newest two.
 
@@ -44,6 +48,7 @@ def write_checkpoint(
         step: optimiser steps done.
         manifest: JSON object, kept with the digests of the parts and its own.
         parts: tensors by their names, by the name of their file.
+        beside: writes what else belongs into the folder, before the manifest.
 
     Raises:
         WriteError: the folder cannot be written.
@@ -58,6 +63,7 @@ def write_checkpoint(
             raw = serialise({key: value.cpu().contiguous() for key, value in tensors.items()})
             digests[name] = hashlib.sha256(raw).hexdigest()
             write_atomic(temporary / name, raw)
+        beside(temporary)
         whole = sealed({**manifest, "files": digests})
         write_atomic(temporary / MANIFEST, json.dumps(whole, indent=1).encode())
         if final.exists():

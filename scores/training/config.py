@@ -51,7 +51,8 @@ class TrainConfig:
         sigma_data: standard deviation of the data, for the prediction "edm".
         levels: how noise levels are drawn: "lognormal" in sigma/alpha (Karras et al. 2022, section 5), "uniform" in t,
             or "logit-normal" in t (Esser et al. 2024); "" chooses by the process.
-        level_mean, level_std: of log(sigma/alpha), for "lognormal".
+        level_mean, level_std: of log(sigma/alpha), for "lognormal"; see `pfode.scores.training.measure`.
+        balance: divide the loss of every noise level by its running mean, see `pfode.scores.training.balance`.
         steps: optimiser steps; the cosine schedule ends there.
         batch: pictures per step, over all processes and all `accum` parts.
         accum: parts of a batch whose gradients are added up before a step; divides `batch`.
@@ -79,6 +80,7 @@ class TrainConfig:
     levels: str = ""
     level_mean: float = -1.2
     level_std: float = 1.2
+    balance: bool = False
     steps: int = defaults.Train.STEPS
     batch: int = defaults.Train.BATCH
     accum: int = defaults.Train.ACCUM
@@ -124,7 +126,8 @@ class TrainConfig:
         _require(
             "flip", isinstance(self.flip, tuple) and all(isinstance(n, str) for n in self.flip), self.flip, "names"
         )
-        _require("amp", isinstance(self.amp, bool), self.amp, "True or False")
+        for name in ("amp", "balance"):
+            _require(name, isinstance(getattr(self, name), bool), getattr(self, name), "True or False")
         _require("objective", isinstance(self.objective, Objective), self.objective, "a value such as Denoising()")
 
     def to_json(self) -> dict[str, Any]:
@@ -163,11 +166,12 @@ def usual_network(
     blocks: tuple[int, ...] | None = None,
     attention: tuple[int, ...] | None = None,
     dropout: float = 0.0,
+    styles: int = 0,
 ) -> UNetConfig:
     """A network for pictures of a size, about as large as one CPU trains in minutes (8x8) to hours (64x64).
 
     Args:
-        size, channels, classes: of the data.
+        size, channels, classes, styles: of the data.
         widths, blocks, attention, dropout: see `UNetConfig`; those that are None are chosen by the size.
 
     Raises:
@@ -180,7 +184,7 @@ def usual_network(
     attention = standard[2] if attention is None else attention
     attended = [width for level, width in enumerate(widths) if size >> level in attention]
     head = next((h for h in (32, 24, 16, 8) if all(width % h == 0 for width in attended)), 8)
-    return UNetConfig(size, channels, classes, widths, blocks, attention, head, dropout)
+    return UNetConfig(size, channels, classes, widths, blocks, attention, head, dropout, styles)
 
 
 def _prediction(process: Process) -> str:

@@ -13,21 +13,27 @@ import torch
 from pfode.errors import FileError, UsageError, did_you_mean
 from pfode.files import shown
 from pfode.scores.training.arrays import arrays, read_arrays
-from pfode.scores.training.dataset import Data
+from pfode.scores.training.dataset import MAX_BYTES, Data
 from pfode.scores.training.emoji import EMOJI_FONT, EMOJI_LIST, emoji
 from pfode.scores.training.image_files import archive, decode, folder
 
-__all__ = ["EMOJI_FONT", "EMOJI_LIST", "Data", "archive", "arrays", "decode", "digits", "emoji", "folder", "load_data"]
+__all__ = [
+    "EMOJI_FONT", "EMOJI_LIST", "Data", "archive", "arrays", "decode", "digits", "emoji", "folder", "load_data",
+    "resized",
+]  # fmt: skip
 
+SIDE = 32  # that pictures of files are brought to
 DIGITS = Path(__file__).with_name("digits.npz")
 
 
-def load_data(source: str | Path, *, size: int = 32, font: Path = EMOJI_FONT, listing: Path = EMOJI_LIST) -> Data:
+def load_data(
+    source: str | Path, *, size: int | None = None, font: Path = EMOJI_FONT, listing: Path = EMOJI_LIST
+) -> Data:
     """`digits`, `emoji`, a folder, FILE.zip or FILE.npz.
 
     Args:
         source: the name or the path.
-        size: side that the pictures of `emoji`, a folder or a zip are brought to.
+        size: side that pictures are brought to; None: 32 for `emoji`, a folder or a zip, and as they are in arrays.
         font: of the emoji. listing: Unicode's emoji-test.txt.
 
     Raises:
@@ -35,22 +41,46 @@ def load_data(source: str | Path, *, size: int = 32, font: Path = EMOJI_FONT, li
         FileError: a broken picture or file.
         UsageError: neither a known name nor a path.
     """
+    side = SIDE if size is None else size
     if str(source) == "digits":
-        return digits()
+        return resized(digits(), size)
     if str(source) == "emoji":
-        return emoji(font, listing, size=size)
+        return emoji(font, listing, size=side)
     path = Path(source)
     if str(source) and os.path.isdir(path):
-        return folder(path, size=size)
+        return folder(path, size=side)
     if not str(source) or not os.path.exists(path):
         raise UsageError(
             f"data {str(source)!r:.200}: no such file or data set", did_you_mean(source, ["digits", "emoji"])
         )
     if path.suffix.lower() == ".npz":
-        return arrays(path)
+        return resized(arrays(path), size)
     if path.suffix.lower() == ".zip":
-        return archive(path, size=size)
+        return archive(path, size=side)
     raise FileError(f"{shown(path)}: not a folder, a .zip or an .npz", "--data digits|emoji|DIR|FILE.npz|FILE.zip")
+
+
+def resized(data: Data, size: int | None) -> Data:
+    """Pictures brought to another side by a Lanczos filter; those that have it, or for None, as they are.
+
+    Raises:
+        UsageError: more bytes of pictures than are taken.
+    """
+    n, channels, side, _ = data.images.shape
+    if size is None or size == side:
+        return data
+    if n * channels * size * size > MAX_BYTES:
+        raise UsageError(f"data: {n} pictures of side {size} are more than {MAX_BYTES:,} bytes", "a smaller --size")
+    from PIL import Image
+
+    images = torch.empty((n, channels, size, size), dtype=torch.uint8, device="cpu")
+    for old, new in zip(data.images.flatten(0, 1), images.flatten(0, 1), strict=True):
+        grey = Image.fromarray(old.numpy()).resize((size, size), Image.Resampling.LANCZOS)
+        new.copy_(torch.from_numpy(np.asarray(grey).copy()))
+    digest = hashlib.sha256(images.numpy().data).hexdigest()
+    source = f"{data.card.get('source')}, resized from {side} to {size}"
+    card = {**data.card, "source": source, "sha256": digest}
+    return Data(images, data.labels, data.names, card, data.left_out, data.styles)
 
 
 def digits() -> Data:

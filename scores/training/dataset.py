@@ -1,5 +1,6 @@
 """What a network is trained on: pictures in memory, with or without classes."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ class Data:
         card: where they come from, under what licence, digests: JSON. `card["flip"]` names the classes of which a
             mirror image is as good as the picture.
         left_out: how many files were found and not taken, by the reason.
+        styles: float32 (n, numbers), a vector per picture that the network is told besides the class; or None.
 
     Raises:
         UsageError: of another type or shape, or labels and names that do not fit.
@@ -36,6 +38,7 @@ class Data:
     names: tuple[str, ...] = ()
     card: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    styles: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, channels, height, width = self.images.shape if self.images.ndim == 4 else (0, 0, 0, 0)
@@ -51,12 +54,45 @@ class Data:
         ):
             raise UsageError(f"data: labels must be {n} integers from 0 to {len(self.names) - 1} (int64)")
 
+        styles = self.styles
+        if styles is not None and (
+            styles.dtype != torch.float32 or styles.ndim != 2 or len(styles) != n or not styles.isfinite().all()
+        ):
+            got = f"{styles.dtype} of shape {tuple(styles.shape)}"
+            raise UsageError(f"data: styles must be finite float32 ({n}, numbers), got {got}")
+
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, index: list[int]) -> Tensor:
         """The pictures of these numbers in [-1, 1], (n, channels, size, size) in float64."""
         return self.images[torch.tensor(index)].to(torch.float64) / 127.5 - 1
+
+    def split(self, share: float) -> tuple["Data", "Data | None"]:
+        """The pictures to train on, and those held out: this share of them, evenly spaced; None for a share of 0.
+
+        Raises:
+            UsageError: a share outside [0, 0.5], or one that leaves no picture on a side.
+        """
+        if share == 0:
+            return self, None
+        n = len(self)
+        count = round(n * share) if 0 < share <= 0.5 else 0
+        if not 0 < count < n:
+            problem = f"data: held_out: {share:g} of {n} pictures leaves none on a side"
+            raise UsageError(problem, "a share from 0.01 to 0.5 (--held-out 0.05)")
+        held = torch.zeros(n, dtype=torch.bool)
+        held[(torch.arange(count) * n + n // 2) // count] = True
+        return self._part(~held, share), self._part(held, share)
+
+    def _part(self, chosen: Tensor, share: float) -> "Data":
+        def of(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[chosen]
+
+        digest = hashlib.sha256(f"{self.card.get('sha256')} without {share!r}".encode()).hexdigest()
+        card = {**self.card, "count": int(chosen.sum()), "held_out": share, "sha256": digest}
+        images, labels, styles = self.images[chosen], of(self.labels), of(self.styles)
+        return Data(images, labels, self.names, card, self.left_out, styles)
 
     @property
     def shape(self) -> tuple[int, int, int]:

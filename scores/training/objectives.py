@@ -53,6 +53,7 @@ class Example(NamedTuple):
         label: int64 (n,), or None.
         seeds: one per example, for what else is random.
         slope: d log(sigma/alpha) / dq at the quantile q that t was drawn by, (n,); 0 where t is cut off.
+        style: (n, numbers), a row of NaN where it is hidden; or None.
     """
 
     x0: Tensor
@@ -61,6 +62,12 @@ class Example(NamedTuple):
     label: Tensor | None
     seeds: list[int]
     slope: Tensor
+    style: Tensor | None = None
+
+    def cond(self, device: torch.device) -> dict[str, Tensor]:
+        """What the network is told besides x and the time, on its device."""
+        given = {"label": self.label, "style": self.style}
+        return {key: value.to(device) for key, value in given.items() if value is not None}
 
 
 class Problem(NamedTuple):
@@ -141,7 +148,7 @@ class Denoising(Objective):
 
     def loss(self, den: Denoiser, example: Example, device: torch.device) -> Tensor:
         x, c, target = problem(den, example.x0, example.noise, example.t)
-        out = ask(den, wide(c.c_in, x) * x, c.c_noise, example.label, device)
+        out = ask(den, wide(c.c_in, x) * x, c.c_noise, example.cond(device), device)
         square = (out.float() - target.float().to(device)).square()
         if self.weighting == "network":
             return square
@@ -184,7 +191,7 @@ class FlowMatching(Objective):
         extra = noise.normal(example.seeds, EXTRA, example.x0.shape[1:], torch.float64)
         kind = INTERPOLANTS[self.interpolant](self.std)
         x, velocity = interpolate(kind, example.t, example.x0, example.noise, extra)
-        out = ask(den, x, example.t, example.label, device)
+        out = ask(den, x, example.t, example.cond(device), device)
         return (out.float() - velocity.float().to(device)).square()
 
 
@@ -204,7 +211,7 @@ class Implicit(Objective):
         c = den.precondition(example.t)
         d = math.prod(x.shape[1:])
         c_noise, scaled = c.c_noise.float().to(device), (wide(c.c_in, x) * x).float().to(device)
-        extra = {} if example.label is None else {"label": example.label.to(device)}
+        extra = example.cond(device)
         how: Trace = Exact() if self.probes is None else Hutchinson(self.probes)
         vectors = None if self.probes is None else signs(scaled, self.probes, example.seeds)
         found = divergence(lambda y: den.net(y, c_noise, **extra).to(y.dtype), scaled, how, vectors)
@@ -276,10 +283,9 @@ def need_velocity(value: Objective, den: Denoiser) -> None:
         )
 
 
-def ask(den: Denoiser, x: Tensor, c_noise: Tensor, label: Tensor | None, device: torch.device) -> Tensor:
+def ask(den: Denoiser, x: Tensor, c_noise: Tensor, cond: dict[str, Tensor], device: torch.device) -> Tensor:
     """F in float32, of inputs in float64."""
-    extra = {} if label is None else {"label": label.to(device)}
-    return den.net(x.float().to(device), c_noise.float().to(device), **extra)
+    return den.net(x.float().to(device), c_noise.float().to(device), **cond)
 
 
 def wide(value: Tensor, x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Points:
     source: "Points | None" = None
     card: dict[str, Any] = field(default_factory=dict)
     labels: None = None
+    styles: None = None
     names: tuple[str, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
 

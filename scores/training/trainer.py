@@ -10,8 +10,8 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,18 @@ from pfode.journal import Journal
 from pfode.optional import optional_module
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.io.save import save
+from pfode.scores.io.shipped import SELF_CONTAINED
 from pfode.scores.networks.mlp import MLPConfig
-from pfode.scores.networks.unet import UNet
+from pfode.scores.networks.unet import UNet, UNetConfig
+from pfode.scores.styles import bank_of
 from pfode.scores.training.averages import average
+from pfode.scores.training.balance import Balance
 from pfode.scores.training.batches import Batch, unseen_classes
 from pfode.scores.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
+from pfode.scores.training.clock import Clock
 from pfode.scores.training.config import TrainConfig
 from pfode.scores.training.dataset import Data
+from pfode.scores.training.evaluate import mean_loss
 from pfode.scores.training.points import Points
 
 if TYPE_CHECKING:
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["METRICS", "Record", "TrainConfig", "Trainer", "fast_bfloat16"]
 
 METRICS = "metrics.jsonl"
-OPTIMISER = "optimiser.safetensors"
+OPTIMISER, LEVELS = "optimiser.safetensors", "levels.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAY_CHANGE = {"steps", "cooldown"}  # when a run is resumed: it may be made longer or shorter
 
@@ -67,6 +72,8 @@ class Trainer:
         save_every: steps between checkpoints; one is always written at the end.
         device: "cpu", "cuda", ...; accelerate's choice by default.
         trackers: of accelerate ("tensorboard", "wandb", ...), for those who have them.
+        held_out: pictures that are not trained on, for `held_out_loss`.
+        card: JSON for the model that every checkpoint holds: name, licence, command.
 
     Raises:
         UsageError: network and data do not fit, or the folder holds another run, or one is working in it.
@@ -85,16 +92,19 @@ class Trainer:
         save_every: int = 500,
         device: str | None = None,
         trackers: tuple[str, ...] = (),
+        held_out: Data | None = None,
+        card: Mapping[str, Any] | None = None,
     ):
         _check_fit(config, data)
         self.config, self.data, self.save_every = config, data, save_every
+        self.held_out, self.card = held_out, dict(card or {})
         self.accelerator, self.trackers = _accelerator(device, trackers), bool(trackers)
         processes, part = self.accelerator.num_processes, config.batch // config.accum
         if part % processes:
             parts = f"training: batch: {config.batch} in {config.accum} parts"
             raise UsageError(f"{parts} cannot be split over {processes} processes", f"a multiple of {processes}")
         self.share, self.first = part // processes, self.accelerator.process_index  # pictures of this process, its rank
-        self.batch = Batch(config, data)
+        self.batch, self.balance = Batch(config, data), Balance(config.batch)
         self.step, self.seconds = 0, 0.0
         torch.manual_seed(config.seed)
         self.net = network(config)
@@ -132,10 +142,18 @@ class Trainer:
         """Whether this process writes the files."""
         return self.accelerator.is_main_process
 
-    def run(self) -> Iterator[Record]:
-        """Train to the end, one record per optimiser step; checkpoints are written before the record is handed out."""
+    def run(self, budget: float | None = None) -> Iterator[Record]:
+        """Train to the end, one record per optimiser step; checkpoints are written before the record is handed out.
+
+        Args:
+            budget: seconds of training in all, those of earlier processes counted in; the number of steps then follows
+                from the measured speed, again and again, and `config.steps` is what it was at last.
+        """
+        clock = None if budget is None else Clock(budget, self.step, self.seconds)
         while self.step < self.config.steps:
             started = time.perf_counter()
+            if clock is not None:
+                self._schedule(clock.steps(self.step, self.seconds))
             loss, rate = self._advance(), self.rate(self.step)
             self.step += 1
             elapsed = time.perf_counter() - started
@@ -145,6 +163,12 @@ class Trainer:
             if self.folder is not None and (self.step % self.save_every == 0 or self.step == self.config.steps):
                 self.save()
             yield record
+
+    def _schedule(self, steps: int | None) -> None:
+        """Make the run this long, and a cooldown as large a share of it as before; None leaves it."""
+        if steps is not None and self.accelerator.num_processes == 1:
+            cooldown = round(self.config.cooldown * steps / self.config.steps)
+            self.config = replace(self.config, steps=steps, cooldown=cooldown)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step from 0."""
@@ -156,9 +180,30 @@ class Trainer:
 
     def denoiser(self, width: float | None = None) -> Denoiser:
         """A denoiser with the averaged weights (the first width by default), in evaluation mode; a copy."""
-        net = network(self.config).to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        net.load_state_dict(self.ema[self.config.ema[0] if width is None else width])
+        weights = dict(self.ema[self.config.ema[0] if width is None else width])
+        config = self.config
+        if isinstance(config.network, UNetConfig) and self.data.styles is not None:
+            bank = bank_of(self.data.styles)
+            config = replace(config, network=replace(config.network, bank=len(bank)))
+            weights["style.bank"] = bank
+        net = network(config).to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net.load_state_dict(weights)
         return self._denoiser(net.eval().requires_grad_(False))
+
+    def held_out_loss(self) -> tuple[float, float] | None:
+        """The loss of the first average on pictures that were not trained on, and on as many that were; None without.
+
+        The draws are the same every time: see `pfode.scores.training.evaluate`.
+        """
+        if self.held_out is None:
+            return None
+        den, device = self.denoiser(), self.accelerator.device
+        held, trained = (mean_loss(den, self.config, part, device) for part in (self.held_out, self.data))
+        return held, trained
+
+    def levels(self) -> list[dict[str, float]]:
+        """The running mean loss by noise level: {"from", "to": sigma/alpha, "loss"}, from low noise to high."""
+        return self.balance.table(self.batch)
 
     def export(self, path: str | os.PathLike[str], card: dict[str, Any], width: float | None = None) -> Path:
         """Write the model of `denoiser(width)` as one safetensors file; see `pfode.scores.io.save.save`."""
@@ -184,8 +229,8 @@ class Trainer:
         torch.manual_seed(hash((self.config.seed, self.step, self.first)))  # only dropout inside the network uses it
         self.model.train()
         parts = [self._learn(part) for part in range(self.config.accum)]
-        total: Any = self.accelerator.reduce(torch.stack(parts).sum(), reduction="mean")
-        loss = float(total)
+        sums: Any = self.accelerator.reduce(torch.stack(parts).sum(0), reduction="sum")
+        loss = float(sums.sum()) / self.config.batch
         if not math.isfinite(loss):
             problem = f"training: the loss is {loss} at step {self.step + 1}"
             raise NumericalError(problem, "a smaller --lr, or a longer --warmup")
@@ -195,19 +240,22 @@ class Trainer:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         average(self.ema, self.net, self.step)
+        self.balance.update(sums)
         return loss
 
     def _learn(self, part: int) -> Tensor:
-        """Add the gradient of this process's share of one part of the batch; returns its loss, over `accum`."""
+        """Add the gradient of this process's share of one part of the batch; its losses summed by stratum of levels."""
         config, device = self.config, self.accelerator.device
         start = part * (config.batch // config.accum) + self.first * self.share
-        example = self.batch.example(self.step, range(start, start + self.share))
+        indices = range(start, start + self.share)
+        example = self.batch.example(self.step, indices)
         last = part == config.accum - 1  # the processes exchange their gradients with the last part only
         together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
         with together, torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            loss = config.objective.loss(self.den, example, device).mean() / config.accum
-            self.accelerator.backward(loss)
-        return loss.detach()
+            losses = config.objective.loss(self.den, example, device).reshape(self.share, -1).mean(dim=1)
+            weighed = losses * self.balance.weights(indices).to(losses) if config.balance else losses
+            self.accelerator.backward(weighed.mean() / config.accum)
+        return self.balance.sums(indices, losses.detach())
 
     def _log(self, record: Record) -> None:
         if self.trackers:
@@ -234,6 +282,7 @@ class Trainer:
             return None
         named = dict(self.net.named_parameters())
         parts = {"network.safetensors": {name: p.detach() for name, p in named.items()}}
+        parts[LEVELS] = {"mean": self.balance.mean}
         parts |= {_ema_file(width): average for width, average in self.ema.items()}
         state = self.optimiser.state
         parts[OPTIMISER] = {f"{name}.{key}": v for name, p in named.items() for key, v in state.get(p, {}).items()}
@@ -243,9 +292,14 @@ class Trainer:
             "config": self.config.to_json(),
             "data": self.data.card,
         }
-        final = write_checkpoint(self.folder, self.step, manifest, parts)
+        final = write_checkpoint(self.folder, self.step, manifest, parts, self._model)
         self.accelerator.wait_for_everyone()
         return final
+
+    def _model(self, folder: Path) -> None:
+        """Put the model as it is now into a checkpoint, so that a run can be looked at before its end."""
+        with contextlib.suppress(NumericalError, UsageError):  # weights too large for half precision
+            self.export(folder / SELF_CONTAINED, self.card)
 
     def _open(self, resume: bool) -> None:
         """Make the folder and keep other runs out of it; continue the run that it holds."""
@@ -317,6 +371,7 @@ class Trainer:
                             for key in MOMENTS
                         },
                     }
+            self.balance.mean = parts[LEVELS]["mean"]
             self.step, self.seconds = int(manifest["step"]), float(manifest["seconds"])
         except (KeyError, AttributeError, TypeError, RuntimeError) as error:
             raise FileError(
@@ -349,6 +404,11 @@ def _check_fit(config: TrainConfig, data: Data | Points) -> None:
         raise UsageError(f"{network} does not fit data of {data.shape} with {len(data.names)}")
     if config.flip and isinstance(data, Points):
         raise UsageError("training: flip: points have no mirror images", "flip=()")
+    styles = 0 if data.styles is None else data.styles.shape[1]
+    if getattr(config.network, "styles", 0) != styles:
+        raise UsageError(
+            f"training: a network for {getattr(config.network, 'styles', 0)} numbers of style, data with {styles}"
+        )
     for name in config.flip:
         if name != "*" and name not in data.names:
             raise UsageError(f"training: flip: no class {name!r:.60}", did_you_mean(name, ("*", *data.names)))

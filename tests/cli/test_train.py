@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pfode.scores import load
+from pfode.scores.training.trainer import Trainer
 
 SMALL = ("train", "--widths", "8,16", "--batch", 8, "--no-amp")
 
@@ -140,3 +142,104 @@ def test_bad_data_ends_with_its_code(cli, tmp_path, name, code):
         (tmp_path / name).write_bytes(b"PK" + bytes(100))
     done = cli(*SMALL, "--data", name)
     assert (done.code, name in done.err, "Traceback" in done.err) == (code, True, False)
+
+
+def test_arrays_are_resized_when_asked(cli, tmp_path):
+    np.savez(tmp_path / "mine.npz", images=np.full((9, 14, 14), 200, np.uint8), licence=np.array("CC0"))
+    assert cli(*SMALL, "--data", "mine.npz", "--size", 8, "--steps", 1, "--out", "a", "--name", "grey").code == 0
+    den = load(tmp_path / "a")
+    assert den.shape == (1, 8, 8)
+    about = cli("info", "a", "--json").json
+    assert about["name"] == "grey"
+    assert about["data"]["licence"] == "CC0"
+    assert "resized from 14 to 8" in about["data"]["source"]
+    assert cli(*SMALL, "--data", "mine.npz", "--steps", 1, "--out", "b").code == 0
+    assert load(tmp_path / "b").shape == (1, 14, 14)
+
+
+def test_what_is_measured_and_what_is_given(cli):
+    assert cli(*SMALL, "--steps", 1, "--out", "a").code == 0
+    found = cli("info", "a", "--json").json
+    assert found["sigma_data"] == pytest.approx(0.752, abs=0.01)
+    training = found["training"]
+    assert (training["levels"], training["level_std"], training["balance"]) == ("lognormal", 1.0, True)
+    assert -0.6 < training["level_mean"] < -0.3
+    words = ("--sigma-data", 0.6, "--level-mean", 0.25, "--level-std", 1.5, "--no-balance", "--process", "flow")
+    assert cli(*SMALL, "--steps", 1, "--out", "b", *words).code == 0
+    given = cli("info", "b", "--json").json["training"]
+    assert [given[key] for key in ("levels", "level_mean", "level_std", "balance")] == ["lognormal", 0.25, 1.5, False]
+
+
+def test_a_model_says_its_losses_and_the_next_command(cli):
+    done = cli(*SMALL, "--steps", 2, "--held-out", 0.1, "--out", "a", "--json", "--export-ema", 0.1)
+    assert done.code == 0, done.err
+    found = done.json
+    assert found["next"] == "pfode sample --model a/model.safetensors"
+    assert found["held_out_loss"] > 0
+    assert len(found["loss_by_level"]) == 8
+    assert "next: pfode sample" in done.err
+    assert cli("sample", "--model", "a", "--steps", 2, "--n", 2).code == 0
+    assert cli(*SMALL, "--steps", 2, "--out", "b", "--export-ema", 0.07).code == 2
+
+
+def test_lines_where_there_is_no_terminal(cli, monkeypatch):
+    monkeypatch.setattr("pfode.cli.watch.EVERY", 0.0)
+    done = cli(*SMALL, "--steps", 12, "--out", "a")
+    lines = [line for line in done.err.splitlines() if line.startswith("step ")]
+    assert [line.split(",")[0] for line in lines] == [f"step {step} of 12" for step in (10, 11, 12)]
+    assert not [line for line in cli("-q", *SMALL, "--steps", 12, "--out", "b").err.splitlines() if "step 10" in line]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_polite_stop_keeps_what_was_done(cli, monkeypatch, tmp_path, number, code):
+    advance, steps = Trainer._advance, []
+
+    def stopped(self):
+        steps.append(self.step)
+        if self.step == 3:
+            signal.raise_signal(number)
+        return advance(self)
+
+    whole = (*SMALL, "--steps", 6, "--out", "whole")
+    assert cli(*whole).code == 0
+    words = (*SMALL, "--steps", 6, "--out", "run")
+    monkeypatch.setattr(Trainer, "_advance", stopped)
+    monkeypatch.setattr("sys.argv", ["pfode", *map(str, words)])
+    done = cli(*words)
+    assert (done.code, steps) == (code, [0, 1, 2, 3])
+    assert "stopped after step 4" in done.err
+    assert f"pfode {' '.join(map(str, words))} --resume" in done.err
+    assert load(tmp_path / "run").shape == (1, 8, 8)  # the model of the newest checkpoint
+    assert cli("sample", "--model", "run/step-000004", "--steps", 2, "--n", 1).code == 0
+    monkeypatch.setattr(Trainer, "_advance", advance)
+    assert cli(*words, "--resume").code == 0
+    a, b = (load(tmp_path / name).net.state_dict() for name in ("whole", "run"))
+    assert all((a[key] == b[key]).all() for key in a)
+
+
+def test_a_budget_of_time_ends_the_run(cli):
+    done = cli(*SMALL, "--time-budget", "0.001s", "--out", "a", "--json")
+    assert done.code == 0
+    assert done.json["steps"] == 11
+    for text in ("soon", "0m", "-3m", "1d"):
+        assert cli(*SMALL, f"--time-budget={text}").code == 2
+    both = cli(*SMALL, "--time-budget", "1m", "--steps", 3)
+    assert (both.code, "exclude" in both.err) == (2, True)
+
+
+def test_width_and_depth(cli, tmp_path):
+    words = ("train", "--batch", 4, "--no-amp", "--steps", 1)
+    assert cli(*words, "--width", 0.5, "--depth", 2, "--out", "a").code == 0
+    config = load(tmp_path / "a").net.config
+    assert (config.widths, config.blocks) == ((16, 24), (2, 2))
+    assert cli(*words, "--width", 2, "--widths", "8,16").code == 2
+
+
+def test_string_labels_and_sheets_of_many_classes(cli, tmp_path):
+    names = np.array([f"class {i:02d}" for i in range(25)])
+    np.savez(tmp_path / "d.npz", images=np.zeros((25, 8, 8), np.uint8), labels=names)
+    done = cli(*SMALL, "--data", "d.npz", "--steps", 1, "--sheet-every", 1, "--sheet-guidance", 2, "--out", "a")
+    assert done.code == 0, done.err
+    assert load(tmp_path / "a").labels == tuple(names)
+    with Image.open(tmp_path / "a" / "sheet-000001.png") as sheet:
+        assert sheet.width == sheet.height  # 5 x 5: one of every class
