@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pfode.scores.networks.unet import UNetConfig
     from pfode.scores.training.config import TrainConfig
     from pfode.scores.training.dataset import Data
+    from pfode.scores.training.points import Points
     from pfode.scores.training.trainer import Trainer
 
 __all__ = ["command"]
@@ -365,7 +366,7 @@ def places(options: dict[str, Any]) -> tuple[Path, Path]:
     return path, path / "model.safetensors"
 
 
-def card(data: "Data", loss: float | None) -> dict[str, Any]:
+def card(data: "Data | Points", loss: float | None) -> dict[str, Any]:
     """What the model file says about its making."""
     return {
         "name": data.card.get("name", "model"),

@@ -135,7 +135,7 @@ def draw(trainer: "Trainer", step: int, sampler: str, guidance: float | None) ->
     x = pfode.sample(den, n, SHEET_STEPS, sampler, label=label, guidance=guided, nan="flag").x.nan_to_num()
     pixels = images.to_pixels(x)
     columns = images.sheet_columns(n, classes)
-    sheet = images.contact_sheet(pixels, images.default_scale(n, *trainer.data.shape[1:], columns), columns)
+    sheet = images.contact_sheet(pixels, images.default_scale(n, x.shape[2], x.shape[3], columns), columns)
     stream = io.BytesIO()
     Image.fromarray(sheet).save(stream, "PNG")
     write_atomic(trainer.folder / f"sheet-{step:06d}.png", stream.getvalue())

@@ -8,6 +8,7 @@ from pfode.scores.denoiser import Denoiser
 from pfode.scores.training.batches import Batch
 from pfode.scores.training.config import TrainConfig
 from pfode.scores.training.dataset import Data
+from pfode.scores.training.points import Points
 
 __all__ = ["mean_loss"]
 
@@ -16,7 +17,7 @@ PART = 64  # at a time
 SEED = 1_000_003  # far from those that people train with
 
 
-def mean_loss(den: Denoiser, config: TrainConfig, data: Data, device: torch.device) -> float:
+def mean_loss(den: Denoiser, config: TrainConfig, data: Data | Points, device: torch.device) -> float:
     """The loss of the objective on 256 draws of pictures, noise and levels, each level counting as it is.
 
     Args:

@@ -1,5 +1,7 @@
 """Styles: a second condition, a vector per picture, from the data through the network to samples by their seeds."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -67,7 +69,7 @@ def test_guidance_keeps_the_style(net):
     x, t = torch.randn(2, 1, 8, 8), torch.tensor(1.0)
     style = mixed(BANK, [5, 6])
     by_hand = 2 * net(x, t, label=0, style=style) - net(x, t, style=style)
-    found = pfode.scores.guide(net, 2.0, label=0)
+    found: Any = pfode.scores.guide(net, 2.0, label=0)
     torch.testing.assert_close(found(x, t, **found.conditions([5, 6])), by_hand, rtol=1e-4, atol=1e-5)
     assert guided.isfinite().all()
 

@@ -118,6 +118,7 @@ def test_held_out_pictures_are_never_drawn():
     trainer = Trainer(replace(CONFIG, steps=1), train, device="cpu", held_out=held)
     found = trainer.held_out_loss()
     assert found == trainer.held_out_loss()
+    assert found is not None
     assert found[0] == pytest.approx(found[1], rel=0.05)  # of a new network, which answers 0
     assert Trainer(CONFIG, data, device="cpu").held_out_loss() is None
 
