@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pfode import noise
-from pfode.denoiser import Denoiser, at
+from pfode.denoiser import Denoiser, at, conditions
 from pfode.errors import NumericalError, UsageError, number
 from pfode.labels import class_indices
 from pfode.plans.executor import run
