@@ -35,6 +35,14 @@ class Joint:
         """Whether a condition is known to hold, without reading anything back."""
         return a
 
+    def any(self, a: Any) -> bool:
+        """Whether a condition holds for the state, or for a sample: a read-back per sample."""
+        return a
+
+    def read(self, a: Tensor) -> Any:
+        """A tensor of shape () or (batch,) as the mode has numbers: a read-back in joint mode."""
+        return a.item()
+
     def count(self, total: Any, counted: Any, work: Any) -> Any:
         """A total with the work of an attempt added where that is counted."""
         return total + counted * work
@@ -69,6 +77,12 @@ class PerSample:
 
     def sure(self, a: Any) -> bool:
         return False
+
+    def any(self, a: Any) -> bool:
+        return bool(a.any())
+
+    def read(self, a: Tensor) -> Any:
+        return a
 
     def count(self, total: Any, counted: Any, work: Any) -> Any:
         if isinstance(work, Tensor):

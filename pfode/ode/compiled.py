@@ -29,7 +29,7 @@ from pfode.ode.control import PID
 from pfode.ode.loop import FLOOR, STRETCH
 from pfode.ode.methods.explicit import RungeKutta
 from pfode.ode.records import Position
-from pfode.ode.solver import RMS, Solver, Step, Time, clock
+from pfode.ode.solver import RMS, OfTableau, Solver, Step, Time, clock
 from pfode.ode.state import Field, Layout, rebuild
 from pfode.tableau import Tableau
 
@@ -46,7 +46,7 @@ _kernels: collections.OrderedDict[Any, tuple[Any, Kernel]] = collections.Ordered
 
 
 @dataclass(frozen=True, eq=False)
-class Compiled:
+class Compiled(OfTableau):
     """An explicit Runge-Kutta method whose steps are compiled with the field: the same numbers up to rounding.
 
     The first solve with a field takes seconds to a minute. The field must be one that torch.compile can follow whole:
@@ -70,21 +70,10 @@ class Compiled:
             raise UsageError(f"compile: {name} is no explicit Runge-Kutta method", 'method="dopri5"')
 
     @property
-    def tableau(self) -> Tableau:
+    def tableau(self) -> Tableau:  # type: ignore[override]
+        """That of the method."""
         assert isinstance(self.solver, RungeKutta)
         return self.solver.tableau
-
-    @property
-    def name(self) -> str:
-        return self.solver.name
-
-    @property
-    def order(self) -> int:
-        return self.solver.order
-
-    @property
-    def error_order(self) -> int:
-        return self.solver.error_order
 
     def init(self, field: Field, t: Time, y: Tensor, slope: Tensor | None = None) -> Tensor | None:
         return self.solver.init(field, t, y, slope)

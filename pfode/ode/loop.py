@@ -431,10 +431,11 @@ def _first_step(
     with torch.no_grad():
         here, f = y.detach(), slope.detach()
         scale, norm = units.scale(here.abs()), units.norm
-        largest = (f.abs().amax(-1) if batching.per_sample else f.abs().amax()).to(scale.dtype)
+        largest = torch.linalg.vector_norm(f, math.inf, -1 if batching.per_sample else None)
         largest = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
         unit = largest[:, None] if batching.per_sample else largest
-        d0, d1, most = _host(batching, norm(here / scale), norm(f / unit / scale), largest)
+        along = f / unit
+        d0, d1, most = _host(batching, norm(here / scale), norm(along / scale), largest)
         finite = (d0 < math.inf) & (d1 < math.inf)
         status = batching.where(finite | (status == _SUCCESS), status, zero + _NON_FINITE)
         span = abs(schedule.stops[-1] - schedule.start)
@@ -450,7 +451,7 @@ def _first_step(
         moved = schedule.start + h * schedule.sign
         far = column(h * schedule.sign, y)
         ahead = here + f * far if isinstance(far, Tensor) else torch.add(here, f, alpha=far)
-        (d2,) = _host(batching, norm((field(field.time(moved), ahead) / unit - f / unit) / scale))
+        (d2,) = _host(batching, norm((field(field.time(moved), ahead) / unit - along) / scale))
         h, d2 = h / unit_of_time, d2 * unit_of_time / batching.high(h, _LEAST)
         steepest = batching.where(d1 > d2, d1, d2)
         flat = steepest * most <= 1e-15

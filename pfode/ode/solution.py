@@ -124,7 +124,7 @@ def finish(setup: Problem, ts: Any, flat: Tensor, end: End, throw: bool, made: A
     work = Work() if made is None else made.work
     stats = Stats(counts.steps, counts.accepted, rejected, counts.nfe, counts.jacobians, counts.iterations, work)
     ys, y = (layout.tree(value, cast=False) for value in (flat, end.y))
-    if made is not None:
+    if made is not None and made.held is not None:
         ys, y = (rebuild(tree, map(made.held, leaves(tree))) for tree in (ys, y))
     status = end.status if isinstance(end.status, Tensor) else Status(end.status)
     return Solution(ts, ys, status, end.t, y, stats)

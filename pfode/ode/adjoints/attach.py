@@ -24,13 +24,13 @@ class Attached(NamedTuple):
     Fields:
         ys, end: flat, at the output times and at the end.
         work: what backward passes will have done.
-        held: what to do with every tensor made of these before it is handed out.
+        held: what to do with every tensor made of these before it is handed out; None: nothing.
     """
 
     ys: Tensor
     end: Tensor
     work: Work
-    held: Callable[[Tensor], Tensor]
+    held: Callable[[Tensor], Tensor] | None = None
 
 
 def attach(
@@ -50,7 +50,7 @@ def attach(
         found = found._replace(shared=seen.older)
     work = Work()
     if not any(t.requires_grad for t in (y, ts, *found.tensors)):
-        return Attached(ys, end, work, lambda value: value)
+        return Attached(ys, end, work)
     solve = _Solve(problem, tape, found, ys, end, work)
     ys, end = _Node.apply(solve, y, ts, *found.tensors)  # type: ignore[misc]
     return Attached(ys, end, work, lambda value: _Held.apply(solve, value))  # type: ignore[return-value]

@@ -182,16 +182,15 @@ class ImplicitRungeKutta(OfTableau):
             common, solve.jacobians = common + field.calls - calls, solve.jacobians + field.jacobians - further
         y1 = y0 + mix(weights.b[None], k)[0]
         again = None
-        if bool(solve.fresh.any()):
+        if solve.batching.any(solve.fresh):
             again = carry._replace(blocks=solve.jacobian.blocks, stale=torch.zeros_like(carry.stale), factors=())
-        step = Step(
-            y1, error, self._dense(field, t0, t1, y0, h, k, solve), solve.following(found, slope, h, k), again, found.ok
-        )
+        dense, ok = self._dense(field, t0, t1, y0, h, k, solve), torch.as_tensor(found.ok, device=y0.device)
+        step = Step(y1, error, dense, solve.following(found, slope, h, k), again, ok)
         if field.layout.per_sample:
             return step._replace(
                 jacobians=solve.jacobians, iterations=found.iterations, nfe=found.nfe + solve.nfe + common
             )
-        return step._replace(jacobians=field.jacobians - made, iterations=int(found.iterations))
+        return step._replace(jacobians=field.jacobians - made, iterations=found.iterations)
 
     def _dense(self, field: Field, t0: Time, t1: Time, y0: Tensor, h: Any, k: Tensor, solve: "_Solve") -> Dense:
         """The tableau's extension. What the derivative at the start adds to the other stages is a multiple of the error
@@ -294,9 +293,10 @@ class _Solve:
         self.size: Any = size if self.each else float(size)
         self.h: Any = column(self.size, self.y0)
         self.jacobian: Any = None
-        self.fresh = torch.zeros_like(carry.stale)  # whether the Jacobian was made in this step
-        self.nfe = self.jacobians = torch.zeros_like(carry.stale, dtype=torch.int64)  # beyond those of `Found`
         self.tol = tolerance(field, self.y0, _STRICT if solver.sequential else 1.0)
+        self.batching = self.tol.batching
+        self.nfe = self.jacobians = self.batching.fill(0, carry.stale)  # beyond those of `Found`
+        self.fresh: Any = self.nfe != 0  # whether the Jacobian was made in this step
         if solver.sequential:
             self.shifts: tuple[complex, ...] = (float(1 / self.tableau.matrix[-1, -1]),)
         else:
@@ -309,9 +309,10 @@ class _Solve:
 
     def run(self) -> tuple[Found, Tensor]:
         """The increments h k_i of all stages, shape (stages, *y.shape), and how they were found."""
-        carry = self.carry
-        if isinstance(carry.blocks, tuple) or bool(carry.stale.any()):
-            self.renew(carry.stale)
+        carry, batching = self.carry, self.batching
+        stale = batching.read(carry.stale)
+        if isinstance(carry.blocks, tuple) or batching.any(stale):
+            self.renew(stale)
         else:
             self.jacobian = Jacobian(self.rows(carry.blocks), carry.blocks)
             if carry.factors and abs(self.size / float(carry.size.max()) - 1) < 1e-6:
@@ -319,45 +320,50 @@ class _Solve:
             else:
                 self.factorise()
         found, k = self.attempt(_SIMPLIFIED)
-        old = ~found.ok & ~self.fresh.to(found.ok.device)
-        if bool(old.any()):
+        old = batching.no(found.ok | self.fresh)
+        if batching.any(old):
             self.renew(old)
             found, k = self.better(old, found, k, *self.attempt(_SIMPLIFIED))
-        if self.field.context.tolerance is None and not bool(found.ok.all()):
-            found, k = self.better(~found.ok, found, k, *self.attempt(_EXACT, exact=True))
+        failed = batching.no(found.ok)
+        if self.field.context.tolerance is None and batching.any(failed):
+            found, k = self.better(failed, found, k, *self.attempt(_EXACT, exact=True))
         self.jacobians = self.jacobians + found.jacobians
         return found, k
 
     def rows(self, blocks: Tensor) -> Rows:
         return Rows(self.field.layout, len(blocks))
 
-    def renew(self, wanted: Tensor) -> None:
+    def renew(self, wanted: Any) -> None:
         """Make the Jacobian at the start of the step, for the state or for the samples that want it."""
         known: Any = self.jacobian.blocks if self.jacobian else self.carry.blocks
         calls = self.field.calls
         most = None if isinstance(known, tuple) else len(known)
         made = jacobian(self.field, self.field.time(self.t0).detach(), self.y0, most)
-        if wanted.ndim:
+        if self.batching.per_sample:
             merged = torch.where(wanted[:, None, None], made.blocks, torch.as_tensor(known, device=made.blocks.device))
             made = made._replace(blocks=merged)
             self.nfe = self.nfe + wanted * (self.field.calls - calls)
-        self.jacobian, self.fresh = made, self.fresh | wanted.to(self.fresh.device)
-        self.jacobians = self.jacobians + wanted.to(self.fresh.device)
+        self.jacobian, self.fresh, self.jacobians = made, self.fresh | wanted, self.jacobians + wanted
         self.factorise()
 
     def factorise(self) -> None:
         self.factors = tuple(self.jacobian.factors(shift, self.h) for shift in self.shifts)
 
-    def better(self, which: Tensor, first: Found, k: Tensor, second: Found, other: Tensor) -> tuple[Found, Tensor]:
+    def better(self, which: Any, first: Found, k: Tensor, second: Found, other: Tensor) -> tuple[Found, Tensor]:
         """A second attempt where the first one failed (`which`)."""
+        where = self.batching.where
         return Found(
             second.z,
-            torch.where(which, second.ok, first.ok),
+            where(which, second.ok, first.ok),
             first.iterations + which * second.iterations,
-            torch.where(which, second.rate, first.rate),
+            where(which, second.rate, first.rate),
             first.nfe + which * second.nfe,
             first.jacobians + which * second.jacobians,
-        ), torch.where(which[:, None] if which.ndim else which, other, k)
+        ), self.rowwise(which, other, k)
+
+    def rowwise(self, which: Any, a: Tensor, b: Tensor) -> Tensor:
+        """Of states of shape (..., n) or (..., batch, d): those of a where the condition holds, else of b."""
+        return self.batching.where(which[:, None] if self.batching.per_sample else which, a, b)
 
     def attempt(self, most: int, exact: bool = False) -> tuple[Found, Tensor]:
         """Solve all stages from their guesses."""
@@ -378,19 +384,18 @@ class _Solve:
             guess = torch.stack([w * k[j] for j, w in _guess(self.tableau, i)]).sum(0)
             this = solved(self.stage(i, self.y0, self.h, self.times, k), guess)
             if found is not None:  # a stage after one that failed is neither used nor counted
-                alive = found.ok
-                z = torch.where(alive[:, None] if alive.ndim else alive, this.z, k[-1])
+                alive, slower = found.ok, found.ok & (this.rate > found.rate)
                 this = Found(
-                    z,
+                    self.rowwise(alive, this.z, k[-1]),
                     alive & this.ok,
                     found.iterations + alive * this.iterations,
-                    torch.where(alive, torch.maximum(found.rate, this.rate), found.rate),
+                    self.batching.where(slower, this.rate, found.rate),
                     found.nfe + alive * this.nfe,
                     found.jacobians + alive * this.jacobians,
                 )
             found = this
             k.append(found.z)
-            if not bool(found.ok.any()):
+            if not self.batching.any(found.ok):
                 k += [found.z] * (self.tableau.stages - len(k))
                 break
         assert found is not None
@@ -421,12 +426,12 @@ class _Solve:
         if not self.solver.filter:
             return raw
         error = self.filtered(raw)
-        large = self.tol.size(error, error) > 1
-        if self.field.context.tolerance is not None and bool(large.any()):
+        large = self.batching.read(self.tol.size(error, error)) > 1
+        if self.field.context.tolerance is not None and self.batching.any(large):
             slope = self.field(self.field.time(self.t0).detach(), self.y0 - error)
-            self.nfe = self.nfe + large.to(self.nfe.device)
+            self.nfe = self.nfe + large
             again = self.filtered(raw + weights[0] * (slope * self.h - k[0]))
-            error = torch.where(large[:, None] if large.ndim else large, again, error)
+            error = self.rowwise(large, again, error)
         return error
 
     def filtered(self, error: Tensor) -> Tensor:
@@ -456,6 +461,7 @@ class _Solve:
         solves = self.tableau.stages - 1 if self.solver.sequential else 1
         slow = (found.iterations > 2 * solves) & (found.rate > _SLOW)
         old = self.carry
+        slow = torch.as_tensor(slow, device=old.stale.device)
         size = self.size if self.each else torch.full_like(old.size, self.size)
         factors = () if self.each else self.factors
-        return Carry(last, self.jacobian.blocks, slow.to(old.stale.device), size, past, factors)
+        return Carry(last, self.jacobian.blocks, slow, size, past, factors)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from pfode.ode.batching import Batching, Joint, PerSample
 from pfode.ode.state import Field, Layout
 
 __all__ = ["Factors", "Found", "Jacobian", "Rows", "Tolerance", "damped", "factor", "jacobian", "newton", "tolerance"]
@@ -182,7 +183,7 @@ _MODES = (_forward, _reverse, _differences)
 
 
 class Found(NamedTuple):
-    """What Newton's iteration came to, for the state or each sample: all but z have shape () or (batch,).
+    """What Newton's iteration came to, for the state or each sample: all but z are numbers or have shape (batch,).
 
     Fields:
         z: the unknown.
@@ -193,11 +194,11 @@ class Found(NamedTuple):
     """
 
     z: Tensor
-    ok: Tensor
-    iterations: Tensor
-    rate: Tensor
-    nfe: Tensor
-    jacobians: Tensor | int = 0
+    ok: Any
+    iterations: Any
+    rate: Any
+    nfe: Any
+    jacobians: Any = 0
 
 
 class Tolerance(NamedTuple):
@@ -207,11 +208,13 @@ class Tolerance(NamedTuple):
         size: (correction, unknown) -> its size, shape () or (batch,).
         goal: of the sizes of all corrections to come, a float or shape (batch,).
         floor: corrections of this size that fall no more are rounding errors.
+        batching: the arithmetic of sizes, that of numbers or of shape (batch,).
     """
 
     size: Callable[[Tensor, Tensor], Tensor]
     goal: Any
     floor: float
+    batching: Batching
 
 
 def tolerance(field: Field, y0: Tensor, part: float = 1.0) -> Tolerance:
@@ -221,7 +224,7 @@ def tolerance(field: Field, y0: Tensor, part: float = 1.0) -> Tolerance:
     Sizes are root mean squares in units of the tolerance, or the largest in units of rounding; in per-sample mode per
     sample.
     """
-    real = torch.finfo(field.layout.real)
+    real, batching = torch.finfo(field.layout.real), PerSample() if field.layout.per_sample else Joint()
     over = (-1,) if field.layout.per_sample else tuple(range(-y0.ndim, 0))
 
     def within(x: Tensor) -> tuple[int, ...]:  # all dimensions but the batch
@@ -234,7 +237,7 @@ def tolerance(field: Field, y0: Tensor, part: float = 1.0) -> Tolerance:
             most = (start + z.abs().amax(within(z))) * real.eps + real.tiny
             return d.abs().amax(within(d)) / most
 
-        return Tolerance(units, 4.0, 30.0)
+        return Tolerance(units, 4.0, 30.0, batching)
     rtol, atol = field.context.tolerance
     scale = y0.abs() * rtol + atol
     least = rtol.double() if isinstance(rtol, Tensor) else torch.tensor(rtol, dtype=torch.float64, device="cpu")
@@ -248,7 +251,7 @@ def tolerance(field: Field, y0: Tensor, part: float = 1.0) -> Tolerance:
         squares = squares.mean(-1)  # first this, so that a sample's sum is rounded as it is alone
         return (squares.mean(0) if squares.ndim > 1 else squares).sqrt()
 
-    return Tolerance(size, goal if goal.ndim else float(goal), 0.0)
+    return Tolerance(size, goal if goal.ndim else float(goal), 0.0, batching)
 
 
 def newton(change: Callable[[Tensor], Tensor], z: Tensor, tol: Tolerance, most: int, calls: Callable[[], int]) -> Found:
@@ -257,25 +260,28 @@ def newton(change: Callable[[Tensor], Tensor], z: Tensor, tol: Tolerance, most: 
     With rate the ratio of two corrections, rate / (1 - rate) of the last one is still to come. `calls` says how often
     the field was evaluated so far.
     """
-    previous = active = ok = iterations = rate = nfe = torch.empty(0, device="cpu")
+    batching, where, no = tol.batching, tol.batching.where, tol.batching.no
+    active: Any = True
+    previous = ok = iterations = rate = nfe = None
     for k in range(most):
         before = calls()
         d = change(z)
-        size = tol.size(d, z)
+        size = batching.read(tol.size(d, z))
         if k == 0:
-            active = torch.ones_like(size, dtype=torch.bool)
-            ok, iterations, rate = ~active, torch.zeros_like(size, dtype=torch.int64), torch.zeros_like(size)
-            nfe = iterations
-            done, lost = size <= 1e-2 * tol.goal, ~(size < math.inf)
+            iterations = nfe = batching.fill(0, size)
+            rate, ok, active = batching.fill(0.0, size), iterations != 0, iterations == 0
+            done, lost = size <= 1e-2 * tol.goal, no(size < math.inf)
         else:
-            rate = torch.where(active, size / previous, rate)
-            left = rate / (1 - rate) * size
-            done = (rate < 1) & (left <= tol.goal) | (rate > 0.5) & (size <= tol.floor)
-            lost = ~done & (~(rate < 1) | (left * rate ** (most - 1 - k) > tol.goal))
-        z = torch.where(active[:, None], z + d, z) if active.ndim else z + d
-        iterations, nfe = iterations + active, nfe + active * (calls() - before)
-        ok, active, previous = ok | active & done, active & ~(done | lost), size
-        if not bool(active.any()):
+            rate = where(active, size / previous, rate)
+            falls = rate < 1
+            ratio = where(falls, rate, batching.fill(0.0, rate))
+            left = ratio / (1 - ratio) * size
+            done = falls & (left <= tol.goal) | (rate > 0.5) & (size <= tol.floor)
+            lost = no(done) & (no(falls) | (left * ratio ** (most - 1 - k) > tol.goal))
+        z = torch.where(active[:, None], z + d, z) if batching.per_sample else z + d
+        iterations, nfe = iterations + active, batching.count(nfe, active, calls() - before)
+        ok, active, previous = ok | active & done, active & no(done | lost), size
+        if not batching.any(active):
             break
     return Found(z, ok, iterations, rate, nfe)
 
@@ -327,4 +333,5 @@ def damped(
         z = torch.where(active[:, None] if active.ndim else active, trial, z)
         if bool(ok.all()):
             break
-    return Found(z, ok, iterations, torch.zeros_like(previous), nfe, jacobians)
+    read = tol.batching.read
+    return Found(z, read(ok), read(iterations), read(torch.zeros_like(previous)), read(nfe), read(jacobians))
