@@ -14,8 +14,9 @@ from pfode.samplers.adapters.conventions import Convention
 from pfode.samplers.adapters.rows import Table
 from pfode.samplers.adapters.timesteps import Timesteps
 
-__all__ = ["Run"]
+__all__ = ["Adjust", "Run"]
 
+Adjust = Callable[[Row, Tensor, Tensor], Tensor]  # (row, state, output) -> output
 Restart = Callable[[list[float], float | None], Plan]  # (nodes, eta) -> the plan of the same recipe over them
 
 
@@ -25,7 +26,7 @@ class Run:
     Args:
         plan, kind: what is run, and for which kind of network.
         restart: makes the plan of the same recipe over other nodes; None where there is no way, as for a saved plan.
-        adjusted: the network's output is changed before it is used (channels dropped, its denoiser clipped).
+        adjust: what is done to the network's output before it is used (channels left out, its denoiser clipped).
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Run:
         kind: Convention,
         restart: Restart | None,
         device: torch.device | str | None,
-        adjusted: bool,
+        adjust: Adjust | None,
     ):
         self.plan, self.kind, self.restart = plan, kind, restart
         self.whole = Table(plan, kind)
@@ -42,7 +43,7 @@ class Run:
         self.sigmas = kind.sigma(plan.alpha, plan.sigma).to(torch.float32)
         self.begin_index: int | None = None
         self.begun = False
-        self.adjusted = adjusted
+        self.adjust = adjust
         self.eta: float | None = None
         self.seeds: list[int] | None = None
         self.begin_at(0)

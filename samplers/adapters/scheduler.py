@@ -20,7 +20,7 @@ from pfode.samplers import auto
 from pfode.samplers.adapters import conventions, nodes
 from pfode.samplers.adapters.classes import LEARNED, translated
 from pfode.samplers.adapters.rows import asked_levels
-from pfode.samplers.adapters.run import Run
+from pfode.samplers.adapters.run import Adjust, Run
 from pfode.samplers.catalogue import Recipe, make_plan, recipe
 
 try:
@@ -291,8 +291,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             low = few is True or len(times) - 1 < few
             restart = functools.partial(self._make, process, low=low)
             plan = restart(times, None)
-        adjusted = config["variance_type"] in LEARNED or config["clip_sample"] or config["thresholding"]
-        self._last = (plan, self._kind, restart, device, bool(adjusted))
+        self._last = (plan, self._kind, restart, device, _adjustment(config))
         self._runs.run = Run(*self._last)
 
     def _make(self, process: Process, times: list[float], eta: float | None, low: bool = False) -> Plan:
@@ -365,8 +364,8 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             x = self._state(run, sample)
             row = run.rows[run.position - run.offset]
         out = model_output if model_output.dtype is x.dtype else model_output.to(x.dtype)
-        if run.adjusted:
-            out = self._adjusted(row, x, out)
+        if run.adjust:
+            out = run.adjust(row, x, out)
         noise = self._noise(run, x, generator) if row.draws else x  # type: ignore[attr-defined]
         x = run.advance(row, x, out, noise)
         run.position += 1
@@ -384,21 +383,6 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         run.fit(x)
         return x
-
-    def _adjusted(self, row: Row, x: Tensor, out: Tensor) -> Tensor:
-        """The network's output without its variance channels, and with its denoiser D bounded as the config says."""
-        if self.config["variance_type"] in LEARNED and out.shape[1] == 2 * x.shape[1]:
-            out = out.chunk(2, 1)[0]
-        if not (self.config["clip_sample"] or self.config["thresholding"]):
-            return out
-        return (self._bounded(row.c_skip * x + row.c_out * out) - row.c_skip * x) / row.c_out
-
-    def _bounded(self, x0: Tensor) -> Tensor:
-        """Dynamic thresholding to [-1, 1], or clipping."""
-        config = self.config
-        if not config["thresholding"]:
-            return clipped(x0, -config["clip_sample_range"], config["clip_sample_range"])
-        return thresholded(x0, config["dynamic_thresholding_ratio"], most=config["sample_max_value"])
 
     @torch.compiler.disable
     def _noise(self, run: Run, x: Tensor, generator: Generators) -> Tensor:
@@ -443,6 +427,28 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
+
+
+def _adjustment(config: dict[str, Any]) -> Adjust | None:
+    """What is done to the network's output before it is used: its variance channels are left out, its denoiser D is
+    bounded, by dynamic thresholding to [-1, 1] or by clipping. None where the config asks for neither.
+    """
+    learned, bound = config["variance_type"] in LEARNED, None
+    if config["thresholding"]:
+        most = config["sample_max_value"]
+        bound = functools.partial(thresholded, quantile=config["dynamic_thresholding_ratio"], most=most)
+    elif config["clip_sample"]:
+        bound = functools.partial(clipped, low=-config["clip_sample_range"], high=config["clip_sample_range"])
+    if not learned and bound is None:
+        return None
+
+    def adjust(row: Row, x: Tensor, out: Tensor) -> Tensor:
+        out = out.chunk(2, 1)[0] if learned and out.shape[1] == 2 * x.shape[1] else out
+        if bound is None:
+            return out
+        return (bound(row.c_skip * x + row.c_out * out) - row.c_skip * x) / row.c_out
+
+    return adjust
 
 
 def _check_same(plan: Plan, process: Process) -> None:
