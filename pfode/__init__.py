@@ -16,7 +16,7 @@ __getattr__, __dir__ = lazy(
         "ode": ["solve"],
         "plans.executor": ["iterate", "run"],
         "plans.table": ["Plan"],
-        "samplers": ["PFODEScheduler", "decode", "encode", "fit_plan", "make_plan", "sample"],
+        "samplers": ["PFODEScheduler", "calibrate", "decode", "encode", "fit_plan", "make_plan", "sample"],
         "scores": ["Denoiser", "from_pipeline", "load"],
     },
 )
@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode.process import VPCosine as VPCosine
     from pfode.process import VPDiscrete as VPDiscrete
     from pfode.samplers import PFODEScheduler as PFODEScheduler
+    from pfode.samplers import calibrate as calibrate
     from pfode.samplers import decode as decode
     from pfode.samplers import encode as encode
     from pfode.samplers import fit_plan as fit_plan

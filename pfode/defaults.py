@@ -29,6 +29,12 @@ class Fit:
     TUNE_BATCH = 64  # samples in one of them
 
 
+class Calibration:
+    """Of `calibrate`."""
+
+    SAMPLES = 16
+
+
 class Train:
     """Of `TrainConfig` and `pfode train`."""
 

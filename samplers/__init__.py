@@ -11,6 +11,7 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "adaptive": ["ADAPTIVE", "Adaptive", "AdaptiveRecipe", "make_adaptive"],
+        "calibration": ["calibrate", "calibration_calls"],
         "catalogue": ["CATALOGUE", "Recipe", "make_plan"],
         "fit.fitting": ["Progress", "fit_plan"],
         "adapters": ["kdiffusion"],
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # the same names for type checkers
     from pfode.samplers.adaptive import Adaptive as Adaptive
     from pfode.samplers.adaptive import AdaptiveRecipe as AdaptiveRecipe
     from pfode.samplers.adaptive import make_adaptive as make_adaptive
+    from pfode.samplers.calibration import calibrate as calibrate
+    from pfode.samplers.calibration import calibration_calls as calibration_calls
     from pfode.samplers.catalogue import CATALOGUE as CATALOGUE
     from pfode.samplers.catalogue import Recipe as Recipe
     from pfode.samplers.catalogue import make_plan as make_plan

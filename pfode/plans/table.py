@@ -174,8 +174,8 @@ class Plan:
 
     @property
     def fitted_to(self) -> str | None:
-        """The fingerprint of the denoiser that the plan was fitted to; None if to none that says."""
-        fitted = self.meta.get("fitted")
+        """The fingerprint of the denoiser that the plan was fitted to, or chosen for; None if to none that says."""
+        fitted = self.meta.get("fitted", self.meta.get("calibrated"))
         return fitted.get("model") if isinstance(fitted, dict) else None
 
     def check_times(self, process: Process) -> None:
