@@ -10,6 +10,7 @@ import click
 
 import pfode
 from pfode import defaults
+from pfode.cli.calibration import calibrate_model
 from pfode.cli.job import OF_THE_MODEL, Cost, Job, prepare, settings
 from pfode.cli.model_option import model_option
 from pfode.cli.options import Command, FileName, Finite
@@ -41,6 +42,7 @@ __all__ = ["command", "one_sheet"]
     help="Sampler: a name of `pfode samplers`, or a plan file.",
 )
 @click.option("--fitted/--no-fitted", default=True, help="Let auto take a plan fitted to the model, if there is one.")
+@click.option("--calibrate", is_flag=True, help="Try eight plans on this model first, and keep the best beside it.")
 @click.option("--grid", metavar="NAME", help="Rule for the times of the steps: karras, time, 'beta(0.5,0.7)' ...")
 @click.option("--chart", metavar="NAME", help="Coordinates in which the sampler steps, see `pfode samplers`.")
 @click.option("--rtol", type=Finite(0, 1), metavar="X", help="Relative tolerance of the adaptive samplers.")
@@ -168,6 +170,8 @@ def command(ctx: click.Context, **options: Any) -> None:
 
     if options["separate"] is None and launched():
         raise UsageError("several processes share the pictures of a folder", "--separate DIR")
+    if options["calibrate"]:
+        calibrate_model(options, out)
     job = prepare(options)
     plan, n = job.plan, len(job.seeds)
     if isinstance(plan, pfode.Plan) and foreign(plan, job.net):

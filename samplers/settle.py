@@ -261,13 +261,19 @@ def fitted_plan(
 ) -> Plan | None:
     """The plan fitted to a denoiser that has exactly the calls asked for, where nothing else of a plan is settled.
 
+    One that was chosen by calibration counts too, guided for a guided denoiser and unguided for others.
+
     Args:
         steps or nfe: the number of calls. final, options: as for `make_plan`; any of them given leaves no choice.
     """
     plans, count = getattr(denoiser, "plans", None), nfe if steps is None else steps
     if not plans or count not in plans or (steps is not None and nfe is not None) or final != "denoise":
         return None
-    return plans[count] if all(value is None or value is False for value in options.values()) else None
+    if not all(value is None or value is False for value in options.values()):
+        return None
+    found, guided = plans[count], getattr(denoiser, "evals", 1) > 1
+    chosen = found.meta.get("calibrated")
+    return found if chosen is None or guided == (chosen.get("guidance") is not None) else None
 
 
 def data_std(denoiser: Denoiser, afs: bool | float | None) -> float | None:

@@ -11,6 +11,7 @@ import pfode
 from pfode.denoiser import conditioning, tuned
 from pfode.errors import UsageError
 from pfode.plans.table import Plan
+from pfode.plans.unrolled import matrix
 from pfode.scores.conditioning import find_layers
 from pfode.scores.denoiser import Denoiser
 from pfode.scores.guidance import guide
@@ -264,3 +265,12 @@ def test_another_model_is_refused():
     pfode.run(plan, net, noise(1))
     with pytest.raises(UsageError, match="tuned to another model"):
         pfode.run(plan, other, noise(1))
+
+
+def test_sample_takes_it_and_unrolled_it_is_what_it_was_without():
+    net = small.denoiser()
+    plan = with_offsets(net)
+    drawn = pfode.sample(net, n=3, plan=plan, seed=1)
+    assert (drawn.nfe, drawn.evals) == (4, 4)
+    assert not torch.equal(drawn.x, pfode.sample(net, n=3, plan=GRID, seed=1).x)
+    assert torch.equal(matrix(plan), matrix(GRID))
