@@ -25,16 +25,15 @@ from pfode.cli.machine import memory_limit
 from pfode.cli.options import source
 from pfode.cli.streams import Output, printable
 from pfode.errors import MemoryLimitError, PfodeError, nearly
+from pfode.samplers.names import ARGUMENTS
 
 __all__ = ["end", "fail"]
 
 ELSEWHERE = {  # what other programs call the options
-    "cfg": "--guidance", "cfg-scale": "--guidance", "guidance-scale": "--guidance", "scheduler": "--sampler",
-    "num-inference-steps": "--steps", "epochs": "--steps", "num-steps": "--steps", "n-samples": "--n", "count": "--n",
-    "num-images": "--n", "class": "--label", "class-label": "--label", "output": "--out", "outdir": "--separate",
-    "batch-size": "--batch", "learning-rate": "--lr", "checkpoint": "--model", "ckpt": "--model", "image": "--init",
-    "init-image": "--init", "denoising-strength": "--strength", "negative-prompt": "--negative", "schedule": "--grid",
-    "network": "--model", "dataset": "--data", "resolution": "--size", "precision": "--dtype",
+    **{name.replace("_", "-"): f"--{here}" for name, here in ARGUMENTS.items()},
+    "epochs": "--steps", "output": "--out", "outdir": "--separate", "output-dir": "--separate", "ckpt": "--model",
+    "learning-rate": "--lr", "checkpoint": "--model", "negative-prompt": "--negative", "network": "--model",
+    "dataset": "--data", "resolution": "--size",
 }  # fmt: skip
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")

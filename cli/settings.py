@@ -122,9 +122,9 @@ def find_sampler(name: str) -> Any:
     Raises:
         UsageError: unknown name.
     """
-    from pfode.samplers.catalogue import recipe
+    from pfode.samplers.catalogue import recipe_and_grid
 
-    return recipe(name)
+    return recipe_and_grid(name)[0]
 
 
 def is_adaptive(sampler: str) -> bool:

@@ -34,7 +34,7 @@ from pfode.samplers.methods import (
     taylor,
     variable,
 )
-from pfode.samplers.names import FAMILIES, squeezed
+from pfode.samplers.names import ARGUMENTS, CLASSES, FAMILIES, squeezed, with_grid
 from pfode.samplers.stochastic import Ancestral, AncestralMidpoint, Churn, ErSde, Reverse, SaSolver
 from pfode.samplers.tape import Linear, Tape
 from pfode.tableau import HEUN2, HEUN3, MIDPOINT, RK4
@@ -202,18 +202,25 @@ def _recipes() -> list[Recipe]:
 
 CATALOGUE: dict[str, Recipe] = {recipe.name: recipe for recipe in _recipes()}
 _SPELT = {squeezed(name): found for name, found in ({name: name for name in CATALOGUE} | FAMILIES).items()}
+_SPELT |= {squeezed(name): _SPELT[squeezed(found)] for name, found in CLASSES.items()}
 
 
 def recipe(name: str) -> Recipe:
     """Look a recipe up by its name, "dpm++2m", as others write it, "dpmpp_2m", or by its family, "unipc".
 
     Raises:
-        UsageError: unknown name, or an adaptive sampler.
+        UsageError: unknown name, one that says the grid as well, or an adaptive sampler.
     """
     if not isinstance(name, str):
         raise UsageError(f"sampler: need a name or a recipe, got {shortened(name)}", 'sampler="auto"')
-    found = CATALOGUE.get(name) or CATALOGUE.get(_SPELT.get(squeezed(name), ""))
+    found = _find(name)
     if found is None:
+        plain, grid = with_grid(name)
+        if grid is not None and _find(plain) is not None:
+            hint = f'sampler="{recipe(plain).name}" and grid="{grid}"'
+            raise UsageError(f"sampler {name!r:.60}: a name with its grid, which is asked for apart here", hint)
+        if name.endswith(".safetensors"):
+            raise UsageError(f"sampler {name!r:.200}: a plan's file is no name of a sampler", "pfode.Plan.load(file)")
         from pfode.samplers.adaptive import ADAPTIVE
 
         if name in ADAPTIVE:
@@ -221,6 +228,26 @@ def recipe(name: str) -> Recipe:
             raise UsageError(f"{name} is adaptive: it has no plan, every sample chooses its own steps", hint)
         raise unknown("sampler", name, (*CATALOGUE, *ADAPTIVE, *FAMILIES, "auto"))
     return found
+
+
+def _find(name: str) -> Recipe | None:
+    """The recipe of a name, however it is spelt; None for an unknown one."""
+    return CATALOGUE.get(name) or CATALOGUE.get(_SPELT.get(squeezed(name), ""))
+
+
+def recipe_and_grid(name: str, grid: Any = None) -> tuple[Recipe, Any]:
+    """The recipe of a name, and the grid: the one given, else that of a name such as "DPM++ 2M Karras".
+
+    Raises:
+        UsageError: as `recipe`; or two grids.
+    """
+    if isinstance(name, str) and _find(name) is None:
+        plain, said = with_grid(name)
+        if said is not None and _find(plain) is not None:
+            if grid not in (None, said):
+                raise UsageError(f"sampler {name!r:.60} and grid {grid!r:.60} are two grids", f'grid="{said}"')
+            return recipe(plain), said
+    return recipe(name), grid
 
 
 def make_plan(
@@ -242,7 +269,8 @@ def make_plan(
     """A plan: the sampler's rows on a grid of the process.
 
     Args:
-        sampler: a name of the catalogue, "auto", or a recipe of your own.
+        sampler: a name of the catalogue, or one that others have for the same ("dpmpp_2m", "DPM++ 2M Karras", with its
+            grid), "auto", or a recipe of your own.
         steps: moves from node to node; or nfe: a budget of denoiser calls, from which as many steps are made as fit.
         grid: a name, a `grids.Grid`, or the times themselves (used exactly; rising ones lead from data to noise);
             None is the one that `auto.choose` has for the process and the number of calls.
@@ -271,7 +299,9 @@ def make_plan(
     chosen = auto.choose(process, defaults.STEPS if count is None else int(count), guided)
     if isinstance(sampler, str) and sampler == "auto":
         sampler, chart = chosen.sampler, chosen.chart if chart is None else chart
-    found = sampler if isinstance(sampler, Recipe) else recipe(sampler)
+    found = sampler
+    if not isinstance(found, Recipe):
+        found, grid = recipe_and_grid(found, grid)
     options = {name: value for name, value in options.items() if value is not None}
     method = _with(found, options)
     if lower_order_final and method.memory == 1:
@@ -321,6 +351,8 @@ def _with(found: Recipe, options: dict[str, Any]) -> Method:
     for name, value in options.items():
         if name not in found.method.options:
             takers = [other for other, r in CATALOGUE.items() if name in r.method.options]
+            if name in ARGUMENTS:
+                raise UsageError(f"no such argument: {name}", f"here it is called {ARGUMENTS[name]}")
             if not takers:
                 raise unknown("option", name, sorted({o for r in CATALOGUE.values() for o in r.method.options}))
             raise UsageError(

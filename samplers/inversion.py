@@ -16,6 +16,7 @@ process's own.
 """
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -31,9 +32,9 @@ from pfode.plans.executor import Failure, check_output, rows_and_networks, run
 from pfode.plans.rows import Sums, add, combine, folded, row_affine
 from pfode.plans.table import Plan
 from pfode.process import float64
-from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, find_adaptive
+from pfode.samplers.adaptive import Adaptive, find_adaptive
 from pfode.samplers.catalogue import Recipe
-from pfode.samplers.request import Label, Place, Stepping
+from pfode.samplers.request import Label, Place, Sampler, Stepping
 from pfode.samplers.sampling import non_finite, sample
 from pfode.samplers.settle import classes, prepared, sample_states, settled, state_dtype
 
@@ -63,12 +64,12 @@ def encode(
     denoiser: Denoiser,
     x: Tensor,
     steps: int | None = None,
-    sampler: str | Recipe | AdaptiveRecipe = "auto",
+    sampler: Sampler = "auto",
     *,
     nfe: int | None = None,
     grid: Any = None,
     chart: str | None = None,
-    plan: Plan | Adaptive | None = None,
+    plan: Plan | Adaptive | str | os.PathLike[str] | None = None,
     start: float | None = None,
     stop: float | None = None,
     label: int | str | Sequence[int | str] | Tensor | None = None,
@@ -102,7 +103,8 @@ def encode(
         p = denoiser.process
         start, stop = (p.t_min if stop is None else stop), (p.t_max if start is None else start)
     given = {"nfe": nfe, "grid": grid, "chart": chart, "start": start, "stop": stop, **options}
-    made = _plan(denoiser, Stepping(sampler, steps, plan, options=given, familiar=FAMILIAR))
+    stepping = Stepping(sampler, steps, plan, options=given, familiar=FAMILIAR)
+    made = _plan(denoiser, stepping)
     if isinstance(made, Adaptive):
         if _falls(made):
             hint = "make_adaptive(..., start=process.t_min, stop=process.t_max)"
@@ -111,13 +113,13 @@ def encode(
     if _paired(made):
         return Pair(*_in_batches(_backwards, made, denoiser, [x], label, Place(batch, dtype, device)))
     if _falls(made):
-        if plan is not None:
+        if stepping.ready is not None:
             hint = "make_plan(sampler, process, grid=plan.times.flip(0))"
             raise UsageError(f"plan {made.name!r} leads from noise to data: encode needs one whose times rise", hint)
         if made.sigma[-1] == 0:
             hint = f"end the times at t_min = {denoiser.process.t_min:g}"
             raise UsageError(f"plan {made.name!r} ends at clean data, where no denoiser is evaluated", hint)
-        named = made.meta["sampler"] if sampler == "auto" else sampler
+        named = made.meta["sampler"] if not isinstance(sampler, str | Recipe) or sampler == "auto" else sampler
         made = settled(denoiser, named, grid=made.times.flip(0), chart=chart, **options)
     return sample(denoiser, x=x, plan=made, label=label, batch=batch, dtype=dtype, device=device).x
 
@@ -126,12 +128,12 @@ def decode(
     denoiser: Denoiser,
     z: Tensor | tuple[Tensor, Tensor],
     steps: int | None = None,
-    sampler: str | Recipe | AdaptiveRecipe = "auto",
+    sampler: Sampler = "auto",
     *,
     nfe: int | None = None,
     grid: Any = None,
     chart: str | None = None,
-    plan: Plan | Adaptive | None = None,
+    plan: Plan | Adaptive | str | os.PathLike[str] | None = None,
     start: float | None = None,
     stop: float | None = None,
     label: int | str | Sequence[int | str] | Tensor | None = None,
@@ -293,7 +295,7 @@ def _plan(denoiser: Denoiser, stepping: Stepping) -> Plan | Adaptive:
     """The deterministic plan that is given or described; it ends at t_min where nothing else is said."""
     grid = stepping.options.get("grid")
     named = grid is None or isinstance(grid, str | Grid)
-    if stepping.plan is None and named and "final" not in stepping.options:
+    if stepping.ready is None and named and "final" not in stepping.options:
         stepping = replace(stepping, options={**stepping.options, "final": "stop"})
     plan = stepping.settle(denoiser)
     if isinstance(plan, Adaptive):

@@ -3,6 +3,8 @@
 The public functions take keywords and make these values of them at once; what they call takes the values.
 """
 
+import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +20,10 @@ from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe
 from pfode.samplers.catalogue import Recipe
 from pfode.samplers.settle import batch_size, find_device, settled
 
-__all__ = ["Beginning", "Keep", "Label", "Place", "Stepping"]
+__all__ = ["Beginning", "Keep", "Label", "Place", "Sampler", "Stepping"]
 
+PLAN_FILE = ".safetensors"
+Sampler = str | os.PathLike[str] | Recipe | AdaptiveRecipe | Plan
 Label = int | str | Sequence[int | str | None] | Tensor | None
 
 
@@ -28,8 +32,8 @@ class Stepping:
     """How to step: a ready plan, or what settles one.
 
     Args:
-        sampler, steps, fitted: see `pfode.sample`.
-        plan: a ready one, in place of all others.
+        sampler, steps, fitted: see `pfode.sample`; a plan or its file may stand in place of a sampler's name.
+        plan: a ready one or its file, in place of all others.
         options: of `make_plan` or `make_adaptive`.
         familiar: the options that an error names first.
 
@@ -37,25 +41,41 @@ class Stepping:
         UsageError: a plan that is none, or one that is given together with what settles a plan.
     """
 
-    sampler: str | Recipe | AdaptiveRecipe = "auto"
+    sampler: Sampler = "auto"
     steps: int | None = None
-    plan: Plan | Adaptive | None = None
+    plan: Plan | Adaptive | str | os.PathLike[str] | None = None
     fitted: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     familiar: str = "sampler, steps, nfe, grid"
 
     def __post_init__(self) -> None:
-        if self.plan is None:
+        if self.ready is None:
             return
-        if not isinstance(self.plan, Plan | Adaptive):
-            raise UsageError(f"plan: need a Plan, got {self.plan!r:.60}", "make_plan(...) or Plan.load(path)")
-        if self.sampler != "auto" or any(value is not None for value in (self.steps, *self.options.values())):
+        named = self.plan is None or self.sampler == "auto"
+        if not named or any(value is not None for value in (self.steps, *self.options.values())):
             raise UsageError("plan given together with what it settles", f"leave out {self.familiar}, ...")
+
+    @functools.cached_property
+    def ready(self) -> Plan | Adaptive | None:
+        """The plan that is given, as `plan` or in place of a sampler's name, itself or its file.
+
+        Raises:
+            UsageError: no plan. FileError: a file that is missing or damaged.
+        """
+        given = self.plan if self.plan is not None else self.sampler
+        if isinstance(given, Plan | Adaptive):
+            return given
+        if isinstance(given, os.PathLike) or (isinstance(given, str) and given.endswith(PLAN_FILE)):
+            return Plan.load(given)
+        if self.plan is not None:
+            raise UsageError(f"plan: need a Plan or its file, got {self.plan!r:.60}", "make_plan(...), or a path")
+        return None
 
     def settle(self, denoiser: Denoiser) -> Plan | Adaptive:
         """The plan for a denoiser: the one given, else see `settled`."""
-        if self.plan is not None:
-            return self.plan
+        if self.ready is not None:
+            return self.ready
+        assert isinstance(self.sampler, str | Recipe | AdaptiveRecipe)
         return settled(denoiser, self.sampler, self.steps, fitted=self.fitted, **self.options)
 
 

@@ -1,6 +1,7 @@
 """`sample`: draw from a denoiser, batch by batch, every sample by its own seed."""
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +24,8 @@ from pfode.inpainting import Inpainted, share_drawn
 from pfode.plans.executor import Failure, Point, find_failures, iterate, not_finite, replaced, run
 from pfode.plans.table import Plan
 from pfode.plans.unrolled import spread
-from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe, Stopped
-from pfode.samplers.catalogue import Recipe
-from pfode.samplers.request import Beginning, Keep, Place, Stepping
+from pfode.samplers.adaptive import Adaptive, Stopped
+from pfode.samplers.request import Beginning, Keep, Place, Sampler, Stepping
 from pfode.samplers.settle import (
     MAX_BYTES,
     classes,
@@ -89,7 +89,7 @@ def sample(
     denoiser: Denoiser,
     n: int | None = None,
     steps: int | None = None,
-    sampler: str | Recipe | AdaptiveRecipe = "auto",
+    sampler: Sampler = "auto",
     grid: Any = None,
     seed: int = 0,
     *,
@@ -99,7 +99,7 @@ def sample(
     init: Tensor | None = None,
     mask: Tensor | None = None,
     shape: Sequence[int] | None = None,
-    plan: Plan | Adaptive | None = None,
+    plan: Plan | Adaptive | str | os.PathLike[str] | None = None,
     label: int | str | Sequence[int | str | None] | Tensor | None = None,
     guidance: float | None = None,
     strength: float | None = None,
@@ -125,9 +125,9 @@ def sample(
         n: how many (16 if nothing says otherwise, one per class of label="all"); sample i has seed `seed + i`, or
             `seeds[i]`.
         steps, nfe, sampler, grid, start, stop, final, options (eta, chart, lower_order_final, ...): of the plan, see
-            `make_plan` (20 steps when none is given); or plan: a ready one. Adaptive samplers ("rk45", ...) choose the
-            steps of every sample by itself: sampler, start, stop, final, options (rtol, atol, chart, max_steps), see
-            `make_adaptive`.
+            `make_plan` (20 steps when none is given); or plan, or sampler: a ready plan, or its file. Adaptive samplers
+            ("rk45", ...) choose the steps of every sample by itself: sampler, start, stop, final, options (rtol, atol,
+            chart, max_steps), see `make_adaptive`.
         x: states at the first time, shape (n, *shape), instead of noise.
         init: data to begin from, shape `shape` or (n, *shape), noised to the first time: image-to-image with
             `strength`, the share of noise, sigma / (alpha + sigma), at the first time (1 is all noise), or `start`.

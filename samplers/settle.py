@@ -21,7 +21,7 @@ from pfode.plans.executor import as_state
 from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers.adaptive import ADAPTIVE, Adaptive, AdaptiveRecipe, find_adaptive, make_adaptive
-from pfode.samplers.catalogue import Recipe, make_plan, recipe
+from pfode.samplers.catalogue import Recipe, make_plan, recipe_and_grid
 
 __all__ = [
     "batch_size",
@@ -244,7 +244,7 @@ def settled(
     for name in ("rtol", "atol", "max_steps"):
         if options.pop(name, None) is not None:
             taken = sampler if isinstance(sampler, str) else sampler.name
-            taken = recipe(taken).name if isinstance(sampler, str) and sampler != "auto" else taken
+            taken = recipe_and_grid(taken)[0].name if isinstance(sampler, str) and sampler != "auto" else taken
             hint = f"leave it out, or an adaptive sampler: {', '.join(ADAPTIVE)}"
             raise UsageError(f"{name}: the steps of {taken} lie on a grid, whatever their errors", hint)
     found = fitted_plan(denoiser, steps, **options) if fitted and sampler == "auto" else None

@@ -16,8 +16,9 @@ MISTAKES = [
     ("version", 2, "`pfode --version`"),
     ("generate", 2, "`pfode sample`"),
     ("samples", 2, "did you mean 'samplers'"),
-    ("sample --sampler dpmpp_2m_karras", 2, "did you mean 'dpm++2m'"),
-    ("sample --sampler DPM++_2M_Karras", 2, "did you mean 'dpm++2m'"),
+    ("sample --sampler dpmpp_2m_karras --grid cosine", 2, "--grid karras"),
+    ("sample --sampler dpmpp_2mm_karras", 2, "did you mean 'dpm++2m'"),
+    ("bench --sampler dpmpp_2m_karras --model gaussian-2", 2, "--sampler dpm++2m"),
     ("sample --model digit", 2, "did you mean 'digits'?"),
     ("sample --model digits.safetensors", 3, "no such file"),
     ("sample --label seven", 2, "unknown label 'seven'"),
@@ -40,7 +41,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("words", "code", "text"), MISTAKES, ids=[words for words, _, _ in MISTAKES])
 def test_natural_mistakes(cli, tmp_path, words, code, text):
-    run = cli(*words.replace("DPM++_2M_Karras", "DPM++ 2M Karras").split(maxsplit=2 if "DPM" in words else -1))
+    run = cli(*words.split())
     assert run.code == code, run.err
     assert text in run.err
     assert len(run.err.splitlines()) <= 2
