@@ -8,8 +8,9 @@ import click
 
 from pfode import defaults
 from pfode.cli.model_option import choose, model_option
-from pfode.cli.options import Command, FileName
+from pfode.cli.options import Command, FileName, Finite
 from pfode.cli.progress import CellBar
+from pfode.cli.prompts import load_words, prompt_options
 from pfode.cli.settings import listed
 from pfode.cli.streams import output
 from pfode.cli.trust import CodeOption, import_name, names_code, trust_option
@@ -33,6 +34,13 @@ EVALS = ",".join(map(str, defaults.Bench.EVALS))
     "Model, guided as in emoji@2; an exact problem: gaussian-16, mixture-64-vp, mixture-64~0.1, digits-ideal; "
     "or a denoiser of your own, or a function that makes one.",
     multiple=True,
+)
+@prompt_options
+@click.option(
+    "--guidance",
+    type=Finite(-defaults.MAX_GUIDANCE, defaults.MAX_GUIDANCE),
+    metavar="W",
+    help="Scale of guidance of --prompt; other models take NAME@W.",
 )
 @click.option(
     "--sampler",
@@ -130,7 +138,10 @@ def find_problem(name: str, options: dict[str, Any]) -> "Problem":
     from pfode.samplers.settle import find_device
 
     device = find_device(options["device"])
-    denoiser = find_denoiser(name)
+    words = load_words(options, options["guidance"])
+    if options["guidance"] is not None and not words:
+        raise UsageError("--guidance is of a pipeline under prompts", f"--model {name}@{options['guidance']:g}")
+    denoiser = choose(name, words=words, device=device).denoiser if words else find_denoiser(name)
     if hasattr(denoiser, "to"):
         denoiser = denoiser.to(device)  # type: ignore[attr-defined]
     features, features_digest = (None, None) if options["features"] is None else find_features(options["features"])
@@ -144,9 +155,18 @@ def find_problem(name: str, options: dict[str, Any]) -> "Problem":
         truth=None if options["truth"] is None else find_truth(options["truth"], denoiser),
         features=features,
         features_digest=features_digest,
+        digest=digest_under_prompts(denoiser),
         device=str(device),
         batch=options["batch"],
     )
+
+
+def digest_under_prompts(denoiser: "Denoiser") -> str | None:
+    """What tells a denoiser under prompts from others, and from itself under others; None without prompts."""
+    from pfode.denoiser import fingerprint
+
+    conditions = getattr(denoiser, "conditions", None)
+    return None if conditions is None else f"{fingerprint(denoiser)} {conditions}"
 
 
 def find_denoiser(name: str) -> "Denoiser":

@@ -32,7 +32,7 @@ __all__ = ["end", "fail"]
 ELSEWHERE = {  # what other programs call the options
     **{name.replace("_", "-"): f"--{here}" for name, here in ARGUMENTS.items()},
     "epochs": "--steps", "output": "--out", "outdir": "--separate", "output-dir": "--separate", "ckpt": "--model",
-    "learning-rate": "--lr", "checkpoint": "--model", "negative-prompt": "--negative", "network": "--model",
+    "learning-rate": "--lr", "checkpoint": "--model", "mask-image": "--mask", "true-cfg-scale": "--true-cfg", "network": "--model",
     "dataset": "--data", "resolution": "--size",
 }  # fmt: skip
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)

@@ -12,6 +12,7 @@ from pfode import defaults
 from pfode.cli.model_option import Chosen, choose, model_option
 from pfode.cli.options import Command, FileName
 from pfode.cli.progress import FitBar
+from pfode.cli.prompts import load_words, prompt_options
 from pfode.cli.settings import DTYPES, listed
 from pfode.cli.streams import output, table
 from pfode.cli.trust import trust_option
@@ -32,6 +33,7 @@ LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
     "denoiser of your own, or a function that makes one; emoji@2 is --guidance 2."
 )
 @trust_option
+@prompt_options
 @click.option(
     "--nfe",
     default=",".join(map(str, defaults.Fit.CALLS)),
@@ -121,8 +123,16 @@ def command(ctx: click.Context, **options: Any) -> None:
     from pfode.samplers.fit.starts import stated
     from pfode.samplers.settle import find_device
 
-    device, model, folder = find_device(options["device"]), choose(options["model"]), Path(options["out"])
+    device, folder = find_device(options["device"]), Path(options["out"])
+    guidance = find_range(options["guidance"])
+    built_in = guidance[1] if isinstance(guidance, tuple) else guidance  # into a pipeline under prompts
+    words = load_words(options, built_in)
+    model = choose(options["model"], words=words, device=device)
     net = model.denoiser
+    if not words:
+        guidance = one_guidance(guidance, model)
+    elif not isinstance(guidance, tuple):
+        guidance = None
     how = {key: options[key] for key in ("iterations", "n", "active", "check", "teacher", "loss", "seed", "time_only")}
     how |= {key: options[key] for key in ("parameterisation", "grid", "chart", "batch")}
     how |= {key: options[key] for key in ("tune", "tune_steps", "tune_batch", "checkpoint")}
@@ -130,7 +140,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     how |= {"device": device, "dtype": getattr(torch, DTYPES[options["dtype"]]), "cache": find_cache(net, folder)}
     how |= {
         "label": find_label(options["label"], net),
-        "guidance": find_range(options["guidance"], model),
+        "guidance": guidance,
     }
     starts = {nfe: [find_start(name.replace("{nfe}", str(nfe))) for name in options["start"]] for nfe in counts}
     if how["cache"] is None:
@@ -181,24 +191,33 @@ def find_cache(net: Any, folder: Path) -> Path | None:
     return None if fingerprint(net) is None or hasattr(net, "denoiser") else folder / "cache"
 
 
-def find_range(text: str | None, model: "Chosen") -> float | tuple[float, float] | None:
-    """The scale of --guidance or of the model's name, or the two ends of a range.
+def find_range(text: str | None) -> float | tuple[float, float] | None:
+    """The scale of --guidance, or the two ends of a range.
 
     Raises:
-        UsageError: neither, or both.
+        UsageError: neither.
     """
     if text is None:
-        return model.guidance
-    if model.guidance is not None:
-        raise UsageError(
-            f"--model {model.name}@{model.guidance:g} and --guidance {text:.60} exclude each other", "give one of them"
-        )
+        return None
     ends = listed("--guidance", text, float, "one or two numbers", "--guidance 1,4")
     if len(ends) == 1:
         return ends[0]
     if len(ends) == 2:
-        return ends
+        return ends[0], ends[1]
     raise UsageError(f"--guidance: need one or two numbers, got {text!r:.60}", "--guidance 1,4")
+
+
+def one_guidance(given: float | tuple[float, float] | None, model: "Chosen") -> float | tuple[float, float] | None:
+    """The scale of --guidance or of the model's name.
+
+    Raises:
+        UsageError: both.
+    """
+    if given is None or model.guidance is None:
+        return model.guidance if given is None else given
+    text = ",".join(f"{scale:g}" for scale in (given if isinstance(given, tuple) else (given,)))
+    problem = f"--model {model.name}@{model.guidance:g} and --guidance {text} exclude each other"
+    raise UsageError(problem, "give one of them")
 
 
 def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
@@ -218,6 +237,9 @@ def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
         raise FileError(f"{file}: no plan that pfode fit wrote", "--overwrite, or another --out")
     wanted = json.loads(json.dumps({key: how[key] for key in said.get("settings", {}) if key in how}))
     differ = [key for key, value in wanted.items() if said["settings"][key] != value]
+    if sound and said["settings"].get("conditions") != getattr(net, "conditions", None):
+        problem = f"{file} is there already, fitted to other prompts, guidance or size"
+        raise UsageError(problem, "--overwrite, or another --out")
     if said.get("model") != fingerprint(net):
         differ.insert(0, "model")
     if differ:

@@ -20,6 +20,7 @@ __all__ = [
     "GREY",
     "MAX_PIXELS",
     "MAX_SETTINGS",
+    "check_sides",
     "contact_sheet",
     "cross_out",
     "default_scale",
@@ -84,6 +85,18 @@ def from_picture(path: str, raw: bytes, shape: tuple[int, ...]) -> "Tensor":
     if channels == 1:
         pixels = pixels @ np.array(GREY, np.float32)[:, None]
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+
+
+def check_sides(path: str, raw: bytes, other: str, its: bytes) -> None:
+    """Find out whether two picture files have the same sides, so that pixels of one are those of the other.
+
+    Raises:
+        FileError: they differ, or one is no picture.
+    """
+    with opened(path, raw) as one, opened(other, its) as two:
+        if one.size != two.size:
+            sizes = [f"{picture.size[0]}x{picture.size[1]}" for picture in (two, one)]
+            raise FileError(f"{other}: {sizes[0]} pixels, {path} has {sizes[1]}", "a mask as large as the picture")
 
 
 def cross_out(picture: np.ndarray) -> None:
@@ -187,7 +200,8 @@ def encode_png(picture: np.ndarray, settings: dict[str, Any]) -> bytes:
 
 
 def parameters(settings: dict[str, Any]) -> str:
-    """The settings in the one-line form of the webui family, where a value with a comma or a colon is quoted."""
+    """The settings in the form of the webui family: the prompts, if there are any, then one line, where a value with a
+    comma or a colon is quoted."""
     options = settings["options"]
     fields = {
         "Steps": settings["steps"],
@@ -202,7 +216,10 @@ def parameters(settings: dict[str, Any]) -> str:
         "Version": f"pfode {settings['version']}",
     }
     texts = {key: str(value) for key, value in fields.items() if value is not None}
-    return ", ".join(f"{key}: {json.dumps(text) if set(',:') & {*text} else text}" for key, text in texts.items())
+    line = ", ".join(f"{key}: {json.dumps(text) if set(',:') & {*text} else text}" for key, text in texts.items())
+    prompts, away = options.get("prompt"), options.get("negative_prompt")
+    above = [prompts[0]] if prompts and len(prompts) == 1 else []
+    return "\n".join([*above, *([f"Negative prompt: {away}"] if above and away else []), line])
 
 
 def encode_animation(frames: Sequence[np.ndarray], suffix: str) -> bytes:

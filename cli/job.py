@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pfode
 from pfode.cli.model_option import choose
+from pfode.cli.prompts import OF_THE_PROMPT, format_size, load_words
 from pfode.cli.settings import (
     DTYPES,
     OF_THE_GUIDANCE,
     check_digest,
+    flag,
     format_seeds,
     format_set,
     is_adaptive,
@@ -77,6 +79,27 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What --init and --mask are.
+
+    Args:
+        init, mask: as samples of the model, see `pfode.sample`; picture, hole: as pictures (channels, height, width)
+            and (1, height, width), where samples are latents.
+    """
+
+    init: "Tensor | None" = None
+    mask: "Tensor | None" = None
+    picture: "Tensor | None" = None
+    hole: "Tensor | None" = None
+
+    def kept(self, pictures: "Tensor") -> "Tensor":
+        """Pictures (n, channels, height, width) with what is kept put back, which decoding changes."""
+        if self.picture is None or self.hole is None:
+            return pictures
+        return self.picture.to(pictures).lerp(pictures, self.hole.to(pictures))
+
+
+@dataclass(frozen=True)
 class Job:
     """A run of `pfode sample`: the options, the model, plan and picture that they name, and the seeds."""
 
@@ -84,8 +107,8 @@ class Job:
     net: Any  # guided
     model: Any  # as it was loaded
     plan: "Plan | Adaptive"
-    init: "Tensor | None"
-    digests: dict[str, str | None]  # of the files that model, sampler and init name
+    start: "Start"
+    digests: dict[str, str | None]  # of the files that model, sampler, init and mask name
     device: "torch.device"
     seeds: list[int]
 
@@ -98,8 +121,13 @@ class Job:
         """Samples (n, ...) as pictures, uint8 (n, height, width[, 3]); latents are decoded."""
         from pfode.cli import images
 
-        decode = getattr(self.model, "decode", None)
-        return images.to_pixels(x if decode is None else decode(x))
+        return images.to_pixels(decoded(self.model, x))
+
+    def pictures(self, x: "Tensor") -> "np.ndarray":
+        """The same of samples at the end, where what --mask keeps is that of --init to the pixel."""
+        from pfode.cli import images
+
+        return images.to_pixels(self.start.kept(decoded(self.model, x)))
 
     @property
     def fixed(self) -> bool:
@@ -118,6 +146,8 @@ class Job:
         """The class of each picture by number; none without classes."""
         from pfode.samplers.settle import classes
 
+        if self.options["prompt"]:
+            return [i % len(self.options["prompt"]) for i in range(len(self.seeds))]
         found = classes(self.net, _label(self.options), len(self.seeds))
         return [] if found is None else found.tolist()
 
@@ -126,7 +156,8 @@ class Job:
         """The arguments of `pfode.sample`, apart from the seeds."""
         return {
             "plan": self.plan,
-            "init": self.init,
+            "init": self.start.init,
+            "mask": self.start.mask,
             "label": self.classes or None,
             "batch": self.options["batch"],
             "dtype": self.dtype,
@@ -166,17 +197,19 @@ def prepare(options: dict[str, Any]) -> Job:
 
     device = find_device(options["device"])
     model, digest = load_model(options, device)
+    if options["prompt"]:  # what the pipeline settled
+        options = {**options, "guidance": model.guidance, "size": format_size(picture_shape(model))}
     if options["label"] is None and labels(model):
         options = {**options, "label": "all"}
     classes(model, _label(options), 1)  # raises where there is no such class
     net = guided(options, model)
     plan, plan_digest = find_plan(options, net)
-    init, init_digest = read_init(options, model)
+    start, found = read_start(options, model)
     n = options["n"] or images.usual_count(drawn_classes(net, options), *picture_shape(model)[1:])
     n = n or usual_count(net, options["label"])
     seeds = parse_seeds(options["seeds"]) if options["seeds"] is not None else seed_range(options["seed"], n)
-    digests = {"model": digest, "sampler": plan_digest, "init": init_digest}
-    job = Job(options, net, model, plan, init, digests, device, seeds)
+    digests = {"model": digest, "sampler": plan_digest, **found}
+    job = Job(options, net, model, plan, start, digests, device, seeds)
     check_pictures(job)
     return job
 
@@ -189,7 +222,10 @@ def load_model(options: dict[str, Any], device: "torch.device") -> tuple[Any, st
     """
     import torch
 
-    chosen = choose(options["model"])
+    words = load_words(options, options["guidance"])
+    chosen = choose(
+        options["model"], words=words, device=device, dtype=getattr(torch, DTYPES[options["dtype"] or "fp32"])
+    )
     model: Any = chosen.denoiser
     if hasattr(model, "decode"):
         model = model.to(device)
@@ -209,24 +245,36 @@ def load_model(options: dict[str, Any], device: "torch.device") -> tuple[Any, st
     return model, digest
 
 
-def read_init(options: dict[str, Any], model: Any) -> "tuple[Tensor | None, str | None]":
-    """The picture of --init as a sample of the model, with its digest; None without it.
+def read_start(options: dict[str, Any], model: Any) -> tuple[Start, dict[str, str | None]]:
+    """The pictures of --init and --mask for a model, and their digests.
 
     Raises:
-        UsageError: a model of latents. FileError: no picture, or not that of --like.
+        UsageError: a model whose latents no picture can be turned into. FileError: no picture, not that of --like, or
+            two of different sides.
     """
     from pfode.cli import images
 
     if options["init"] is None:
-        return None, None
+        return Start(), {"init": None}
     shape = picture_shape(model)
-    if shape != tuple(model.shape):
+    latent = shape != tuple(model.shape)
+    if latent and not hasattr(model, "encode"):
         raise UsageError(f"--init: model {options['model']!r} draws latents, not pictures", "leave --init out")
-    raw = read_picture(options["init"])
-    init = images.from_picture(options["init"], raw, shape)
-    digest = hashlib.sha256(raw).hexdigest()
-    check_digest(options, "init", digest)
-    return init, digest
+    raw, digests = read_picture(options["init"]), {}
+    digests["init"] = hashlib.sha256(raw).hexdigest()
+    picture = images.from_picture(options["init"], raw, shape)
+    hole = None
+    if options["mask"] is not None:
+        white = read_picture(options["mask"])
+        digests["mask"] = hashlib.sha256(white).hexdigest()
+        images.check_sides(options["init"], raw, options["mask"], white)
+        hole = (images.from_picture(options["mask"], white, (1, *shape[1:])) + 1) / 2
+    for key, digest in digests.items():
+        check_digest(options, key, digest)
+    if not latent:
+        return Start(picture, hole), digests
+    init = model.encode(picture[None].to(model.device))[0].cpu()
+    return Start(init, None if hole is None else model.cells(hole), picture, hole), digests
 
 
 def check_pictures(job: Job) -> None:
@@ -256,6 +304,12 @@ def _label(options: dict[str, Any]) -> str | None:
     return None if options["label"] == "none" else options["label"]
 
 
+def decoded(model: Any, x: "Tensor") -> "Tensor":
+    """Samples (n, ...) of a model as pictures."""
+    decode = getattr(model, "decode", None)
+    return x if decode is None else decode(x)
+
+
 def picture_shape(net: Any) -> tuple[int, ...]:
     """The shape of one picture of a model."""
     return tuple(getattr(net, "picture_shape", None) or getattr(net, "shape", None) or ())
@@ -277,8 +331,10 @@ def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
     Its "options" are what to type to make it again.
     """
     plan = job.plan
-    given = ("model", "sampler", "init", "guidance", *OF_THE_GUIDANCE, "dtype")
+    given = ("model", "sampler", "init", "mask", "guidance", *OF_THE_GUIDANCE, "dtype")
     options = {key: job.options[key] for key in given if job.options[key] is not None}
+    if job.options["prompt"]:
+        options |= _of_the_prompt(job, index)
     if job.options["brownian"]:
         options["brownian"] = True
     fitted = job.options["sampler"] == "auto" and job.digests["sampler"] is not None
@@ -293,17 +349,17 @@ def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
         options |= {key: plan.meta[key] for key in recorded if key in plan.meta}
         own = format_set(plan.meta)
         options |= {"set": own} if own else {}
-        options |= {"strength": job.options["strength"]} if job.init is not None else {}
+        options |= {"strength": job.options["strength"]} if job.start.init is not None else {}
     if index is None:
         options["scale"] = job.scale
-        options |= {"label": job.options["label"]} if job.options["label"] else {}
+        options |= {"label": job.options["label"]} if job.options["label"] and not job.options["prompt"] else {}
         if job.seeds == list(range(job.seeds[0], job.seeds[0] + len(job.seeds))):
             options |= {"seed": job.seeds[0], "n": len(job.seeds)}
         else:
             options["seeds"] = format_seeds(job.seeds)
     else:
         options |= {"seed": job.seeds[index], "n": 1}
-        if job.options["label"]:
+        if job.options["label"] and not job.options["prompt"]:
             options["label"] = labels(job.net)[job.classes[index]] if job.classes else "none"
     return {
         "version": pfode.__version__,
@@ -311,12 +367,20 @@ def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
         "model": {"name": job.options["model"], "digest": job.digests["model"]},
         "plan": job.digests["sampler"],
         "init": job.digests["init"],
+        **({"mask": job.digests["mask"]} if "mask" in job.digests else {}),
         "sampler": plan.name,
         "grid": plan.meta.get("grid"),
         **cost.figures,
         "shape": list(job.shape),
         "process": job.net.process.config(),
     }
+
+
+def _of_the_prompt(job: Job, index: int | None) -> dict[str, Any]:
+    """The options of the prompts, of the sheet or of the picture of an index."""
+    prompts = job.options["prompt"]
+    found: dict[str, Any] = {"prompt": [*prompts] if index is None else [prompts[job.classes[index]]]}
+    return found | {key: job.options[key] for key in OF_THE_PROMPT if job.options[key]}
 
 
 def find_plan(options: dict[str, Any], net: Any) -> "tuple[Plan | Adaptive, str | None]":
@@ -356,6 +420,24 @@ def checked_digest(options: dict[str, Any], plan: str | Path) -> str:
     return digest
 
 
+def guided_prompts(options: dict[str, Any], net: Any) -> Any:
+    """The model under its prompts, guided as it is by itself, or by --guidance-interval and --guidance-rescale.
+
+    Raises:
+        UsageError: there is no classifier-free guidance that these could change.
+    """
+    from pfode.scores import guide
+
+    given = [key for key in OF_THE_GUIDANCE if options[key] is not None]
+    if not given:
+        return net
+    if not net.net.guided:
+        hint = "--guidance above 1; of Flux --true-cfg 4 --negative-prompt TEXT"
+        raise UsageError(f"{flag(given[0])}: there is no classifier-free guidance here", hint)
+    interval = None if options["guidance_interval"] is None else parse_interval(options["guidance_interval"])
+    return guide(net.guided(1.0), net.net.scale, interval=interval, rescale=options["guidance_rescale"] or 0.0)
+
+
 def guided(options: dict[str, Any], net: Any) -> Any:
     """The model under --guidance, --negative, --guidance-interval and --guidance-rescale.
 
@@ -364,6 +446,8 @@ def guided(options: dict[str, Any], net: Any) -> Any:
     """
     from pfode.scores import guide
 
+    if options["prompt"]:
+        return guided_prompts(options, net)
     scale = options["guidance"]
     if scale is None:
         return net

@@ -92,7 +92,7 @@ def _fill(job: Job, folder: Folder, mine: list[int], batch: int, kept: set[int],
     if not mine:
         return
     label = [job.classes[i] for i in mine] if job.classes else None
-    beginning = Beginning(init=job.init, label=label, brownian=job.options["brownian"])
+    beginning = Beginning(init=job.start.init, mask=job.start.mask, label=label, brownian=job.options["brownian"])
     place, seeds = Place(batch, job.dtype, job.device), [job.seeds[i] for i in mine]
     size, done = batch, 0
     journal = folder.journal(rank)
@@ -114,7 +114,7 @@ def _fill(job: Job, folder: Folder, mine: list[int], batch: int, kept: set[int],
 def _write(job: Job, part: "Samples", indices: list[int], folder: Folder, kept: set[int], journal: Journal) -> None:
     from pfode.cli import images
 
-    pixels = job.pixels(part.x)
+    pixels = job.pictures(part.x)
     spoilt = {bad.index: bad for bad in part.bad}
     for k, i in enumerate(indices):
         seed = job.seeds[i]

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,11 +73,15 @@ def model_option(text: str, metavar: str = "NAME|FILE|FOLDER|ID|MODULE:NAME", **
     return click.option("--model", metavar=metavar, help=text, **how)
 
 
-def choose(text: str, option: str = "--model") -> Chosen:
+def choose(
+    text: str, option: str = "--model", words: Mapping[str, Any] | None = None, device: Any = "cpu", dtype: Any = None
+) -> Chosen:
     """The denoiser that a text names, as pfode.load does or as MODULE:NAME, with or without @SCALE.
 
     Args:
         option: where the text stands, for messages.
+        words: of a pipeline under prompts, see `prompts.load_words`; its guidance is in the denoiser, not beside it.
+        device, dtype: of one, float32 if none is given.
 
     Raises:
         PfodeError: as `pfode.load`, or as `own`.
@@ -85,10 +89,30 @@ def choose(text: str, option: str = "--model") -> Chosen:
     import pfode
 
     name, guidance = guided_name(text)
+    if words:
+        if names_code(name):
+            raise UsageError(f"{option} {name}: a denoiser of your own takes no prompt", "leave --prompt out")
+        import torch
+
+        path = model_path(name, True, words.get("variant"))
+        try:
+            return Chosen(name, None, pfode.load(text, device, dtype or torch.float32, **words), path)
+        except UsageError as error:
+            raise _of_the_size(error, words) from error
     if names_code(name):
         return Chosen(name, guidance, own(option, name), None)
     path = model_path(name)
     return Chosen(name, guidance, pfode.load(path), path)
+
+
+def _of_the_size(error: UsageError, words: Mapping[str, Any]) -> UsageError:
+    """The error of a width or a height as one of --size; any other as it is."""
+    found = re.match(r"(width|height): need a multiple of (\d+)", error.message)
+    if found is None:
+        return error
+    factor = int(found[2])
+    sides = [max(factor, round(words.get(key, factor) / factor) * factor) for key in ("width", "height")]
+    return UsageError(f"--size: {error.message}", f"--size {sides[0]}x{sides[1]}")
 
 
 def own(option: str, name: str) -> "Denoiser":

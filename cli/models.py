@@ -96,7 +96,9 @@ def denoiser(den: Any) -> dict[str, Any]:
 def model_digest(path: Path) -> str | None:
     """sha256 of a model: the one that a file of pfode records, else over the bytes of the file or of the folder."""
     if path.is_file() and path.suffix != ".pkl":
-        return read_header(path).metadata.get("pfode.digest")
+        recorded = read_header(path).metadata.get("pfode.digest")
+        if recorded is not None:
+            return recorded
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".json", ".safetensors"))
     digest = hashlib.sha256()
     try:

@@ -91,7 +91,7 @@ def non_finite(lost: list[str], job: Job, hint: str) -> NumericalError:
 def write(job: Job, result: Any) -> list[str]:
     """Write the animation, if there is one, then the sheet; return their names, the sheet first."""
     films = [write_film(job, result)] if job.options["trajectory"] is not None else []
-    return [write_sheet(job, job.pixels(result.x), Cost.of(result)), *films]
+    return [write_sheet(job, job.pictures(result.x), Cost.of(result)), *films]
 
 
 def write_sheet(job: Job, pixels: "np.ndarray", cost: Cost) -> str:

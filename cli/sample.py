@@ -18,6 +18,7 @@ from pfode.cli.outputs import check_outputs, flaws, non_finite, write
 from pfode.cli.places import PREVIEWS, STDOUT, open_picture
 from pfode.cli.processes import launched
 from pfode.cli.progress import PictureBar
+from pfode.cli.prompts import prompt_options
 from pfode.cli.settings import DTYPES, format_seeds, settle
 from pfode.cli.streams import Output, output
 from pfode.cli.trust import trust_option
@@ -32,6 +33,7 @@ __all__ = ["command", "one_sheet"]
     "denoiser of your own, or a function that makes one; emoji@2 is --guidance 2."
 )
 @trust_option
+@prompt_options
 @click.option("--steps", type=click.IntRange(1), default=defaults.STEPS, metavar="N", help="Number of steps.")
 @click.option("--nfe", type=click.IntRange(1), metavar="N", help="Take as many steps as fit in N denoiser calls.")
 @click.option(
@@ -72,11 +74,17 @@ __all__ = ["command", "one_sheet"]
 )
 @click.option("--init", type=FileName(), metavar="PICTURE", help="Picture to begin with, to which noise is added.")
 @click.option(
+    "--mask",
+    type=FileName(),
+    metavar="PICTURE",
+    help="Inpainting: white where --init is drawn anew, black where it is kept; a picture as large as it.",
+)
+@click.option(
     "--strength",
     type=Finite(0, 1),
     default=defaults.STRENGTH,
     metavar="X",
-    help="Share of noise added to --init; all steps are made from there.",
+    help="Share of noise added to --init; all steps are made from there. With --mask 1 unless given.",
 )
 @click.option(
     "--n",

@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from pfode.cli.options import check_value
+from pfode.cli.prompts import OF_THE_PROMPT
 from pfode.cli.trust import TRUST, names_code
 from pfode.errors import FileError, UsageError, unknown
 from pfode.scores.io.find import guided_name
@@ -45,10 +46,10 @@ OF_THE_SAMPLER = ("chart", "eta", "set", "lower_order_final", "afs", *OF_A_TOLER
 OF_THE_PLAN = ("steps", "nfe", "grid", *OF_THE_SAMPLER, "strength")
 OF_THE_GUIDANCE = ("negative", "guidance_interval", "guidance_rescale")
 RECORDED = (
-    "model", "sampler", *OF_THE_PLAN, "brownian", "init", "label", "guidance", *OF_THE_GUIDANCE,
-    "seed", "n", "seeds", "dtype", "scale",
+    "model", "prompt", *OF_THE_PROMPT, "sampler", *OF_THE_PLAN, "brownian", "init", "mask", "label", "guidance",
+    *OF_THE_GUIDANCE, "seed", "n", "seeds", "dtype", "scale",
 )  # fmt: skip
-KEPT = ("model", "sampler", "init")  # names of files that a picture keeps
+KEPT = ("model", "base", "sampler", "init", "mask")  # names of files that a picture keeps
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}  # and torch's names
 MAX_PICTURES = 1_000_000  # of one run; Python has its own limit, `settle.MAX_SAMPLES`
 
@@ -85,11 +86,20 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(f"--{name} and --{other} exclude each other", "give one of them")
     for name, other, value in (
         ("strength", "init", "PICTURE"),
+        ("mask", "init", "PICTURE"),
         *((name, "guidance", "2") for name in OF_THE_GUIDANCE),
     ):
         if ranks[name] == 0 and options[other] in (None, 1):
             how = f"without --{other}" if options[other] is None else f"at --{other} 1"
             raise UsageError(f"{flag(name)} does nothing {how}", f"--{other} {value}")
+    if options["prompt"]:
+        for name in ("label", "negative"):
+            if ranks[name] == 0:
+                hint = "one --prompt for each picture" if name == "label" else "--negative-prompt"
+                raise UsageError(f"{flag(name)}: is a class, which a pipeline under prompts does not have", hint)
+        options |= {"label": None, "negative": None}
+    if options["mask"] is not None and ranks["strength"] == _DEFAULT:
+        options["strength"] = 1.0
     if ranks["nfe"] < ranks["steps"]:
         options["steps"] = None
     else:
@@ -173,7 +183,8 @@ def _merge(ctx: click.Context, options: dict[str, Any], ranks: dict[str, int]) -
     if ranks["model"] == 1 and names_code(options["model"]) and not options[TRUST]:
         problem = f"{path}: pfode: options: model: {options['model']!r:.60} would run Python code"
         raise FileError(problem, f"--model {options['model']} on the command line, or --trust-python")
-    digests = {"model": settings["model"].get("digest"), "sampler": settings.get("plan"), "init": settings.get("init")}
+    digests = {"model": settings["model"].get("digest"), "sampler": settings.get("plan")}
+    digests |= {key: settings.get(key) for key in ("init", "mask")}
     for value in digests.values():
         if value is not None and not isinstance(value, str):
             raise FileError(f"{path}: pfode: digest: expected a string, got {value!r:.60}")

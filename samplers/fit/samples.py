@@ -152,8 +152,10 @@ class Source:
         self, groups: list[Group], first: int, cache: Cache, progress: Callable[[int, int], None]
     ) -> list[Tensor]:
         """The end points of a fine solution, from the cache if they are there."""
-        keys = ("n" if first == FIT else "check", "teacher", "label", "guidance", "seed")
-        path = cache.path("teacher", {key: self.settings[key] for key in keys} | {"first": first})
+        keys = ("n" if first == FIT else "check", "teacher", "label", "guidance", "seed", "conditions")
+        path = cache.path(
+            "teacher", {key: self.settings[key] for key in keys if key in self.settings} | {"first": first}
+        )
         total = sum(map(len, groups))
         kept = cache.read(path, {"x0": (total, *self.shape)})
         if kept is not None:

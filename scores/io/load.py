@@ -77,7 +77,10 @@ def _under_prompts(
         UsageError: a model without prompts, or what is stated twice.
     """
     if takes_prompts(path) is None:
-        raise UsageError(f"{path}: this model takes no prompt", f"leave {next(iter(words))}= out")
+        given = next(key for key in words if key != "variant")
+        what = "no prompt" if given in ("prompt", "prompts") else f"no {given}="
+        hint = "a text-to-image pipeline does: Stable Diffusion, SDXL, SD3, Flux"
+        raise UsageError(f"model {path.name}: takes {what}", hint)
     if stated is not None:
         raise UsageError(f"{path}: process and prediction are stated by its scheduler", "leave them out")
     if scale is not None:

@@ -104,12 +104,18 @@ def load_prompted(
         pipe.to(device)
         if tiling:
             pipe.vae.enable_tiling()
+        if words.get("true_cfg", 1.0) != 1.0 and name != "FluxPipeline":
+            raise UsageError(f"true_cfg: is of Flux, {path} is a {name}", "guidance=7.5")
         try:
-            return prompted(pipe, config, **words)
+            den = prompted(pipe, config, **words)
         except UsageError as error:
             if error.message.startswith("pipe.scheduler"):
                 raise FileError(f"{path}: {error.message.removeprefix('pipe.')}", error.hint) from error
             raise
+    if words.get("negative_prompt") is not None and not den.net.guided:
+        hint = "true_cfg=4.0" if name == "FluxPipeline" else "guidance=7.5"
+        raise UsageError("negative_prompt: does nothing here: there is no classifier-free guidance", hint)
+    return den
 
 
 def _pipeline(name: str) -> Any:

@@ -24,7 +24,10 @@ class PipelineDenoiser(LatentDenoiser):
     """The denoiser of a text-to-image pipeline: a `LatentDenoiser` with the prompts and the guidance built in.
 
     Of several prompts `labels` has the texts; a label is one of them, or its number.
+    `guidance` is the scale that it was made with.
     """
+
+    guidance: float
 
     def __init__(
         self,
@@ -47,8 +50,8 @@ class PipelineDenoiser(LatentDenoiser):
 
     @property
     def conditions(self) -> str:
-        """A digest of the prompts as the network is given them, apart from the weights, which `fingerprint` is of."""
-        return digest("prompts", dict(self.net.named_buffers(recurse=False)))
+        """A digest of prompts and guidance as the network is given them, apart from the weights, see `fingerprint`."""
+        return digest(f"prompts {self.net.scale}", dict(self.net.named_buffers(recurse=False)))
 
     @property
     def evals(self) -> int:  # type: ignore[override]
@@ -279,7 +282,9 @@ def _latent_denoiser(
     factor = request.pipe.vae_scale_factor
     shape = (channels, request.height // factor, request.width // factor)
     labels = request.prompts if request.named else None
-    return PipelineDenoiser(network.eval(), known, shape, Autoencoder(request.pipe.vae), labels)
+    made = PipelineDenoiser(network.eval(), known, shape, Autoencoder(request.pipe.vae), labels)
+    made.guidance = request.guidance
+    return made
 
 
 def _stable_diffusion(request: _Request) -> PipelineDenoiser:

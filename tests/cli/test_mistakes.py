@@ -9,7 +9,7 @@ MISTAKES = [
     ("sample --scheduler ddim", 2, "here it is called --sampler"),
     ("sample --num-inference-steps 20", 2, "here it is called --steps"),
     ("sample --num_images 20", 2, "here it is called --n"),
-    ("sample --prompt cat", 2, "`pfode sample --help` lists the options"),
+    ("sample --prompt cat", 2, "a text-to-image pipeline does"),
     ("train --learning-rate 1", 2, "here it is called --lr"),
     ("train --epochs 3", 2, "here it is called --steps"),
     ("help", 2, "`pfode --help`"),
