@@ -165,8 +165,8 @@ def digest_under_prompts(denoiser: "Denoiser") -> str | None:
     """What tells a denoiser under prompts from others, and from itself under others; None without prompts."""
     from pfode.denoiser import fingerprint
 
-    conditions = getattr(denoiser, "conditions", None)
-    return None if conditions is None else f"{fingerprint(denoiser)} {conditions}"
+    words = getattr(denoiser, "words", None)
+    return None if words is None else f"{fingerprint(denoiser)} {words}"
 
 
 def find_denoiser(name: str) -> "Denoiser":

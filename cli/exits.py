@@ -32,8 +32,8 @@ __all__ = ["end", "fail"]
 ELSEWHERE = {  # what other programs call the options
     **{name.replace("_", "-"): f"--{here}" for name, here in ARGUMENTS.items()},
     "epochs": "--steps", "output": "--out", "outdir": "--separate", "output-dir": "--separate", "ckpt": "--model",
-    "learning-rate": "--lr", "checkpoint": "--model", "mask-image": "--mask", "true-cfg-scale": "--true-cfg", "network": "--model",
-    "dataset": "--data", "resolution": "--size",
+    "learning-rate": "--lr", "checkpoint": "--model", "mask-image": "--mask", "true-cfg-scale": "--true-cfg",
+    "network": "--model", "dataset": "--data", "resolution": "--size",
 }  # fmt: skip
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")

@@ -237,7 +237,7 @@ def check_same(file: Path, plan: "Plan", net: Any, how: dict[str, Any]) -> None:
         raise FileError(f"{file}: no plan that pfode fit wrote", "--overwrite, or another --out")
     wanted = json.loads(json.dumps({key: how[key] for key in said.get("settings", {}) if key in how}))
     differ = [key for key, value in wanted.items() if said["settings"][key] != value]
-    if sound and said["settings"].get("conditions") != getattr(net, "conditions", None):
+    if sound and said["settings"].get("words") != getattr(net, "words", None):
         problem = f"{file} is there already, fitted to other prompts, guidance or size"
         raise UsageError(problem, "--overwrite, or another --out")
     if said.get("model") != fingerprint(net):

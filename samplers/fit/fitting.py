@@ -158,8 +158,8 @@ def fit_plan(
         "begun": stated(start, grid, chart),
     }  # fmt: skip
     tuning = Tuning(integer("tune_steps", tune_steps, 1, 10**7), integer("tune_batch", tune_batch, 1), checkpoint)
-    conditions = getattr(denoiser, "conditions", None)  # prompts, which the fingerprint of the weights is not of
-    settings |= {} if conditions is None else {"conditions": conditions}
+    words = getattr(denoiser, "words", None)  # a digest of prompts, which the fingerprint of the weights is not of
+    settings |= {} if words is None else {"words": words}
     source = Source(denoiser, settings, shape, dtype, device)
     if tune:
         conditioning(source.denoiser)

@@ -152,7 +152,7 @@ class Source:
         self, groups: list[Group], first: int, cache: Cache, progress: Callable[[int, int], None]
     ) -> list[Tensor]:
         """The end points of a fine solution, from the cache if they are there."""
-        keys = ("n" if first == FIT else "check", "teacher", "label", "guidance", "seed", "conditions")
+        keys = ("n" if first == FIT else "check", "teacher", "label", "guidance", "seed", "words")
         path = cache.path(
             "teacher", {key: self.settings[key] for key in keys if key in self.settings} | {"first": first}
         )

@@ -49,7 +49,7 @@ class PipelineDenoiser(LatentDenoiser):
         )
 
     @property
-    def conditions(self) -> str:
+    def words(self) -> str:
         """A digest of prompts and guidance as the network is given them, apart from the weights, see `fingerprint`."""
         return digest(f"prompts {self.net.scale}", dict(self.net.named_buffers(recurse=False)))
 

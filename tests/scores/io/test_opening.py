@@ -87,7 +87,7 @@ def test_several_prompts_are_the_classes(pipelines):
     close(pfode.sample(guided, seeds=[7, 8], steps=3, sampler="ddim", label=["a cat", 1]).x, both.x)
     part = pfode.scores.guide(den.guided(1.0), 3.0, interval=(0.1, 2.0))
     assert pfode.sample(part, seeds=[7, 8], steps=3, sampler="ddim", label="all").evals < 6
-    assert den.conditions != pfode.load(folder, prompts=["a cat", "a hat"], **words).conditions
+    assert den.words != pfode.load(folder, prompts=["a cat", "a hat"], **words).words
     assert den.fingerprint == pfode.load(folder, prompt="a hat").fingerprint
 
 
