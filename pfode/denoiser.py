@@ -29,6 +29,8 @@ __all__ = [
     "digest",
     "fingerprint",
     "forwards",
+    "inmost",
+    "network_digest",
     "preconditioned",
     "tuned",
 ]
@@ -194,6 +196,20 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
         whole.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         whole.update(raw(value))
     return whole.hexdigest()
+
+
+def inmost(denoiser: Any) -> Any:
+    """The denoiser that wrappers (guidance, clipping) stand around."""
+    while hasattr(denoiser, "denoiser"):
+        denoiser = denoiser.denoiser
+    return denoiser
+
+
+def network_digest(network: nn.Module) -> str:
+    """sha256 of a network's weights, whether pfode wraps it (as `model`) or a pipeline holds it."""
+    state = network.state_dict()
+    prefix = "model." if state and all(name.startswith("model.") for name in state) else ""
+    return digest("network", {name.removeprefix(prefix): value for name, value in state.items()})
 
 
 def forwards(denoiser: Denoiser, times: Tensor) -> int:

@@ -8,7 +8,6 @@ logarithm of the least error most, beside those before it, over beds and 3 to 20
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -122,8 +121,7 @@ def calibrate(
                 continue
             each = []
             for group in groups:
-                cond: dict[str, Any] = {} if group.label is None else {"label": group.label}
-                apart = run(plan, group.denoiser, group.x, **cond) - group.target
+                apart = run(plan, group.denoiser, group.x, **group.cond) - group.target
                 each.append(apart.double().flatten(1).square().mean(1).cpu())
             errors = torch.cat(each)
             rms, median = errors.mean().sqrt().item(), errors.sqrt().median().item()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pfode.errors import UsageError
 
-__all__ = ["Tunable", "find_layers", "plain"]
+__all__ = ["Offset", "Tunable", "check_offsets", "find_layers", "plain"]
 
 
 def plain(network: nn.Module) -> nn.Module:
@@ -26,8 +26,8 @@ def plain(network: nn.Module) -> nn.Module:
 def find_layers(network: nn.Module, call: Callable[[Tensor, Tensor], Any], shape: tuple[int, ...]) -> dict[str, int]:
     """The conditioning layers of a network and the width of their outputs, in the order in which they are called.
 
-    They are the modules with weights, and no modules within, whose output is of shape (batch, width), does not depend
-    on x and does on the time.
+    They are the modules with weights, and no modules within, whose output is of shape (batch, width), or of twice the
+    batch under guidance, does not depend on x and does on the time.
 
     Args:
         call: runs the network on x of shape (2, *shape) and c_noise of shape (2,), float32.
@@ -36,7 +36,7 @@ def find_layers(network: nn.Module, call: Callable[[Tensor, Tensor], Any], shape
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            if isinstance(out, Tensor) and out.ndim == 2 and len(out) == 2 and out.is_floating_point():
+            if isinstance(out, Tensor) and out.ndim == 2 and len(out) % 2 == 0 and out.is_floating_point():
                 seen.setdefault(name, []).append(out.detach().clone())
 
         return hook
@@ -104,6 +104,25 @@ class Tunable(nn.Module):
             return self.network(*args, **kwargs)
         finally:
             self.offsets = {}
+
+
+class Offset:
+    """A network asked with offsets; all its other attributes are those of the network it was made of.
+
+    Args:
+        tunable: takes the offsets. network: of which it was made. offsets: by the name of a layer.
+    """
+
+    def __init__(self, tunable: Callable[..., Any], network: nn.Module, offsets: Mapping[str, Tensor]):
+        self.tunable, self.network, self.offsets = tunable, network, offsets
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tunable(self.offsets, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a copy or a pickle asks before there is a network
+            raise AttributeError(name)
+        return getattr(self.network, name)
 
 
 def check_offsets(offsets: Mapping[str, Tensor], layers: Mapping[str, int]) -> None:

@@ -1,7 +1,6 @@
 """A network and its preconditioning, seen as a denoiser: D(x, t) = c_skip x + c_out F(c_in x, c_noise)."""
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -18,7 +17,7 @@ from pfode.labels import class_index, label_tensor
 from pfode.plans.table import Plan
 from pfode.prediction import PREDICTIONS, Coefficient, Pair
 from pfode.process import VP, Process, VPCosine, VPDiscrete, need_process
-from pfode.scores.conditioning import Tunable, check_offsets, find_layers, plain
+from pfode.scores.conditioning import Offset, Tunable, check_offsets, find_layers, plain
 from pfode.scores.guidance import guide
 from pfode.scores.io.published import Published
 from pfode.scores.styles import mixed
@@ -294,7 +293,7 @@ class Denoiser(Preconditioned, Published):
             network = Tunable(plain(self.net), layers)
             self._tunable = self._hashed, network if plain(self.net) is self.net else torch.compile(network)
         made = copy.copy(self)
-        made.net = functools.partial(self._tunable[1], offsets)
+        made.net = Offset(self._tunable[1], self.net, offsets)
         return made
 
     def guided(self, scale: float) -> DenoiserProtocol:

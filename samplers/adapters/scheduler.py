@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pfode import noise
 from pfode._torch import in_place_changes
@@ -18,6 +18,7 @@ from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.adapters import conventions, nodes
+from pfode.samplers.adapters.attached import Attachment
 from pfode.samplers.adapters.classes import LEARNED, translated
 from pfode.samplers.adapters.rows import asked_levels
 from pfode.samplers.adapters.run import Adjust, Run
@@ -146,19 +147,33 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         self._kind = conventions.convention(self.config)
         self._plan = Plan.load(sampler) if sampler.endswith(".safetensors") else None
         if self._plan is not None:
-            if self._plan.tune:
-                problem = (
-                    f"plan {self._plan.name!r} is tuned: it asks inside the network, which a scheduler never calls"
-                )
-                raise UsageError(
-                    problem,
-                    "pfode.sample(pfode.from_pipeline(pipe, prompt=...), plan=plan), or pfode fit without --tune",
-                )
             _check_same(self._plan, self._kind.process)
         nodes.check(self.config, self._kind)
         if self._plan is None:
             self._make(self._kind.process, nodes.trial(self._kind.process), None)
         self._runs, self._last = _Runs(), None
+        self._attached: Attachment | None = None
+
+    def attach(self, network: nn.Module) -> Attachment:
+        """Let a tuned plan reach into the network that the pipeline calls: `scheduler.attach(pipe.unet)`.
+
+        Returns:
+            what takes it back: `.detach()`, or the end of a `with`.
+
+        Raises:
+            UsageError: no tuned plan, or another network than the one it was tuned to.
+        """
+        if self._plan is None or not self._plan.tune:
+            raise UsageError("attach: only tuned plans reach into the network", 'sampler="MODEL.tuned-6.safetensors"')
+        if self._attached is not None:
+            self._attached.detach()
+        self._attached = Attachment(self._plan, network, self._next_row)
+        return self._attached
+
+    def _next_row(self) -> int:
+        """The row that the network is asked for next: the first one where a run is at its end."""
+        run = self._running()
+        return run.position if run.position < run.plan.nfe else 0
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -280,6 +295,9 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         restart = None
         if self._plan is not None:
             plan = self._plan
+            if plan.tune and (self._attached is None or not self._attached.handles):
+                problem = f"plan {plan.name!r} is tuned: it reaches into the network, which a pipeline calls itself"
+                raise UsageError(problem, "scheduler.attach(pipe.unet), or pipe.transformer")
             if num_inference_steps not in (None, plan.steps, plan.nfe):
                 problem = f"the plan {plan.name!r} has {plan.steps} steps, not {num_inference_steps}"
                 raise UsageError(problem, f"num_inference_steps={plan.steps}")
@@ -361,6 +379,9 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
             run.sums = [torch.zeros_like(x) if begun is None else begun for begun in run.sums]
         else:
             run.place(timestep)
+            if run.plan.tune and (self._attached is None or self._attached.asked != run.position):
+                problem = f"timestep: this is row {run.position} of a tuned plan, the network was asked as for another"
+                raise UsageError(problem, "the timesteps in turn, and scheduler.attach(pipe.unet) before")
             x = self._state(run, sample)
             row = run.rows[run.position - run.offset]
         out = model_output if model_output.dtype is x.dtype else model_output.to(x.dtype)
@@ -423,7 +444,7 @@ class PFODEScheduler(SchedulerMixin, ConfigMixin):
         return run.nearest(timestep) if found is None else found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}
+        return {**self.__dict__, "_last": None, "_attached": None}
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]

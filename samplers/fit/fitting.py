@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pfode import defaults, grids
-from pfode.denoiser import Denoiser, conditioning, fingerprint
+from pfode.denoiser import Denoiser, conditioning, fingerprint, inmost, network_digest
 from pfode.errors import NumericalError, UsageError, integer, unknown
 from pfode.files import lock_folder, make_folder
 from pfode.plans.table import Plan
@@ -183,7 +183,7 @@ def _tuned(plan: Plan, source: Source, tuning: Tuning, cache: Cache, say: Callab
         say(Progress("tune", done, tuning.steps, best.rms, best.median, start.rms, start.median))
 
     made, best = tune_plan(plan, source, checked, tuning, cache, tell)
-    fitted = plan.meta["fitted"]
+    fitted = {**plan.meta["fitted"], "network": network_digest(inmost(source.denoiser).net)}
     validation = {**fitted["validation"], "rms": best.rms, "median": best.median}
     validation |= {f"plain {name}": fitted["validation"][name] for name in ("rms", "median")}
     settings = {**fitted["settings"], "tune": True, "tune_steps": tuning.steps, "tune_batch": tuning.batch}

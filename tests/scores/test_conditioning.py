@@ -164,7 +164,7 @@ def test_it_compiles_to_one_graph_for_all_rows():
         graphs.append(module)
         return module
 
-    one = tuned(net, {name: value[0] for name, value in plan.tune.items()}).net.func
+    one = tuned(net, {name: value[0] for name, value in plan.tune.items()}).net.tunable
     compiled = torch.compile(one, backend=counting, fullgraph=True)
     for k in range(plan.nfe):
         row = {name: value[k] for name, value in plan.tune.items()}

@@ -1,6 +1,5 @@
 """Which row a pipeline means by a timestep: the tensor itself or any copy, in order, again, further on or back."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -182,10 +181,3 @@ def test_a_saved_plan_begins_at_its_own_timesteps_only(tmp_path):
         scheduler.step(unit(), 700.3, unit())
     assert scheduler.step(unit(), scheduler.timesteps[2].clone(), unit()).prev_sample is not None
     assert scheduler.step_index == 3
-
-
-def test_a_tuned_plan_cannot_reach_a_pipelines_network(tmp_path):
-    process = pfode.VPDiscrete(PFODEScheduler().alphas_cumprod.double())
-    plan = dataclasses.replace(make_plan("ddim", process, 5), tune={"time_embedding.linear_2": torch.zeros(5, 4)})
-    with pytest.raises(UsageError, match=r"is tuned(.|\n)*from_pipeline"):
-        PFODEScheduler(sampler=str(plan.save(tmp_path / "five.safetensors")))
