@@ -14,7 +14,8 @@ import click
 
 import pfode
 from pfode.cli.exits import end, fail
-from pfode.cli.options import COMMANDS, EPILOG, find_command
+from pfode.cli.options import COMMANDS, find_command
+from pfode.cli.pages import EPILOG, colour_of, write_examples
 from pfode.cli.streams import Output, open_standard_streams
 from pfode.errors import PfodeWarning, UsageError, unknown
 
@@ -39,8 +40,9 @@ class Group(click.Group):
         raise unknown("command", cmd_name, COMMANDS)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        with formatter.section(click.style("Commands", bold=True)):
+            formatter.write_dl([(click.style(name, fg="cyan"), text) for name, text in COMMANDS.items()])
+        write_examples("", formatter)
 
 
 @click.group(
@@ -55,7 +57,7 @@ class Group(click.Group):
 def group(ctx: click.Context) -> None:
     """Draw pictures from score networks through the probability-flow ODE."""
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        click.echo(ctx.get_help(), color=ctx.color)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(arguments: list[str], out: Output) -> int:
     """The exit code; errors pass, unlike in `click.Group.main`."""
     try:
-        with group.make_context("pfode", arguments, obj=out) as ctx:
+        with group.make_context("pfode", arguments, obj=out, color=colour_of(os.environ)) as ctx:
             group.invoke(ctx)
     except click.exceptions.Exit as done:
         return done.exit_code

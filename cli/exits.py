@@ -70,9 +70,9 @@ def fail(error: BaseException, out: Output) -> NoReturn:
     message, hint = printable(message), printable(hint)
     if out.json:
         out.emit({"error": {"code": code, "kind": CODES[code][0], "message": message, "hint": hint}}, "")
-    out.complain(f"pfode: error: {message}")
+    out.complain(f"{click.style('pfode: error:', fg='red', bold=True)} {message}")
     if hint:
-        out.complain(f"hint: {hint}")
+        out.complain(f"{click.style('hint:', fg='green')} {hint}")
     sys.exit(code)
 
 

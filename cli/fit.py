@@ -167,7 +167,10 @@ def command(ctx: click.Context, **options: Any) -> None:
          f"{p['median'] / p['start median']:.3f}", p["file"]]
         for p in done
     ]  # fmt: skip
-    out.emit({"out": str(folder), "plans": done}, table(("NFE", "rms", "of start", "median", "of start", "file"), rows))
+    out.emit(
+        {"out": str(folder), "plans": done},
+        table(("NFE", "rms", "rms / start", "median", "median / start", "file"), rows),
+    )
 
 
 def find_start(name: str) -> "str | Plan":

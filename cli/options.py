@@ -9,10 +9,12 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from pfode.cli import trust
-from pfode.cli.codes import describe_codes
+from pfode.cli.complete import completer
 from pfode.cli.machine import check_machine
+from pfode.cli.pages import write_examples, write_options
 from pfode.cli.streams import output
 from pfode.errors import FileError, PfodeError, did_you_mean, nearly
 from pfode.files import read_file
@@ -20,7 +22,6 @@ from pfode.files import read_file
 __all__ = [
     "COMMANDS",
     "CONFIG_FILE",
-    "EPILOG",
     "Command",
     "FileName",
     "Finite",
@@ -43,14 +44,7 @@ COMMANDS = {
 }
 CONFIG_FILE = "pfode.toml"
 CONFIG_LIMIT = 1_000_000  # bytes
-EPILOG = f"""\b
-Where the value of an option comes from, the strongest first:
-        its flag, PFODE_<OPTION> in the environment, --config FILE.toml,
-        [tool.pfode] in ./pfode.toml, the default.
-        `pfode info config` shows each value and where it comes from.
-Exit codes:
-{describe_codes()}
-"""
+MORE = "`pfode --help` has the exit codes, and where the values of options come from."
 
 
 class FileName(click.types.StringParamType):
@@ -58,6 +52,9 @@ class FileName(click.types.StringParamType):
 
     The shell expands `~` in most words of a command line, but not after `=`, in a variable or in a file.
     """
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         name = super().convert(value, param, ctx)
@@ -76,8 +73,11 @@ class Command(click.Command):
             "help_option_names": ["-h", "--help"],
             "show_default": True,
         }
-        self.epilog = EPILOG
+        self.epilog = MORE
         for param in self.params:
+            complete = completer(self.name, param.name)
+            if complete is not None:
+                param._custom_shell_complete = complete
             if isinstance(param, click.Option) and param.metavar is None:
                 numbers = (click.types.IntParamType, "N"), (click.types.FloatParamType, "X")
                 param.metavar = next((metavar for kind, metavar in numbers if isinstance(param.type, kind)), None)
@@ -95,6 +95,10 @@ class Command(click.Command):
             _switch(["--quiet", "-q"], "No progress and no remarks on stderr."),
             _switch(["--debug"], "Show the traceback of an error."),
         ]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_options(self, ctx, formatter)
+        write_examples(self.name or "", formatter)
 
     def invoke(self, ctx: click.Context) -> Any:
         for remark in misspelt_variables():

@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 import click
 
+from pfode.cli.pages import colour_of
+
 __all__ = ["Output", "open_standard_streams", "output", "printable", "table"]
 
 
@@ -83,7 +85,7 @@ class Output:
             return
         try:
             try:
-                click.echo(text, file=stream, nl=False)
+                click.echo(text, file=stream, nl=False, color=colour_of(os.environ))
             except UnicodeEncodeError:  # the name of a file, in an encoding that does not have it
                 click.echo(text.encode(stream.encoding or "ascii", "backslashreplace"), file=stream, nl=False)
         except OSError as error:

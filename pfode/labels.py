@@ -4,7 +4,6 @@ A denoiser with classes has `labels`, their names, and knows them by number from
 inside, where guidance needs it. Those that never came up in training are its `unseen`.
 """
 
-import difflib
 import operator
 import warnings
 from collections.abc import Collection, Iterable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfode.errors import UnseenLabelWarning, UsageError
+from pfode.errors import UnseenLabelWarning, UsageError, nearly
 from pfode.tensors import readable
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -100,8 +99,7 @@ def class_index(names: Sequence[str] | None, label: Any, count: int | None = Non
         return folded.index(wanted)
     if label.isdecimal() and len(label) < 10 and int(label) < count:
         return int(label)
-    close = difflib.get_close_matches(wanted, folded, n=1, cutoff=0.4)
-    hint = f"did you mean {names[folded.index(close[0])]!r}?" if close else f"known: {known}"
+    hint = nearly(label, names) or f"known: {known}"
     raise UsageError(f"unknown label {label!r:.60}", hint)
 
 
