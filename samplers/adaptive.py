@@ -11,19 +11,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pfode.chart import CHARTS, Array, Chart
+from pfode.chart import CHARTS, Chart
 from pfode.denoiser import Denoiser, forwards
+from pfode.equation import Equation
 from pfode.errors import NumericalError, UsageError, integer, number, unknown
 from pfode.grids import end_time
 from pfode.ode import PID, SOLVERS, Solver, Status, Step, solve
 from pfode.ode.solver import Time, column
 from pfode.ode.state import Field
 from pfode.plans.executor import Failure, as_state, check_output
-from pfode.prediction import PREDICTIONS
 from pfode.process import Process, float64
 
 __all__ = [
@@ -41,7 +40,6 @@ __all__ = [
 
 MAX_STEPS = 1000
 _FIRST = 0.1  # alpha/sigma after a first row from alpha = 0, over sqrt(rtol): its error is O((alpha/sigma)^2)
-_APART = 2.0**-9  # of the levels that the slope of a clock is taken from
 _LEAST = {torch.float32: 1e-6, torch.float64: 1e-13}  # tolerances below are beyond the rounding of the state
 _WHY = {
     Status.MAX_STEPS: ("max_steps were not enough", "a larger rtol, or max_steps="),
@@ -295,18 +293,14 @@ class Adaptive:
             asked = x.clone() if x is theirs else x  # the denoiser may change what it is given
             return check_output(denoiser(asked, t.to(x.device, x.dtype), **cond), x)
 
-        def field(u: Tensor, y: Tensor) -> Tensor:
-            t, (m, p, q) = self._levels(u, y)
-            x = m * y
-            return p * x + q * x0(x, t)
-
+        equation = Equation(self.process, self.chart, *sorted((self.begin, self.stop)))
         start, begin, stop = self.chart.nodes(self.process, (self.start, self.begin, self.stop))
         alone = []  # the times of the calls before and after the integration
         if begin != start:  # as alpha is 0 there
             alone.append(start.t)
             x = begin.sigma / start.sigma * x + begin.alpha * x0(x, float64(start.t))
         found = solve(
-            field,
+            equation.field(x0),
             x / begin.m,
             (begin.u, stop.u),
             **self._method(),
@@ -320,7 +314,7 @@ class Adaptive:
             x = self.process.alpha(self.process.t_data) * x0(x, float64(stop.t))
         arrived = (found.status == Status.SUCCESS) & torch.isfinite(x.detach()).flatten(1).all(1)
         x = torch.where(arrived.view(-1, *[1] * (x.ndim - 1)), x, math.nan)
-        times = self._times(found.t)
+        times = equation.times(found.t)
         status = torch.where(arrived | (found.status != Status.SUCCESS), found.status, Status.NON_FINITE).tolist()
         calls, stats = found.stats.nfe.cpu(), found.stats
         return Run(
@@ -345,33 +339,6 @@ class Adaptive:
         limit = control.limit(pair.error_order)
         norm = lambda error: error.flatten(1).square().mean(1).sqrt() / limit  # noqa: E731
         return {"method": pair, "rtol": 0.0, "atol": 1.0, "norm": norm, "controller": control}
-
-    def _times(self, u: Tensor) -> Tensor:
-        """The process's times at values of the clock, on the host."""
-        with np.errstate(divide="ignore"):  # alpha = 0
-            v = self.chart.level(self.process, u.detach().cpu().double().numpy())
-        return self.process.time(torch.from_numpy(-2 * v)).clamp(min(self.begin, self.stop), max(self.begin, self.stop))
-
-    def _levels(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """t of shape (batch,), and (m, p, q) shaped to go with y: x = m y and dy/du = p x + q D.
-
-        The table of charts is NumPy's: this reads u back.
-        """
-        t = self._times(u)
-        alpha, sigma, v = self.process.alpha(t), self.process.sigma(t), -0.5 * self.process.log_snr(t).numpy()
-        m = torch.from_numpy(np.vectorize(self.chart.scale, otypes=[float])(alpha.numpy(), sigma.numpy()))
-        w = torch.from_numpy(_weight(self.chart, self.process, v))
-        p, q = PREDICTIONS[self.chart.prediction].of_x0(alpha, sigma)
-        columns = torch.stack([m, w * p, w * q]).to(y.device, y.dtype).view(3, -1, *[1] * (y.ndim - 1))
-        return t, columns
-
-
-def _weight(chart: Chart, process: Process, v: Array) -> Array:
-    """w at these levels; du/dv by differences of order 4, exact but for rounding where the clock is linear in v."""
-    if chart.density is None:
-        return np.ones_like(v)
-    near, far = (chart.clock(process, v + k * _APART) - chart.clock(process, v - k * _APART) for k in (1, 2))
-    return chart.density(v) * (12 * _APART) / (8 * near - far)
 
 
 def find_adaptive(sampler: Any) -> AdaptiveRecipe | None:
