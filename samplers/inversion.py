@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pfode.arguments import sample_states
 from pfode.denoiser import Denoiser, preconditioned
 from pfode.errors import NumericalError, UsageError
 from pfode.grids import Grid
@@ -36,7 +37,7 @@ from pfode.samplers.adaptive import Adaptive, find_adaptive
 from pfode.samplers.catalogue import Recipe
 from pfode.samplers.request import Label, Place, Sampler, Stepping
 from pfode.samplers.sampling import non_finite, sample
-from pfode.samplers.settle import classes, prepared, sample_states, settled, state_dtype
+from pfode.samplers.settle import classes, prepared, settled, state_dtype
 
 __all__ = [
     "Pair",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pfode import noise
+from pfode.arguments import need_denoiser, sample_states
 from pfode.denoiser import Denoiser, conditions, forwards
 from pfode.errors import (
     MemoryLimitError,
@@ -31,10 +32,8 @@ from pfode.samplers.settle import (
     classes,
     data_std,
     data_to_begin_from,
-    need_denoiser,
     prepared,
     sample_shape,
-    sample_states,
     seed_list,
     start_time,
     state_dtype,

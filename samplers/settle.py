@@ -5,19 +5,18 @@ else. Everything that can be wrong is found before the first call of a network.
 """
 
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pfode import defaults, noise
-from pfode._torch import transformed
+from pfode.arguments import guided, method_of, need_denoiser, sample_states
 from pfode.denoiser import Denoiser
 from pfode.errors import MissingError, UsageError, integer, number, shortened, unknown
 from pfode.grids import Grid
 from pfode.labels import class_count, class_indices
-from pfode.plans.executor import as_state
 from pfode.plans.table import Plan
 from pfode.process import Process
 from pfode.samplers.adaptive import ADAPTIVE, Adaptive, AdaptiveRecipe, find_adaptive, make_adaptive
@@ -30,10 +29,8 @@ __all__ = [
     "data_to_begin_from",
     "find_device",
     "fitted_plan",
-    "need_denoiser",
     "prepared",
     "sample_shape",
-    "sample_states",
     "seed_list",
     "settled",
     "start_time",
@@ -47,20 +44,6 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 # ---- which samples
-
-
-def sample_states(name: str, x: Any) -> Tensor:
-    """States or data that the caller gave: shape (n, ...), float32 or better.
-
-    Raises:
-        UsageError: no such tensor, or one without numbers.
-    """
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or not x.numel():
-        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else shortened(x)
-        raise UsageError(f"{name}: need a floating-point tensor of shape (n, ...), got {got}")
-    if x.device.type == "meta":
-        raise UsageError(f"{name}: a tensor on the meta device holds no numbers", 'torch.device("cpu")')
-    return as_state(x, 2)
 
 
 def seed_list(
@@ -185,37 +168,14 @@ def find_device(name: torch.device | str) -> torch.device:
 # ---- which denoiser
 
 
-def need_denoiser(denoiser: Any) -> None:
-    """Raise UsageError for what is no denoiser, or where sampling cannot be: inside a transform of torch.func."""
-    if transformed() is not None:
-        problem = "sampling takes no gradients and reads values back: it cannot run inside torch.func (grad, jvp, vmap)"
-        raise UsageError(problem, "pfode.run(plan, denoiser, x) can, with plan = pfode.make_plan(...)")
-    if not isinstance(denoiser, Denoiser) or not isinstance(denoiser.process, Process):
-        raise UsageError(
-            f"denoiser: need a callable (x, t) -> x0 with a process, got {type(denoiser).__name__}",
-            "pfode.load(...), or wrap a network: pfode.scores.Denoiser(network, process, prediction)",
-        )
-
-
 def prepared(denoiser: Denoiser, guidance: float | None, device: Any = None, compile: bool = False) -> Denoiser:
     """The denoiser on its device, guided and compiled as asked."""
     need_denoiser(denoiser)
     if device is not None and hasattr(denoiser, "to"):  # one without parameters follows x
         denoiser = denoiser.to(find_device(device))  # type: ignore[attr-defined]
     if compile:
-        denoiser = _method(denoiser, "compiled", "wrap its network in torch.compile yourself")()
-    if guidance is not None:
-        scale = number("guidance", guidance, -defaults.MAX_GUIDANCE, defaults.MAX_GUIDANCE)
-        if scale != 1 or hasattr(denoiser, "guided"):
-            denoiser = _method(denoiser, "guided", "wrap it yourself: pfode.scores.guide")(scale)
-    return denoiser
-
-
-def _method(denoiser: Denoiser, name: str, hint: str) -> Callable[..., Denoiser]:
-    found = getattr(denoiser, name, None)
-    if found is None:
-        raise UsageError(f"{type(denoiser).__name__} has no .{name}(...)", hint)
-    return found
+        denoiser = method_of(denoiser, "compiled", "wrap its network in torch.compile yourself")()
+    return guided(denoiser, guidance)
 
 
 # ---- which steps

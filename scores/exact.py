@@ -74,6 +74,21 @@ class GaussianMixture:
             f"{type(self).__name__} {self.process}", parts | ({} if self.basis is None else {"basis": self.basis})
         )
 
+    @functools.cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean, of the shape of a sample, and covariance (d, d) of the data; their variances alone beyond d = 1024."""
+        mean = self.weights @ self.means
+        apart = self.means - mean
+        if len(mean) > 1024:
+            variances = self.variances if self.basis is None else (self.basis**2 @ self.variances[..., None])[..., 0]
+            return mean.reshape(self.shape), (self.weights @ (variances + apart**2)).reshape(self.shape)
+        if self.basis is None:
+            within = torch.diag(self.weights @ self.variances)
+        else:
+            basis = self.basis.expand(len(apart), -1, -1)
+            within = torch.einsum("k,kij,kj,klj->il", self.weights, basis, self.variances, basis)
+        return mean.reshape(self.shape), within + (self.weights[:, None] * apart).T @ apart
+
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """D(x, t) = sum_k p(k | x) (mu_k + alpha C_k (alpha^2 C_k + sigma^2)^-1 (x - alpha mu_k)).
 

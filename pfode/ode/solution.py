@@ -89,16 +89,22 @@ class Point:
     _problem: Problem
 
     def at(self, t: Any) -> Tree:
-        """The state, a tree like y0, at a time between t0 and t1; per sample also at times of shape (batch,)."""
+        """The state, a tree like y0, at a time between t0 and t1.
+
+        Per sample also at times of shape (batch,), or (times, batch) for states with the times first.
+        """
         attempt, ts = self._attempt, self._problem.ts
+        several = isinstance(t, Tensor) and t.ndim == 2
         with autocast_off(ts.device):
             if isinstance(self.t0, Tensor):
                 span = attempt.u1 - attempt.u0
-                theta = torch.where(attempt.accepted, (t - attempt.u0) / torch.where(span == 0, 1.0, span), 0.0)[None]
-                flat = torch.where(attempt.accepted[:, None], attempt.step.dense(theta)[0], attempt.y)
+                theta = torch.where(attempt.accepted, (t - attempt.u0) / torch.where(span == 0, 1.0, span), 0.0)
+                flat = attempt.step.dense(theta if several else theta[None])
+                flat = torch.where(attempt.accepted[:, None], flat, attempt.y)
             else:
                 theta = torch.tensor([(t - self.t0) / (self.t1 - self.t0)], dtype=ts.dtype, device="cpu").to(ts.device)
-                flat = attempt.step.dense(theta)[0]
+                flat = attempt.step.dense(theta)
+        flat = flat if several else flat[0]
         return self._problem.field.layout.tree(flat, cast=False)
 
 
