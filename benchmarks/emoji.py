@@ -19,11 +19,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import pfode
+from pfode.checkpoints import checkpoints, read_checkpoint
 from pfode.cli.images import contact_sheet, to_pixels
 from pfode.process import from_config
 from pfode.scores.io.shipped import WEIGHTS
 from pfode.scores.networks.unet import UNet
-from pfode.scores.training.checkpoints import checkpoints, read_checkpoint
 from pfode.scores.training.config import TrainConfig
 from pfode.scores.training.data import Data, emoji
 

@@ -30,9 +30,9 @@ import torch
 import pfode
 import pfode.cli.many  # all that the children need
 import pfode.cli.train
+from pfode.checkpoints import checkpoints, read_checkpoint
 from pfode.cli.__main__ import main as command_line
 from pfode.errors import FileError
-from pfode.scores.training.checkpoints import checkpoints, read_checkpoint
 from pfode.scores.training.data import load_data
 
 SAMPLE = [

@@ -30,7 +30,7 @@ def cdesolve(
     args: tuple[Any, ...] = (),
     **options: Any,
 ) -> Solution:
-    """Solve dz = f(t, z) dX, z(ts[0]) = z0, for the states at ts (Kidger et al. 2020, eq. 4).
+    """Solve dz = f(t, z) dX, z(ts[0]) = z0, for the states at ts (Kidger et al. 2020).
 
     Args:
         f: (t, z, *args) -> shape (*batch, hidden, channels), or an object with `prod`, (t, z, dX, *args) -> f(t, z) dX

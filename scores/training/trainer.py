@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pfode._torch import has_tiles
+from pfode.checkpoints import checkpoints, read_checkpoint, write_checkpoint
 from pfode.errors import FileError, MissingError, NumericalError, PfodeError, UsageError, did_you_mean, unknown
 from pfode.files import FolderLock, lock_folder, make_folder, shown
 from pfode.journal import Journal
@@ -32,7 +33,6 @@ from pfode.scores.styles import bank_of
 from pfode.scores.training.averages import average
 from pfode.scores.training.balance import Balance
 from pfode.scores.training.batches import Batch, unseen_classes
-from pfode.scores.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
 from pfode.scores.training.clock import Clock
 from pfode.scores.training.config import TrainConfig
 from pfode.scores.training.dataset import Data

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pfode.scores.training.checkpoints import read_checkpoint, write_checkpoint
+from pfode.checkpoints import read_checkpoint, write_checkpoint
 from tests.fuzz.engine import Target
 from tests.fuzz.formats.folder import files_of
 

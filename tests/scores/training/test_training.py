@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import pfode
+from pfode import checkpoints as writing
+from pfode.checkpoints import checkpoints, read_checkpoint
 from pfode.errors import FileError, MissingError, NumericalError, UsageError
 from pfode.scores import load
 from pfode.scores.networks.unet import UNetConfig
-from pfode.scores.training import checkpoints as writing
 from pfode.scores.training.averages import ema_power
 from pfode.scores.training.batches import Batch
-from pfode.scores.training.checkpoints import checkpoints, read_checkpoint
 from pfode.scores.training.config import TrainConfig, usual_network
 from pfode.scores.training.data import Data, load_data
 from pfode.scores.training.objectives import problem
