@@ -18,6 +18,7 @@ import torch
 
 import pfode
 from pfode import grids
+from pfode.grids import optimised
 from pfode.ode import solve
 
 Work = Callable[[], object]
@@ -59,7 +60,7 @@ def works() -> dict[str, tuple[Work, float]]:
     }
 
     def searched() -> object:
-        grids._optimised.cache_clear()
+        optimised._optimised.cache_clear()
         return grids.times(process, "dm-nonuniform", 6, final="stop")
 
     found["grid dm-nonuniform, 6 steps"] = (searched, 15.0)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pfode
 from pfode import grids
 from pfode.errors import UsageError
+from pfode.grids import optimised
 from pfode.process import Process
 from tests import peers, problems
 
@@ -381,9 +382,9 @@ def test_dm_nonuniform_with_many_steps():
     process = pfode.VP()
     with torch.inference_mode():  # it works out gradients of its own
         optimum = grids.times(process, SEARCHED, 20, final="stop")
-    before = grids._optimised.cache_info().misses
+    before = optimised._optimised.cache_info().misses
     many = grids.times(process, SEARCHED, 1000, final="stop")
-    assert grids._optimised.cache_info().misses == before
+    assert optimised._optimised.cache_info().misses == before
     assert many[::50] == pytest.approx(optimum, rel=1e-9)
     assert falls(many)
     assert grids.rising(process, SEARCHED, 20) == optimum[::-1]
