@@ -218,12 +218,12 @@ class LoopState:
         if not self.adaptive and step.ok is not None:
             self.solved = step.ok if self.solved is None else self.solved & step.ok
         self.y = batching.merge(accepted, step.y1, self.y)
-        if step.measured is None:
-            self.size_of_y = batching.merge(accepted, verdict.size_of_y, self.size_of_y)
         self.carry = batching.merge(accepted, step.carry, self.carry if step.again is None else step.again)
         self.t = where(accepted, proposal.t1, self.t)
         hit = accepted & proposal.last
         if self.adaptive:
+            if step.measured is None:
+                self.size_of_y = batching.merge(accepted, verdict.size_of_y, self.size_of_y)
             self._resize(proposal.size, verdict, hit)
         self.status = where(hit & (self.at == self.last_stop), _SUCCESS, self.status)
         self.running = self.status == _RUNNING
@@ -236,8 +236,8 @@ class LoopState:
             step, tried = self._settle(proposal, step, verdict, before)
         else:
             self.alive = self.running
-        t0, t1, u0, u1, *_ = proposal
-        return Attempt(t0, t1, u0, u1, before[0], self.y, accepted, step, tried, self.counts, self.carry)
+        ends = proposal.t0, proposal.t1, proposal.u0, proposal.u1
+        return Attempt(*ends, before[0], self.y, accepted, step, tried, self.counts, self.carry)
 
     def _count(self, step: Step, accepted: Any, calls: int) -> None:
         """Add the work of an attempt, of the samples that it was made for."""
@@ -431,11 +431,11 @@ def _first_step(
     with torch.no_grad():
         here, f = y.detach(), slope.detach()
         scale, norm = units.scale(here.abs()), units.norm
-        largest = torch.linalg.vector_norm(f, math.inf, -1 if batching.per_sample else None)
-        largest = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
-        unit = largest[:, None] if batching.per_sample else largest
+        (most,) = _host(batching, f.abs().amax(-1) if batching.per_sample else f.abs().amax())
+        most = batching.where((most > 0) & (most < math.inf), most, batching.fill(1.0, most))
+        unit = column(most, y)
         along = f / unit
-        d0, d1, most = _host(batching, norm(here / scale), norm(along / scale), largest)
+        d0, d1 = _host(batching, norm(here / scale), norm(along / scale))
         finite = (d0 < math.inf) & (d1 < math.inf)
         status = batching.where(finite | (status == _SUCCESS), status, zero + _NON_FINITE)
         span = abs(schedule.stops[-1] - schedule.start)

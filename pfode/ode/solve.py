@@ -244,8 +244,8 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
             facts.append(watch.probe(t0, y0, t1, y1, accepted))
         return torch.cat(facts)
 
-    until = None
-    if isinstance(out, JointOutputs) and tape is None and watch is None:
+    until, alone = None, isinstance(out, JointOutputs) and watch is None  # nobody looks at single steps
+    if isinstance(out, JointOutputs) and alone and tape is None:
         field, until = field.within(lasting=False), lambda: out.next
     attempts = advance(field, solver, control, schedule, y, batching, probe if passing or watch else None, until)
     reply = None
@@ -265,7 +265,7 @@ def _run(setup: Problem, watch: Watch | None = None, tape: Tape | None = None) -
                 looked = out.add(attempt, passed, between)
                 looked = False if looked is None else looked
         if tape and tape.needless:
-            tape = None
+            tape, field.context = None, dataclasses.replace(field.context, lasting=not alone)
         if tape:
             tape.observe(attempt, passed)
         reply = None if looked is False else Reply(looked=looked)
