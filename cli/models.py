@@ -21,6 +21,9 @@ def folder(path: Path) -> dict[str, Any]:
     from pfode.compat.schedules import stated
     from pfode.scores.io import layout
 
+    name = layout.prompted_pipeline(path)
+    if name is not None:
+        return _pipeline(path, name)
     index, place, scheduler = layout.parts(path)
     config = layout.read_json(place / "config.json")
     files, _, _ = layout.weight_files(place)
@@ -42,6 +45,44 @@ def folder(path: Path) -> dict[str, Any]:
         "dtypes": sorted({entry.dtype for header in headers for entry in header.entries.values()}),
         "bytes": sum(file.stat().st_size for file in files),
     }
+
+
+def _pipeline(path: Path, name: str) -> dict[str, Any]:
+    """The entries of `pfode info` for a folder of a pipeline under prompts.
+
+    Raises:
+        FileError: something in it is missing or broken.
+    """
+    from pfode.compat.schedules import stated
+    from pfode.scores.io import layout
+
+    index = layout.read_json(path / "model_index.json")
+    found: dict[str, Any] = {"file": str(path), "kind": "diffusers folder", "pipeline": name, "takes": "--prompt"}
+    about = layout.read_json(path / "scheduler" / "scheduler_config.json")
+    try:
+        known = stated(about)
+    except ValueError as error:
+        where = path / "scheduler" / "scheduler_config.json"
+        raise FileError(f"{where}: {getattr(error, 'message', error)}", getattr(error, "hint", "")) from error
+    found |= {"scheduler": about["_class_name"], "process": known.process.config(), "prediction": known.prediction}
+    parts: dict[str, Any] = {}
+    dtypes: set[str] = set()
+    whole = 0
+    for key in layout.TEXT_PIPELINES[name]:
+        entry = index.get(key)
+        if key in layout.LEFT_OUT or key.startswith("tokenizer") or not isinstance(entry, list) or entry[-1] is None:
+            continue
+        place, stem = path / key, layout.stem(key)
+        there = layout.variants(place, stem)
+        if not there:
+            raise FileError(f"{place}: no {stem}.safetensors", "the download may be incomplete")
+        files = [file for file in place.glob(f"{stem}*.safetensors") if (None in there) != (file.name.count(".") > 1)]
+        headers = [read_header(file) for file in files]
+        count = sum(header.parameters for header in headers)
+        parts[key] = f"{entry[-1]}, {count:,} parameters, variants: {', '.join(sorted(v or 'plain' for v in there))}"
+        dtypes |= {entry.dtype for header in headers for entry in header.entries.values()}
+        whole += count
+    return found | parts | {"parameters": whole, "dtypes": sorted(dtypes)}
 
 
 def pickle(path: Path) -> dict[str, Any]:

@@ -20,7 +20,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/samplers.md", "docs/pipelines.md", "docs/your_model.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/samplers.md",
+    "docs/pipelines.md",
+    "docs/text_to_image.md",
+    "docs/your_model.md",
+)
 
 
 def indented(name: str) -> list[str]:
@@ -77,6 +84,12 @@ def test_lines_of_the_samplers_page_run():
     lines = [line for line in indented("docs/samplers.md") if not line.startswith("pfode ")]
     assert len(lines) >= 3
     exec("\n".join(lines), {"pfode": pfode, "net": pfode.load("digits")})
+
+
+def test_blocks_of_the_text_to_image_page_run():
+    found = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/text_to_image.md").read_text(), re.M | re.S)
+    assert len(found) == 1
+    exec(found[0], {})
 
 
 def test_there_are_blocks():

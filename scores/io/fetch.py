@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from pfode.errors import FileError, MissingError, UsageError
-from pfode.scores.io.layout import LEFT_OUT, TEXT_PIPELINES, parts, read_json, stem, variants
+from pfode.scores.io.layout import LEFT_OUT, TEXT_PIPELINES, parts, prompted_pipeline, stem, variants
 from pfode.scores.io.shipped import SELF_CONTAINED
 
 __all__ = ["fetch", "own_file"]
@@ -46,9 +46,8 @@ def fetch(
     folder = _download(name, allow_patterns=[*SMALL, SELF_CONTAINED], **options)
     if os.path.isfile(folder / SELF_CONTAINED):
         return folder
-    file = folder / "model_index.json"
-    pipeline = read_json(file).get("_class_name") if os.path.exists(file) else None
-    if prompts and isinstance(pipeline, str) and pipeline in TEXT_PIPELINES:
+    pipeline = prompted_pipeline(folder) if prompts else None
+    if pipeline is not None:
         return _fetch_parts(name, folder, [k for k in TEXT_PIPELINES[pipeline] if k not in LEFT_OUT], variant, options)
     index, network, _ = parts(folder)
     places = [network, folder / "vae"] if "vae" in index else [network]

@@ -12,7 +12,17 @@ from pfode.errors import FileError
 from pfode.fields import shown
 from pfode.files import parse_json, read_file
 
-__all__ = ["LEFT_OUT", "PIPELINES", "TEXT_PIPELINES", "parts", "read_json", "stem", "variants", "weight_files"]
+__all__ = [
+    "LEFT_OUT",
+    "PIPELINES",
+    "TEXT_PIPELINES",
+    "parts",
+    "prompted_pipeline",
+    "read_json",
+    "stem",
+    "variants",
+    "weight_files",
+]
 
 STEM = "diffusion_pytorch_model"
 MAX_JSON = 8 << 20  # bytes; an index of shards names every tensor
@@ -78,6 +88,13 @@ def parts(folder: Path) -> tuple[dict[str, Any], Path, Path | None]:
         f"{folder}: is a folder without model_index.json, config.json or model.safetensors",
         "give a folder that diffusers or pfode saved, or a .safetensors file",
     )
+
+
+def prompted_pipeline(folder: Path) -> str | None:
+    """The class of the pipeline under prompts that a folder holds; None where it holds another, or none."""
+    index = folder / "model_index.json"
+    name = read_json(index).get("_class_name") if os.path.exists(index) else None
+    return name if isinstance(name, str) and name in TEXT_PIPELINES else None
 
 
 def read_json(file: Path) -> dict[str, Any]:

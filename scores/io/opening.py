@@ -5,7 +5,6 @@ those classes fill gaps with random numbers, here a tensor that is missing or no
 """
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from pfode.fields import shown
 from pfode.header import read_header
 from pfode.optional import optional_module
 from pfode.scores.io.kinds import pipeline_of
-from pfode.scores.io.layout import LEFT_OUT, TEXT_PIPELINES, read_json, stem, variants
+from pfode.scores.io.layout import LEFT_OUT, TEXT_PIPELINES, prompted_pipeline, read_json, stem, variants
 from pfode.scores.io.pipelines import PipelineDenoiser, prompted
 from pfode.tensors import DTYPES
 
@@ -52,9 +51,7 @@ def takes_prompts(path: Path) -> str | None:
         FileError: a damaged file.
     """
     if path.is_dir():
-        index = path / "model_index.json"
-        name = read_json(index).get("_class_name") if os.path.exists(index) else None
-        return name if isinstance(name, str) and name in TEXT_PIPELINES else None
+        return prompted_pipeline(path)
     return pipeline_of(read_header(path)) if path.suffix == ".safetensors" else None
 
 

@@ -174,6 +174,22 @@ def test_fit_and_bench(cli, tmp_path, made):
     assert {cell["evals"] for cell in cells} == {6}
 
 
+def test_calibrate_and_info(cli, tmp_path, made):
+    words = ("--model", made("sd"), "--prompt", "a cat", "--guidance", 1, "--calibrate", "--steps", 2, "--n", 1)
+    first = cli("sample", *words, "--out", "a.png", "--json")
+    assert first.code == 0, first.err
+    assert (tmp_path / "pipe.calibrated-2-16x16.safetensors").is_file()
+    assert first.json["nfe"] == 2
+    again = cli("sample", *words, "--out", "b.png")
+    assert "nothing to calibrate" in again.err
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    found = cli("info", made("sd"), "--json").json
+    assert found["pipeline"] == "StableDiffusionPipeline"
+    assert found["process"]["name"] == "VPDiscrete"
+    assert "UNet2DConditionModel" in found["unet"]
+    assert cli("info", made("flux")).code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
