@@ -24,12 +24,13 @@ Exit codes:
 """
 SHARED, OTHERS = "Every command", "Other options"
 OF_ALL = ("config", "json", "quiet", "debug", "trust_python", "help", "_click_default_help")
+TO_IMAGE = ("prompt", "negative_prompt", "size", "true_cfg", "variant", "base", "tiling")
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {  # by command and heading, the options by their names in Python
     "sample": {
         "What is drawn": (
-            "model", "prompt", "negative_prompt", "size", "text", "n", "seed", "seeds", "label", "like", "init", "mask",
-            "strength",
+            "model", "text", "n", "seed", "seeds", "label", "like", "init", "mask", "strength",
         ),
+        "Text to image": TO_IMAGE,
         "Steps and samplers": (
             "steps", "nfe", "sampler", "fitted", "calibrate", "grid", "chart", "rtol", "atol", "eta", "set",
             "lower_order_final", "afs", "brownian",
@@ -57,8 +58,9 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {  # by command and heading, the
     },
     "fit": {
         "What is fitted": (
-            "model", "nfe", "start", "grid", "chart", "parameterisation", "time_only", "label", "guidance", "prompt",
+            "model", "nfe", "start", "grid", "chart", "parameterisation", "time_only", "label", "guidance",
         ),
+        "Text to image": TO_IMAGE,
         "How": ("loss", "iterations", "n", "active", "check", "teacher", "seed"),
         "Tuning by gradients": ("tune", "tune_steps", "tune_batch", "checkpoint"),
         "What is written": ("out", "overwrite"),
@@ -66,6 +68,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {  # by command and heading, the
     },
     "bench": {
         "What is measured": ("model", "sampler", "nfe", "n", "seed", "validation", "teacher", "truth", "features"),
+        "Text to image": (*TO_IMAGE, "guidance"),
         "What is written": ("out", "overwrite"),
         "Where it runs": ("device", "batch"),
     },
@@ -80,6 +83,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("pfode sample --steps 20 --open", "a sheet of every class, shown"),
         ("pfode sample --label 3 --model digits --n 16 --guidance 2 --out three.png", "one class, more of it"),
         ("pfode sample --nfe 8 --sampler 'DPM++ 2M Karras'", "another sampler, at most 8 network calls"),
+        ("pfode sample --model ./sdxl --prompt 'a red bicycle' --size 1024 --n 4", "text to image, by diffusers' models"),
         ("pfode sample --like sheet.png --seed 40", "the settings of a picture, other seeds"),
         ("pfode sample --model mynet:net --separate pictures --n 1000", "a network of your own, picture by picture"),
     ),

@@ -91,7 +91,7 @@ __all__ = ["command", "one_sheet"]
     type=click.IntRange(1),
     metavar="N",
     help="Number of pictures.  [default: 4 rows of 10, or of as many of every class; "
-    f"{defaults.SAMPLES} of large pictures]",
+    f"{defaults.SAMPLES} of large pictures, one of each --prompt]",
 )
 @click.option("--seed", type=click.IntRange(0), default=defaults.SEED, metavar="N", help="Seed of the first picture.")
 @click.option("--seeds", metavar="LIST", help="Seeds of the pictures, such as 0-63,80, instead of --seed and --n.")
