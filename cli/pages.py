@@ -83,7 +83,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("pfode sample --steps 20 --open", "a sheet of every class, shown"),
         ("pfode sample --label 3 --model digits --n 16 --guidance 2 --out three.png", "one class, more of it"),
         ("pfode sample --nfe 8 --sampler 'DPM++ 2M Karras'", "another sampler, at most 8 network calls"),
-        ("pfode sample --model ./sdxl --prompt 'a red bicycle' --size 1024 --n 4", "text to image, by diffusers' models"),
+        ("pfode sample --model ./sdxl --prompt 'a red bicycle' --size 1024", "text to image, by diffusers' models"),
         ("pfode sample --like sheet.png --seed 40", "the settings of a picture, other seeds"),
         ("pfode sample --model mynet:net --separate pictures --n 1000", "a network of your own, picture by picture"),
     ),
