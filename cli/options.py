@@ -36,6 +36,7 @@ __all__ = [
 COMMANDS = {
     "sample": "Draw pictures from a score network.",
     "train": "Train a score network.",
+    "reflow": "Straighten the paths of a flow.",
     "fit": "Fit plans of few calls to a model.",
     "convert": "Write a model of diffusers or EDM as one file.",
     "info": "Say what a model, a plan or a picture holds.",

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pfode import defaults
+from pfode.cli.objective import OBJECTIVES, find_objective, find_points, perceptron, usual
 from pfode.cli.options import Command, FileName, Finite
 from pfode.cli.settings import find_sampler, listed
 from pfode.cli.streams import Output, output, printable
 from pfode.cli.watch import Stop, duration, stoppable, watch
 from pfode.errors import UsageError
+from pfode.files import write_atomic
 
 if TYPE_CHECKING:
     import torch
 
+    from pfode.scores.networks.mlp import MLPConfig
     from pfode.scores.networks.unet import UNetConfig
     from pfode.scores.training.config import TrainConfig
     from pfode.scores.training.dataset import Data
@@ -31,11 +34,29 @@ PROCESSES = {
     "edm": "EDM", "vp": "VP", "flow": "Flow", "ve": "VE", "sub-vp": "SubVP", "vp-cosine": "VPCosine",
 }  # fmt: skip
 PREDICTIONS = ("edm", "x0", "eps", "v", "flow", "score")
-FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip"
+FORMS = "digits|emoji|DIR|FILE.npz|FILE.zip|moons|..."
 
 
 @click.command(cls=Command, name="train")
-@click.option("--data", type=FileName(), default="digits", metavar=FORMS, help="Pictures to train on.")
+@click.option(
+    "--data", type=FileName(), default="digits", metavar=FORMS, help="Pictures to train on, or a law of points."
+)
+@click.option("--objective", type=click.Choice(OBJECTIVES), default="denoising", help="What is minimised.")
+@click.option(
+    "--weighting", type=click.Choice(["network", "likelihood"]), help="Of the noise levels, for --objective denoising."
+)
+@click.option(
+    "--coupling",
+    type=click.Choice(["independent", "assignment", "entropic"]),
+    help="Of noise and data within a batch, for --objective flow.",
+)
+@click.option(
+    "--interpolant",
+    type=click.Choice(["linear", "trigonometric", "bridge"]),
+    help="Between noise and data, for --objective flow.",
+)
+@click.option("--from-data", metavar="LAW", help="Points at the other end of a flow, instead of noise.")
+@click.option("--energy", is_flag=True, help="Let the network of points be the gradient of a scalar.")
 @click.option(
     "--size",
     type=click.IntRange(4, 256),
@@ -150,6 +171,7 @@ def command(ctx: click.Context, **options: Any) -> None:
     stopped continues with --resume, bit for bit on a CPU. In several processes: `accelerate launch -m pfode.cli train`.
     """
     out = output(ctx)
+    usual(ctx, options)
     from pfode.samplers.settle import find_device
 
     device = find_device(options["device"])
@@ -160,11 +182,16 @@ def command(ctx: click.Context, **options: Any) -> None:
     from pfode.scores.training.data import load_data
     from pfode.scores.training.trainer import Trainer
 
-    if options["data"] != "digits" and not options["data"].endswith(".npz"):
+    points = find_points(options)
+    if points is None and options["data"] != "digits" and not options["data"].endswith(".npz"):
         network(options, options["size"] or 32, 3, 0)  # what does not fit is said before a thousand pictures are read
     if options["sheet_sampler"] != "auto":
         find_sampler(options["sheet_sampler"])
-    data, held = load_data(options["data"], size=options["size"], **emoji_files(options)).split(options["held_out"])
+    if points is not None:
+        data, held = points, None
+    else:
+        pictures = load_data(options["data"], size=options["size"], **emoji_files(options))
+        data, held = pictures.split(options["held_out"])
     for key in ("name", "source", "licence"):
         if options[key] is not None:
             data.card[key] = printable(options[key])
@@ -218,6 +245,8 @@ def interrupted(trainer: "Trainer", stop: Stop, out: Output) -> None:
 
 def finish(trainer: "Trainer", model: Path, width: float | None, loss: float | None, out: Output) -> None:
     """Write the model, say how well it answers, and what to do next."""
+    from pfode.scores.training.points import Points
+
     levels, held = trainer.levels(), trainer.held_out_loss()
     about = card(trainer.data, loss) | {"loss_by_level": levels}
     done: dict[str, Any] = {"steps": trainer.step, "loss": loss}
@@ -228,10 +257,32 @@ def finish(trainer: "Trainer", model: Path, width: float | None, loss: float | N
     path = trainer.export(model, about, width)
     shown = levels[:: max(1, len(levels) // 8)]
     out.note("loss by noise level, from sigma: " + ", ".join(f"{row['from']:.2g}: {row['loss']:.2g}" for row in shown))
-    next_ = shlex.join(["pfode", "sample", "--model", str(path if model.suffix != ".safetensors" else model)])
+    name = str(path if model.suffix != ".safetensors" else model)
+    next_ = shlex.join(["pfode", "sample", "--model", name])
+    if isinstance(trainer.data, Points):
+        done |= drawn(trainer, width, out)
+        next_ = f"python -c \"import pfode; print(pfode.sample(pfode.load('{name}'), n=8).x)\""
     out.note(f"{duration(trainer.seconds)} of training; next: {next_}")
     done |= {"seconds": round(trainer.seconds, 1), "run": str(trainer.folder), "loss_by_level": levels, "next": next_}
     out.emit({"out": str(path), **done}, str(path))
+
+
+def drawn(trainer: "Trainer", width: float | None, out: Output) -> dict[str, Any]:
+    """Draw a model of points beside its data, and say how likely fresh points are to it."""
+    from pfode.cli import plane
+    from pfode.scores.training.points import Points
+
+    assert trainer.folder is not None
+    den, data, found = trainer.denoiser(width).to("cpu"), trainer.data, {}
+    assert isinstance(data, Points)
+    measured = plane.describe(den, data)
+    if measured is not None:
+        found, line = measured
+        out.note(line)
+    picture = trainer.folder / "points.png"
+    write_atomic(picture, plane.draw(den, data))
+    out.note(f"data, samples, density and paths: {picture}")
+    return {**found, "picture": str(picture)}
 
 
 def emoji_files(options: dict[str, Any]) -> dict[str, Path]:
@@ -255,13 +306,14 @@ def introduce(trainer: "Trainer", options: dict[str, Any], out: Output) -> None:
     if options["resume"] and not trainer.step:
         begin = ", no checkpoint there: from the start"
     count = sum(p.numel() for p in trainer.net.parameters())
+    kind = f"{len(data)} pictures" if hasattr(data, "images") else f"points of {data.card.get('name')}"
     out.note(
-        f"{len(data)} pictures of {data.shape}, {count:,} parameters, "
+        f"{kind} of {data.shape}, {count:,} parameters, "
         f"{trainer.config.prediction} on {options['process']}, {trainer.folder}{begin}"
     )
 
 
-def configured(options: dict[str, Any], data: "Data", device: "torch.device") -> "TrainConfig":
+def configured(options: dict[str, Any], data: "Data | Points", device: "torch.device") -> "TrainConfig":
     """The options as a `TrainConfig`.
 
     Raises:
@@ -270,19 +322,19 @@ def configured(options: dict[str, Any], data: "Data", device: "torch.device") ->
     from pfode import process
     from pfode.scores.training.config import TrainConfig
     from pfode.scores.training.measure import measure
+    from pfode.scores.training.points import Points
     from pfode.scores.training.trainer import fast_bfloat16
 
-    channels, size, _ = data.shape
     found = measure(data)
     own = options["level_mean"] is not None or options["level_std"] is not None
     how = PROCESSES[options["process"]]
     flips = {None: tuple(data.card.get("flip", ())), True: ("*",), False: ()}
     return TrainConfig(
-        network=network(options, size, channels, len(data.names), 0 if data.styles is None else data.styles.shape[1]),
+        network=network_of(options, data),
         process=process.PROCESSES[how]().config(),
         prediction=options["prediction"] or "",
         sigma_data=found.sigma_data if options["sigma_data"] is None else options["sigma_data"],
-        levels="lognormal" if own else "",
+        levels="lognormal" if own else "uniform" if options["objective"] in ("flow", "likelihood") else "",
         level_mean=found.level_mean if options["level_mean"] is None else options["level_mean"],
         level_std=found.level_std if options["level_std"] is None else options["level_std"],
         balance=options["balance"],
@@ -298,8 +350,20 @@ def configured(options: dict[str, Any], data: "Data", device: "torch.device") ->
         flip=flips[options["flip"]],
         clip=options["clip"],
         seed=options["seed"],
-        amp=fast_bfloat16(device) if options["amp"] is None else options["amp"],
+        amp=fast_bfloat16(device) and not isinstance(data, Points) if options["amp"] is None else options["amp"],
+        objective=find_objective(options),
     )
+
+
+def network_of(options: dict[str, Any], data: "Data | Points") -> "UNetConfig | MLPConfig":
+    """The network of the options, for these data."""
+    from pfode.scores.training.points import Points
+
+    if isinstance(data, Points):
+        return perceptron(options, data, None if options["widths"] is None else numbers("--widths", options["widths"]))
+    channels, size, _ = data.shape
+    styles = 0 if data.styles is None else data.styles.shape[1]
+    return network(options, size, channels, len(data.names), styles)
 
 
 def network(options: dict[str, Any], size: int, channels: int, classes: int, styles: int = 0) -> "UNetConfig":

@@ -123,10 +123,14 @@ def draw(trainer: "Trainer", step: int, sampler: str, guidance: float | None) ->
     """A sheet of samples from the average so far: every class in turn, the same seeds each time."""
     from PIL import Image
 
-    from pfode.cli import images
+    from pfode.cli import images, plane
+    from pfode.scores.training.points import Points
 
     assert trainer.folder is not None
     den: Any = trainer.denoiser()
+    if isinstance(trainer.data, Points):
+        write_atomic(trainer.folder / f"points-{step:06d}.png", plane.draw(den, trainer.data))
+        return
     classes = len(trainer.data.names)
     rows = 4 if classes <= 20 else 1
     n = rows * min(classes, MANY) if classes > 1 else SHEET

@@ -4,6 +4,8 @@ Every random number is a function of (seed, position), where position counts the
 data, noise levels, noise, hidden classes, mirror images, and the points of a source that is not noise.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ class Batch:
         self.mirrored = torch.tensor(mirrored)
         self.spread = 0 if data.styles is None else data.styles.std(dim=0, correction=0)
         self.order = (-1, np.empty(0, dtype=np.int64))
-        self.coupled: tuple[int, Tensor] = (-1, torch.empty(0, device="cpu"))  # the noise of a step in its new order
+        self.coupled: tuple[int, Any] = (-1, None)  # the whole example of a step, where its parts are asked for
 
     def draw(self, step: int, indices: range) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Pictures of the batch of a step.
@@ -53,53 +55,57 @@ class Batch:
             where len(names) hides a class; None for data without classes.
         """
         config, data = self.config, self.data
-        chosen, clock, dropped, mirror, noise = [], [], [], [], []
-        for i in indices:
-            position = step * config.batch + i
-            generator = np.random.Generator(np.random.Philox(key=config.seed, counter=[0, 0, 0, position]))
-            u = generator.random(3)
-            chosen.append(self._chosen(position))
-            clock.append((i + u[0]) / config.batch)  # stratified over the batch
-            dropped.append(u[1] < config.drop)
-            mirror.append(u[2] < 0.5)
-            noise.append(generator.standard_normal(data.shape))
+        u, noise = self._numbers(step, indices)
+        chosen = [self._chosen(step * config.batch + i) for i in indices]
         x0 = data.take(chosen)
         labels = None if data.labels is None else data.labels[torch.tensor(chosen)]
-        mirrored = self.mirrored[0 if labels is None else labels] & torch.tensor(mirror)
+        mirrored = self.mirrored[0 if labels is None else labels] & (u[:, 2] < 0.5)
         if mirrored.any():
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
         if labels is not None:
-            labels = torch.where(torch.tensor(dropped), len(data.names), labels)
-        self.quantiles = torch.tensor(clock, dtype=torch.float64)
+            labels = torch.where(u[:, 1] < config.drop, len(data.names), labels)
+        self.quantiles = (torch.tensor(list(indices), dtype=torch.float64) + u[:, 0]) / config.batch  # stratified
         return x0, self._source(step, indices, chosen, noise), self.times(self.quantiles), labels
 
     def example(self, step: int, indices: range) -> Example:
         """The same with the points of the source coupled with the data, as the objective wants them."""
-        config = self.config
+        config, joint = self.config, self.config.objective.coupling.joint
+        every = range(config.batch)
+        if joint and len(indices) < config.batch:  # a part of a batch whose points belong together
+            if self.coupled[0] != step:
+                self.coupled = (step, self.example(step, every))
+            return self.coupled[1].part(list(indices))
         x0, noise, t, labels = self.draw(step, indices)
         quantiles = self.quantiles
-        if config.objective.coupling.joint:
-            noise = self._coupled(step)[list(indices)]
+        if joint:
+            noise = noise[config.objective.coupling.order(x0, noise, labels, (config.seed + (step << 32)) % 2**64)]
         seeds = [(config.seed * 0x9E3779B97F4A7C15 + step * config.batch + i) % 2**64 for i in indices]
         return Example(x0, noise, t, labels, seeds, self._slopes(quantiles), self.styles(step, indices))
 
-    def _coupled(self, step: int) -> Tensor:
-        """The source's points of a whole step in the order of the data: the same in every process and part."""
-        if self.coupled[0] != step:
-            config = self.config
-            x0, noise, _, labels = self.draw(step, range(config.batch))
-            seed = (config.seed + (step << 32)) % 2**64
-            self.coupled = (step, noise[config.objective.coupling.order(x0, noise, labels, seed)])
-        return self.coupled[1]
+    def _numbers(self, step: int, indices: range) -> tuple[Tensor, np.ndarray]:
+        """Uniform numbers, (n, 3), and noise: of pictures by a generator for each, of points by one for each step."""
+        config, shape = self.config, self.data.shape
+        if isinstance(self.data, Points):
+            generator = np.random.Generator(np.random.Philox(key=config.seed, counter=[0, 0, 4, step]))
+            every = generator.random((config.batch, 3)), generator.standard_normal((config.batch, *shape))
+            chosen = list(indices)
+            return torch.from_numpy(every[0][chosen]), every[1][chosen]
+        uniforms, noise = [], []
+        for i in indices:
+            counter = [0, 0, 0, step * config.batch + i]
+            generator = np.random.Generator(np.random.Philox(key=config.seed, counter=counter))
+            uniforms.append(generator.random(3))
+            noise.append(generator.standard_normal(shape))
+        return torch.from_numpy(np.stack(uniforms)), np.stack(noise)
 
-    def _source(self, step: int, indices: range, chosen: list[int], noise: list[np.ndarray]) -> Tensor:
+    def _source(self, step: int, indices: range, chosen: list[int], noise: np.ndarray) -> Tensor:
         """What t = 1 holds for these positions: noise, points of another set, or the ones that go with the data."""
         data = self.data
         if isinstance(data, Points) and data.pairs is not None:
             return data.pairs[chosen].double()
         source = data.source if isinstance(data, Points) else None
         if source is None:
-            return torch.from_numpy(np.stack(noise))
+            return torch.from_numpy(noise)
         positions = [step * self.config.batch + i for i in indices]
         if source.law is not None:
             return source.take([SOURCE + position for position in positions])

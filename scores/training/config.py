@@ -11,7 +11,7 @@ from pfode.process import EDM, VE, Flow, Process, from_config
 from pfode.scores.networks.mlp import MLPConfig
 from pfode.scores.networks.unet import UNetConfig
 from pfode.scores.training.levels import LEVELS, usual_levels
-from pfode.scores.training.objectives import Denoising, Implicit, Objective, objective
+from pfode.scores.training.objectives import Denoising, Objective, objective
 
 __all__ = ["TrainConfig", "usual_network"]
 
@@ -129,7 +129,7 @@ class TrainConfig:
         for name in ("amp", "balance"):
             _require(name, isinstance(getattr(self, name), bool), getattr(self, name), "True or False")
         _require("objective", isinstance(self.objective, Objective), self.objective, "a value such as Denoising()")
-        signed = self.balance and isinstance(self.objective, Implicit)
+        signed = self.balance and self.objective.signed
         _require("balance", not signed, True, "False (--no-balance) where losses may be negative")
 
     def to_json(self) -> dict[str, Any]:

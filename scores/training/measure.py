@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from pfode.scores.training.dataset import Data
+from pfode.scores.training.points import Points
 
 __all__ = ["Measured", "measure"]
 
@@ -27,7 +28,7 @@ class Measured(NamedTuple):
     level_std: float
 
 
-def measure(data: Data) -> Measured:
+def measure(data: Data | Points) -> Measured:
     """The standard deviation of data, and the noise levels at which their contents are decided.
 
     A principal component of standard deviation s is decided where the noise is about s: the best linear denoiser
@@ -36,7 +37,7 @@ def measure(data: Data) -> Measured:
     components that nobody sees. Measured on at most 2048 pictures.
     """
     step = max(1, len(data) // SAMPLE)
-    rows = data.images[::step][:SAMPLE].flatten(1).to(torch.float64) / 127.5 - 1
+    rows = data.take(list(range(0, len(data), step))[:SAMPLE]).flatten(1)
     sigma_data = float(rows.std(correction=0))
     if sigma_data < 1e-3:  # one plain colour: nothing to be decided
         return Measured(0.5, -1.2, 1.2)

@@ -17,14 +17,15 @@ ENDLESS = 2**40  # points of a law: more than any run sees
 
 @dataclass(frozen=True)
 class Points:
-    """Vectors of d numbers, each seen as it is.
+    """Vectors of d numbers, or other tensors of floats, each seen as it is.
 
     Args:
-        values: (n, d), float; None where `law` makes them.
+        values: (n, d) or (n, ...), float; None where `law` makes them.
         law: whose sample i is point i.
-        pairs: (n, d), where every point of `values` has a given point of the source: pairs of a reflow.
+        pairs: of that shape, where every point of `values` has a given point of the source: pairs of a reflow.
         source: points at the other end of a flow, instead of noise.
         card: where they come from: JSON.
+        labels: int64 (n,), or None; names: of the classes.
 
     Raises:
         UsageError: neither values nor a law, or values of another shape or that are not finite.
@@ -35,7 +36,7 @@ class Points:
     pairs: Tensor | None = None
     source: "Points | None" = None
     card: dict[str, Any] = field(default_factory=dict)
-    labels: None = None
+    labels: Tensor | None = None
     styles: None = None
     names: tuple[str, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
@@ -46,12 +47,17 @@ class Points:
         for name, value in (("values", self.values), ("pairs", self.pairs)):
             if value is None:
                 continue
-            if value.ndim != 2 or 0 in value.shape or not value.is_floating_point():
-                raise UsageError(f"points: {name}: need floats (n, d), got {value.dtype} of shape {tuple(value.shape)}")
+            if value.ndim < 2 or 0 in value.shape or not value.is_floating_point():
+                got = f"{value.dtype} of shape {tuple(value.shape)}"
+                raise UsageError(f"points: {name}: need floats (n, d) or (n, ...), got {got}")
             if not value.isfinite().all():
                 raise UsageError(f"points: {name}: not finite", "leave those points out")
         if self.pairs is not None and (self.values is None or self.pairs.shape != self.values.shape):
             raise UsageError("points: pairs: need one for each of the values, of their shape")
+        if (self.labels is None) != (not self.names) or (
+            self.labels is not None and (self.values is None or self.labels.shape != self.values.shape[:1])
+        ):
+            raise UsageError("points: labels: need one for each of the values, and names of the classes with them")
         if self.source is not None and (self.pairs is not None or self.source.shape != self.shape):
             raise UsageError(f"points: source: need points of shape {self.shape}, and no pairs", "source=None")
 

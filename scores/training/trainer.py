@@ -142,6 +142,19 @@ class Trainer:
         """Whether this process writes the files."""
         return self.accelerator.is_main_process
 
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin from the weights of a network of this kind, in the averages too, instead of random ones.
+
+        Raises:
+            UsageError: weights of another network.
+        """
+        try:
+            self.net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UsageError(f"begin: weights of another network: {str(error)[:200]}") from error
+        named = dict(self.net.named_parameters())
+        self.ema = {width: {name: p.detach().clone() for name, p in named.items()} for width in self.ema}
+
     def run(self, budget: float | None = None) -> Iterator[Record]:
         """Train to the end, one record per optimiser step; checkpoints are written before the record is handed out.
 
