@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "": ["brownian", "cde", "errors", "flow", "grids", "noise", "ode", "samplers", "scores"],
+        "": ["brownian", "cde", "errors", "flow", "grids", "noise", "ode", "samplers", "scores", "sde"],
         "errors": ["PfodeError"],
         "flow.likelihood": ["log_likelihood"],
         "process": ["EDM", "VE", "VP", "Flow", "Process", "SubVP", "VPCosine", "VPDiscrete"],
@@ -18,6 +18,7 @@ __getattr__, __dir__ = lazy(
         "plans.executor": ["iterate", "run"],
         "plans.table": ["Plan"],
         "samplers": ["PFODEScheduler", "calibrate", "decode", "encode", "fit_plan", "make_plan", "sample"],
+        "sde": ["sdesolve"],
         "scores": ["Denoiser", "from_pipeline", "load"],
     },
 )
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode import ode as ode
     from pfode import samplers as samplers
     from pfode import scores as scores
+    from pfode import sde as sde
     from pfode.cde import cdesolve as cdesolve
     from pfode.errors import PfodeError as PfodeError
     from pfode.flow.likelihood import log_likelihood as log_likelihood
@@ -57,3 +59,4 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode.scores import Denoiser as Denoiser
     from pfode.scores import from_pipeline as from_pipeline
     from pfode.scores import load as load
+    from pfode.sde import sdesolve as sdesolve

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pfode import noise
-from pfode.errors import UsageError, integer, number
+from pfode.errors import UsageError, integer, number, unknown
 
 __all__ = ["Brownian"]
 
@@ -126,6 +126,37 @@ class Brownian:
         root = math.sqrt(self.unit) if self.t1 > self.t0 else -math.sqrt(self.unit)
         w = self._tensor(w, root)
         return (w, self._tensor(h, root)) if h is not None else w
+
+    def levy_area(self, ta: float | Tensor, tb: float | Tensor, how: str = "foster") -> Tensor:
+        """An approximation of the Levy areas of an interval, antisymmetric, of shape (*shape, channels).
+
+        Given W and H it is A = H W^T - W H^T + noise, whose scale is h / sqrt(12) ("davie", Davie 2014), or sqrt(h/10
+        (h/10 + H_i^2 + H_j^2)), for the variance that A has given H ("foster", Foster, Lyons & Oberhauser 2020). The
+        noise is keyed by the interval: areas of the parts of an interval do not add up to its own.
+
+        Args:
+            ta, tb: its ends, as for `increment`; how: "davie" or "foster".
+
+        Raises:
+            UsageError: a path without areas, or an unknown way.
+        """
+        if not self.area or not self.shape:
+            raise UsageError("brownian: Levy areas need area=True and channels", "Brownian(..., area=True)")
+        if how not in ("davie", "foster"):
+            raise unknown("way to approximate Levy areas", how, ("davie", "foster"))
+        w, h = (x.double() for x in self.increment(ta, tb))
+        m, a, b = self.shape[-1], self._nodes(ta), self._nodes(tb)
+        words = (np.minimum(a, b) * (2 * _FINEST) + np.maximum(a, b)).tolist()
+        drawn = noise.rows(self.seeds, words, (math.prod(self.sample) * m,), noise.LEVY)
+        free = torch.from_numpy(drawn).to(self.device).reshape(*self.shape, m)
+        size = torch.from_numpy(abs(b - a) / _FINEST * self.unit).to(self.device)
+        size = size[0] if self.single_sample else size.reshape(-1, *[1] * len(self.shape))
+        scale = size / math.sqrt(12)
+        if how == "foster":
+            squares = h.square()
+            scale = (size / 10 * (size / 10 + squares[..., :, None] + squares[..., None, :])).sqrt()
+        made = h[..., :, None] * w[..., None, :] - w[..., :, None] * h[..., None, :] + scale * free.triu(1)
+        return torch.sub(made.triu(1), made.triu(1).mT).to(self.dtype)
 
     def _tensor(self, values: Floats, factor: float) -> Tensor:
         if factor != 1:

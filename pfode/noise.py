@@ -22,6 +22,7 @@ from pfode.errors import UsageError, integer, number, shortened
 __all__ = [
     "AREA",
     "INITIAL",
+    "LEVY",
     "PATH",
     "brownian",
     "check_seeds",
@@ -32,7 +33,7 @@ __all__ = [
 
 INITIAL = 0  # draw number of the initial noise; row k of a plan draws number k + 1
 DEPTH = 20  # a Brownian path is known at the multiples of 2^-DEPTH
-_FRESH, _TREE, _LEAF, _SIGNS, PATH, AREA = range(6)  # the last counter word: draws of different kinds never meet
+_FRESH, _TREE, _LEAF, _SIGNS, PATH, AREA, LEVY = range(7)  # the last counter word: draws of different kinds never meet
 
 
 def normal(

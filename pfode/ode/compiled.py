@@ -25,8 +25,8 @@ from pfode._torch import cpp_compiler, dynamo_error, while_loop
 from pfode.errors import MissingError, UsageError
 from pfode.ode.autocast import Casting
 from pfode.ode.batching import PerSample
-from pfode.ode.control import PID
-from pfode.ode.loop import FLOOR, STRETCH
+from pfode.ode.control import PID, STRETCH
+from pfode.ode.loop import FLOOR
 from pfode.ode.methods.explicit import RungeKutta
 from pfode.ode.records import Position
 from pfode.ode.solver import RMS, OfTableau, Solver, Step, Time, clock
@@ -268,7 +268,7 @@ def _step(attempt: Callable[..., _Attempt]) -> Kernel:
     return step
 
 
-def _ahead(attempt: Callable[..., _Attempt], control: PID, order: int) -> Kernel:
+def _ahead(attempt: Callable[..., _Attempt], control: PID, order: float) -> Kernel:
     """The loop over attempts (see `advance`, whose lines these are for tensors)."""
     loop = while_loop()
     batching = PerSample()

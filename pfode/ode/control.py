@@ -15,8 +15,9 @@ from typing import Any
 
 from pfode.errors import UsageError, number
 
-__all__ = ["CONTROLLERS", "PI", "PID", "I"]
+__all__ = ["CONTROLLERS", "PI", "PID", "STRETCH", "I"]
 
+STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
 _TINY = 1e-10  # errors below count as this
 
 
@@ -56,7 +57,16 @@ class PID:
         if not self.max_step > 0 or self.max_step < self.min_step:
             raise UsageError(f"max_step: need at least min_step = {self.min_step:g} and more than 0: {self.max_step}")
 
-    def factor(self, batching: Any, error: Any, accepted: Any, memory: tuple[Any, Any, Any], order: int) -> Any:
+    @property
+    def stretch(self) -> float:
+        """How much longer than wanted a step may be that ends at a stop."""
+        return STRETCH
+
+    def fit(self, batching: Any, t: Any, h: Any) -> Any:
+        """The size of the step to take from t where one of size h is wanted: no larger."""
+        return h
+
+    def factor(self, batching: Any, error: Any, accepted: Any, memory: tuple[Any, Any, Any], order: float) -> Any:
         """The factor of the step size and the memory after the step.
 
         Args:

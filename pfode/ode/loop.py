@@ -22,7 +22,6 @@ from pfode.ode.state import Field
 
 __all__ = ["LoopState", "advance"]
 
-STRETCH = 1.01  # a step that ends this near to a stop goes to the stop
 _TRIES = 12  # attempts in a row that are not finite or not solved before a sample is given up
 FLOOR = {real: 16 * torch.finfo(real).eps for real in (torch.float32, torch.float64)}  # least step by the time's size
 _LEAST = 1e-300  # of a first step's size
@@ -183,10 +182,11 @@ class LoopState:
 
     def propose(self) -> _Proposal:
         """The step to try next: of the size wanted, or to the stop ahead where that is as near."""
-        schedule, where, t, h, sign = self.schedule, self.batching.where, self.t, self.h, self.schedule.sign
+        schedule, where, t, sign = self.schedule, self.batching.where, self.t, self.schedule.sign
+        h, stretch = self.control.fit(self.batching, t, self.h), self.control.stretch
         stop = self.batching.pick(schedule.stops, self.at)
         left = (stop - t) * sign
-        last = where(left <= self.control.max_step, h * STRETCH, h) >= left
+        last = where(left <= self.control.max_step, h * stretch, h) >= left
         size = where(last, left, h)
         t1 = where(self.running, where(last, stop, t + h * sign), t)
         reached = where(last & self.running, self.at, self.nowhere)
@@ -343,7 +343,8 @@ def _fixed_outcome(field: Field, status: Any, t: float, y: Tensor, solved: Tenso
     flags = finite.tolist()
     unsolved, broken = _NEWTON_FAILED, _NON_FINITE
     if not field.layout.per_sample:
-        fine, ok = (flags, True) if solved is None else flags
+        rows: Any = flags if solved is not None else [flags, True]
+        fine, ok = (all(row) if isinstance(row, list) else row for row in rows)  # of samples, or of the state
         return (status if fine and ok else broken if ok else unsolved), t
     pairs = [(f, True) for f in flags] if solved is None else zip(*flags, strict=True)
     each = [status if fine and ok else broken if ok else unsolved for fine, ok in pairs]

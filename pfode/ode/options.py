@@ -23,7 +23,16 @@ from pfode.ode.registry import solver_named
 from pfode.ode.solver import RMS, Solver, clock
 from pfode.ode.state import Field, Layout, Tree, leaves
 
-__all__ = ["MAX_STEPS", "Options", "prepare"]
+__all__ = [
+    "MAX_STEPS",
+    "Options",
+    "most_steps",
+    "output_times",
+    "prepare",
+    "step_nodes",
+    "step_stops",
+    "tolerances",
+]
 
 MAX_STEPS = 10_000  # seconds for small states; steps that cannot be this many are too small or the method is wrong
 _FIXED_STEPS = 100_000
@@ -56,15 +65,15 @@ def prepare(f: Callable[..., Tree], y0: Tree, ts: Any, args: tuple[Any, ...], op
     checks.field(f, args)
     if options.batch not in ("joint", "per-sample"):
         raise unknown("batch", options.batch, ("joint", "per-sample"))
-    max_steps = integer("max_steps", options.max_steps, 1)
+    integer("max_steps", options.max_steps, 1)
     solver = solver_named(options.method)
     layout = Layout(y0, options.batch == "per-sample")
     y = layout.flat(y0).clone()  # y0's own memory is neither given to the field nor to the solution
-    times, floats = _times(ts, layout)
+    times, floats = output_times(ts, layout)
     fixed = options.step_size is not None or options.grid is not None or not solver.error_order
     batching: Batching = PerSample() if layout.per_sample and not fixed else Joint()
-    most = _FIXED_STEPS if fixed and max_steps == MAX_STEPS else max_steps
-    rtol, atol = _tolerances(options, layout, fixed)
+    most = most_steps(options, fixed)
+    rtol, atol = tolerances(options, layout, fixed)
     if floats is None:
         if not batching.per_sample:
             raise UsageError("ts of shape (batch, times) needs adaptive steps", "leave step_size and grid out")
@@ -74,7 +83,7 @@ def prepare(f: Callable[..., Tree], y0: Tree, ts: Any, args: tuple[Any, ...], op
         stops, jumps = _stops_of_rows(times.detach(), sign, options)
     else:
         start, sign = floats[0], 1.0 if floats[-1] >= floats[0] else -1.0
-        stops, jumps = _stops(floats, sign, _nodes(floats, sign, solver, fixed, options, most), options)
+        stops, jumps = step_stops(floats, sign, step_nodes(floats, sign, solver, fixed, options, most), options)
         if batching.per_sample:
             start = torch.full((layout.batch,), start, dtype=times.dtype, device=times.device)
             stops = torch.tensor(stops, dtype=times.dtype, device=times.device)
@@ -87,7 +96,12 @@ def prepare(f: Callable[..., Tree], y0: Tree, ts: Any, args: tuple[Any, ...], op
     return Problem(field, solver, controller, schedule, batching, y, times)
 
 
-def _times(ts: Any, layout: Layout) -> tuple[Tensor, list[float] | None]:
+def most_steps(options: Options, fixed: bool) -> int:
+    """The attempts allowed: more where fixed steps were counted beforehand, unless the caller said how many."""
+    return _FIXED_STEPS if fixed and options.max_steps == MAX_STEPS else options.max_steps
+
+
+def output_times(ts: Any, layout: Layout) -> tuple[Tensor, list[float] | None]:
     """ts on the state's device in the clock's dtype, (times,) or (times, batch), checked; if (times,) as floats too."""
     times = checks.reals("ts", ts, "[0.0, 1.0]")
     times = times if times.is_floating_point() else times.to(torch.float64)
@@ -111,7 +125,7 @@ def _times(ts: Any, layout: Layout) -> tuple[Tensor, list[float] | None]:
     return times, floats
 
 
-def _nodes(
+def step_nodes(
     floats: list[float], sign: float, solver: Solver, fixed: bool, options: Options, max_steps: int
 ) -> list[float]:
     """The times after the start that fixed steps go to; of adaptive steps, and SciPy's solvers, the end alone."""
@@ -142,10 +156,14 @@ def _nodes(
     return [last]
 
 
-def _stops(
-    floats: list[float], sign: float, nodes: list[float], options: Options
+def step_stops(
+    floats: list[float], sign: float, nodes: list[float], options: Options, near: float = 1e-9
 ) -> tuple[list[float], tuple[bool, ...]]:
-    """Times that steps must end at, nodes, step_t and jump_t in order, and whether the field jumps there."""
+    """Times that steps must end at, nodes, step_t and jump_t in order, and whether the field jumps there.
+
+    Args:
+        near: share of step_size within which a multiple of it is one of the others but for rounding.
+    """
     first, last = floats[0], floats[-1]
     wanted: dict[float, bool] = {}
     for name, given in (("step_t", options.step_t), ("jump_t", options.jump_t)):
@@ -154,8 +172,8 @@ def _stops(
                 wanted[t] = wanted.get(t, False) or name == "jump_t"
     if not wanted:
         return nodes, (False,) * len(nodes)
-    if options.step_size is not None:  # a multiple of it that is one of these but for rounding
-        near = 1e-9 * number("step_size", options.step_size, 0.0)
+    if options.step_size is not None:
+        near = near * number("step_size", options.step_size, 0.0)
         nodes = [t for t in nodes if t == last or not any(0 < abs(t - other) < near for other in wanted)]
     marks = {**dict.fromkeys(nodes, False), **wanted}
     ordered = sorted(marks, key=lambda t: t * sign)
@@ -190,7 +208,7 @@ def _begins_at_jump(options: Options, start: Any) -> Any:
     return found if bool(found.any()) else False
 
 
-def _tolerances(options: Options, layout: Layout, fixed: bool) -> tuple[Any, Any]:
+def tolerances(options: Options, layout: Layout, fixed: bool) -> tuple[Any, Any]:
     """rtol and atol, each a number or a flat tensor; an atol of 0 becomes the least positive number.
 
     Raises:

@@ -27,9 +27,9 @@ from pfode.ode.records import Counts, End, Reply, Status
 from pfode.ode.registry import adjoint_named, solver_named
 from pfode.ode.solution import Point, Solution, finish
 from pfode.ode.solver import Solver
-from pfode.ode.state import Field, Tree
+from pfode.ode.state import Tree
 
-__all__ = ["solve", "steps"]
+__all__ = ["carry_out", "solve", "steps"]
 
 
 def solve(
@@ -92,7 +92,7 @@ def solve(
     checks.refuse(unknown_options, solve.__kwdefaults__ or ())
     options = Options(method, rtol, atol, batch, controller, step_size, grid, step_t, jump_t, norm, max_steps)
     how, args = adjoint_named(adjoint), args if isinstance(args, tuple) else (args,)
-    recording, inside = torch.is_grad_enabled(), transformed()
+    inside = transformed()
     if compile and inside:
         raise UsageError("compile=True: not inside torch.func transforms", "compile=False")
     if compile and not isinstance(method, Compiled):
@@ -100,10 +100,33 @@ def solve(
     setup = prepare(f, y0, ts, args, options)
     if inside:
         _refuse_inside(inside, setup)
+    return carry_out(setup, f, how, params, ts, events, throw)
+
+
+def carry_out(
+    setup: Problem,
+    f: Any,
+    how: Adjoint | Direct,
+    params: Iterable[Tensor] | None,
+    ts: Any,
+    events: Events | None = None,
+    throw: bool = True,
+) -> Solution:
+    """Solve a problem that was checked, with gradients.
+
+    Args:
+        f: what the caller gave: where parameters are looked for.
+        how, params, events, throw: as for `solve`; ts: as the caller gave them.
+
+    Raises:
+        UsageError, NumericalError: as `solve`.
+    """
+    recording, inside = torch.is_grad_enabled(), transformed()
     device = setup.field.layout.device
     cast = casting(device)
-    setup.field.f = setup.field.f if cast is None else cast(setup.field.f)
-    found = sources(f, args, params) if recording and not inside else Sources([], [], 0, False)
+    if cast is not None:
+        setup.field.map(cast)
+    found = sources(f, setup.field.args, params) if recording and not inside else Sources([], [], 0, False)
     with autocast_off(device):
         if not (inside or events is not None or not recording or isinstance(how, Direct)):
             return _with_tape(setup, how, found, ts, throw)
@@ -129,7 +152,7 @@ def _with_tape(setup: Problem, how: Adjoint, found: Sources, ts: Any, throw: boo
         bare = _bare(setup, found.places, how.pure)
         tape, known = how.tape(bare), any(t.requires_grad for t in (setup.y, *found.tensors))
         tape.recording = tape.recording and known and not setup.ts.requires_grad
-        first = FirstCall(setup.field.f, found.searched and not tape.recording)
+        first = FirstCall(setup.field.f, found.searched and not tape.recording, setup.field.others)
         bare.field.witness = first
         tape.witness = None if known or setup.ts.requires_grad else first
         out, end = _run(bare, None, tape)
@@ -154,7 +177,7 @@ def _refuse_inside(inside: str, setup: Problem) -> None:
 
 def _bare(setup: Problem, places: Sequence[int], pure: bool) -> Problem:
     """The same problem, its state and the tensors at `places` in args as leaves of its own, times without gradients."""
-    field = Field(setup.field.f, setup.field.layout, detached(setup.field.args, places), setup.schedule.context(pure))
+    field = setup.field.renewed(detached(setup.field.args, places), setup.schedule.context(pure))
     schedule = dataclasses.replace(setup.schedule, lift=None)
     y = setup.y.detach().requires_grad_(setup.y.requires_grad)
     return setup._replace(field=field, schedule=schedule, y=y, ts=setup.ts.detach())
@@ -203,7 +226,8 @@ def steps(
     setup = prepare(f, y0, ts, args if isinstance(args, tuple) else (args,), every)
     device = setup.field.layout.device
     cast = casting(device)
-    setup.field.f = setup.field.f if cast is None else cast(setup.field.f)
+    if cast is not None:
+        setup.field.map(cast)
     attempts = advance(*setup[:4], setup.y, setup.batching)
     tree = setup.field.layout.tree
     while True:

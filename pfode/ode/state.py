@@ -94,13 +94,14 @@ class Layout:
 
     Args:
         y0: the initial state, a tree of floating-point or complex tensors on one device.
-        per_sample: keep the leaves' first dimension, the batch.
+        per_sample: keep the leaves' first dimension, the batch, and let every sample have its own times.
+        samples: keep it, where one time serves all samples.
 
     Raises:
         UsageError: no tensors, tensors of whole numbers, several devices, or no common batch.
     """
 
-    def __init__(self, y0: Tree, per_sample: bool = False):
+    def __init__(self, y0: Tree, per_sample: bool = False, samples: bool = False):
         try:
             parts = list(leaves(y0))
         except RecursionError as error:
@@ -119,20 +120,19 @@ class Layout:
             raise UsageError(f"y0: an empty state cannot be integrated, got {y0!r:.40}", "y0=torch.tensor([1.0])")
         if len({part.device for part in parts}) > 1:
             raise UsageError(f"y0: its tensors lie on several devices: {sorted({str(p.device) for p in parts})}")
-        batches = {part.shape[:1] for part in parts}
-        if per_sample and (len(batches) > 1 or () in batches):
+        batches, rows = {part.shape[:1] for part in parts}, per_sample or samples
+        if rows and (len(batches) > 1 or () in batches):
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-            raise UsageError(
-                f'batch="per-sample": every tensor of y0 needs the batch first, got {shapes}', 'batch="joint"'
-            )
+            hint = "y0 of shape (samples, ...)" if samples else 'batch="joint"'
+            raise UsageError(f"y0: every tensor of it needs the batch first, got {shapes}", hint)
         self.example, self.per_sample = y0, per_sample
         self.shapes, self.dtypes = [part.shape for part in parts], [part.dtype for part in parts]
         self.device = parts[0].device
         self.dtype = torch.float32
         for dtype in self.dtypes:
             self.dtype = torch.promote_types(self.dtype, dtype)
-        self.lead = 1 if per_sample else 0
-        self.batch = parts[0].shape[0] if per_sample else 1
+        self.lead = 1 if rows else 0
+        self.batch = parts[0].shape[0] if rows else 1
         self.sizes = [math.prod(shape[self.lead :]) for shape in self.shapes]
         self.plain = y0 is parts[0] and self.dtypes[0] == self.dtype  # the flat state is a view of the only tensor
 
@@ -331,6 +331,7 @@ class Field:
 
     Attributes:
         calls, jacobians: how many evaluations and Jacobians were made.
+        others: further functions (t, y, *args) that gradients may lead into.
         witness: what makes evaluations in f's place for as long as it is `due`.
         jacobian_mode: how Jacobians are made of this field, the first of newton.py's ways that it allows, an index.
         counted: whether torch counts the changes in place of its states (not in inference mode).
@@ -338,6 +339,7 @@ class Field:
 
     witness: "Witness | None" = None
     counted: bool = False
+    others: tuple[Callable[..., Tree], ...] = ()
 
     def __init__(
         self, f: Callable[..., Tree], layout: Layout, args: tuple[Any, ...] = (), context: Context = Context()
@@ -432,7 +434,15 @@ class Field:
 
     def within(self, **changes: Any) -> "Field":
         """The same field in a context with some changes, its counts at 0."""
-        return Field(self.f, self.layout, self.args, dataclasses.replace(self.context, **changes))
+        return self.renewed(self.args, dataclasses.replace(self.context, **changes))
+
+    def renewed(self, args: tuple[Any, ...], context: Context) -> "Field":
+        """The same field with other arguments in another context, its counts at 0."""
+        return Field(self.f, self.layout, args, context)
+
+    def map(self, wrap: Callable[[Callable[..., Tree]], Callable[..., Tree]]) -> None:
+        """Put something around every function of the caller's."""
+        self.f = wrap(self.f)
 
     def lend(self, key: Any, make: Callable[[], T]) -> T:
         """Memory that solvers of this solve write over, made once."""

@@ -113,7 +113,7 @@ def test_walks_of_the_hinted_step_are_on_nodes_and_see_the_path_of_half_the_step
     fine = Brownian([1], (4,), 0.0, 1.0, step=0.005, dtype=torch.float64)
     for k in range(100):
         halves = [fine.increment(0.005 * j, 0.005 * (j + 1)) for j in (2 * k, 2 * k + 1)]
-        assert torch.allclose(coarse.increment(0.01 * k, 0.01 * (k + 1)), sum(halves), atol=1e-14)
+        assert torch.allclose(coarse.increment(0.01 * k, 0.01 * (k + 1)), halves[0] + halves[1], atol=1e-14)
 
 
 def test_the_other_direction_and_dtypes():
@@ -152,8 +152,8 @@ PINNED = [
     ("make", "words"),
     [
         (lambda: Brownian([-1], (3,)), "seed"),
-        (lambda: Brownian([1.5], (3,)), "seed"),
-        (lambda: Brownian(5, (3,)), "one per sample"),
+        (lambda: Brownian([1.5], (3,)), "seed"),  # type: ignore[list-item]
+        (lambda: Brownian(5, (3,)), "one per sample"),  # type: ignore[arg-type]
         (lambda: Brownian([1], (-3,)), "shape"),
         (lambda: Brownian([1], (3,), 1, 1), "interval"),
         (lambda: Brownian([1], (3,), 0, math.nan), "t1"),

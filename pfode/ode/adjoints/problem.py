@@ -120,7 +120,7 @@ class Direct:
 
 def replay_field(problem: Problem, args: tuple[Any, ...], pure: bool) -> Field:
     """The field of a solve with other arguments, that counts from 0."""
-    made = Field(problem.field.f, problem.field.layout, args, problem.schedule.context(pure))
+    made = problem.field.renewed(args, problem.schedule.context(pure))
     made.jacobian_mode = problem.field.jacobian_mode
     return made
 

@@ -2,7 +2,7 @@
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -201,11 +201,12 @@ class FirstCall:
 
     Attributes:
         due: whether it is still to be made.
+        others: functions of the same arguments that are called once too, only for what they use.
         found: what its graph contains.
     """
 
-    def __init__(self, f: Callable[..., Tree], due: bool = True):
-        self.f, self.due, self.found = f, due, GraphContents([], [], False)
+    def __init__(self, f: Callable[..., Tree], due: bool = True, others: Sequence[Callable[..., Tree]] = ()):
+        self.f, self.due, self.others, self.found = f, due, others, GraphContents([], [], False)
 
     def __call__(self, t: Tensor, y: Tree, *args: Any) -> Tree:
         if not self.due or transformed():
@@ -213,7 +214,7 @@ class FirstCall:
         self.due, since = False, sequence_number()
         with torch.enable_grad():
             slope = self.f(t, y, *args)
-        parts = list(leaves(slope))
+            parts = list(leaves((slope, [other(t, y, *args) for other in self.others])))
         if not any(isinstance(part, Tensor) and part.requires_grad for part in parts):
             return slope
         self.found = search_graph(parts, since=since)._replace(nodes=[])
