@@ -11,6 +11,7 @@ __getattr__, __dir__ = lazy(
     {
         "": ["brownian", "cde", "errors", "flow", "grids", "noise", "ode", "samplers", "scores", "sde"],
         "errors": ["PfodeError"],
+        "flow.elbo": ["elbo"],
         "flow.likelihood": ["log_likelihood"],
         "process": ["EDM", "VE", "VP", "Flow", "Process", "SubVP", "VPCosine", "VPDiscrete"],
         "cde": ["cdesolve"],
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_layers.py comp
     from pfode import sde as sde
     from pfode.cde import cdesolve as cdesolve
     from pfode.errors import PfodeError as PfodeError
+    from pfode.flow.elbo import elbo as elbo
     from pfode.flow.likelihood import log_likelihood as log_likelihood
     from pfode.ode import solve as solve
     from pfode.plans.executor import iterate as iterate

@@ -54,6 +54,9 @@ class Denoiser(Preconditioned, Published):
         plans: fitted to these weights, by their number of calls.
         unseen: classes that never came up in training, by number; len(labels) among them where no label was ever
             hidden: to draw or to guide with these warns.
+        bins: how many values an element of the data has, evenly from -1 to 1 (256 for most pictures), so that
+            likelihoods are probabilities; None for data that have densities.
+        moments: mean of the data, of their shape, and variances, of the same, or covariance (d, d); for likelihoods.
 
     Raises:
         UsageError: what is no network or no process (a class or a name instead of an instance), an unknown prediction,
@@ -75,6 +78,8 @@ class Denoiser(Preconditioned, Published):
         digest: str | None = None,
         plans: Mapping[int, Plan] | None = None,
         unseen: Iterable[int] = (),
+        bins: int | None = None,
+        moments: tuple[Tensor, Tensor] | None = None,
     ):
         if isinstance(network, type) or not callable(network):
             kind = network.__name__ if isinstance(network, type) else ""
@@ -96,6 +101,8 @@ class Denoiser(Preconditioned, Published):
             got = sorted(map(str, self.unseen))
             raise UsageError(f"unseen: need numbers of classes, or {len(self.labels or ())} for none, got {got}")
         self.data_std = self.sigma_data if prediction == "edm" else None
+        self.bins = None if bins is None else integer("bins", bins, 2, 2**16)
+        self.moments = moments
         self._kept: tuple[Tensor, tuple[object, ...], Preconditioning] | None = None
         self._take(network, digest, plans)
 

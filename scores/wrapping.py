@@ -31,6 +31,8 @@ class Wrapper:
         self.unseen: frozenset[int] = frozenset(getattr(denoiser, "unseen", ()))  # classes, see `pfode.labels`
         self.shape: tuple[int, ...] | None = getattr(denoiser, "shape", None)
         self.data_std: float | None = getattr(denoiser, "data_std", None)
+        self.bins: int | None = getattr(denoiser, "bins", None)
+        self.moments: tuple[Tensor, Tensor] | None = getattr(denoiser, "moments", None)
         self.dtype: torch.dtype | None = getattr(denoiser, "dtype", None)
         self.device: torch.device | None = getattr(denoiser, "device", None)
         self.evals: int = getattr(denoiser, "evals", 1)

@@ -192,7 +192,7 @@ def _one(of: Subject, ask: _Ask, draw: int, draws: int) -> Likelihood:
             sums.add(part, of, ask.how, draw)
 
     end: End = walked(ask.path(of, x), add)
-    law, calls = law_at_the_end(of, ask.prior)
+    law, calls = law_at(of, ask.prior, process.t_max)
     low, high = ends(process)
     spread = d * math.log(high.sigma / low.sigma)
     shift = d * math.log(low.alpha) if of.end == "none" else 0.0
@@ -237,17 +237,18 @@ class _Sums:
         self.nodes = self.nodes + torch.bincount(nodes.sample, minlength=len(self.nodes))
 
 
-def law_at_the_end(of: Subject, kind: str) -> tuple[Prior, int]:
-    """The law at t_max, and the calls that were made for it."""
+def law_at(of: Subject, kind: str, t: float) -> tuple[Prior, int]:
+    """The law of the states at time t, and the calls that were made for it."""
     calls = 0
 
     def mean() -> Tensor:
         nonlocal calls
         calls = 1
-        t = torch.full((len(of.x),), of.denoiser.process.t_max, dtype=of.x.dtype, device=of.x.device)
-        return of.denoiser(torch.zeros_like(of.x), t, **of.cond)
+        times = torch.full((len(of.x),), t, dtype=of.x.dtype, device=of.x.device)
+        return of.denoiser(torch.zeros_like(of.x), times, **of.cond)
 
-    return prior_at(of.denoiser, kind, of.denoiser.process.t_max, mean, bool(of.cond)), calls
+    law = prior_at(of.denoiser, kind, t, mean, bool(of.cond))
+    return law, calls
 
 
 def _depends(of: Subject) -> bool:

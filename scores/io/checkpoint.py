@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pfode.errors import FileError, PfodeError, UsageError
 from pfode.files import shown
 from pfode.header import read_header
@@ -114,7 +117,36 @@ def _build(config: dict[str, Any]) -> Denoiser:
         labels=labels,
         time_scale=config["time_scale"],
         unseen=_unseen(config, classes),
+        bins=_bins(config),
+        moments=_moments(config, shape),
     )
+
+
+def _bins(config: dict[str, Any]) -> int | None:
+    """How many values an element of the data has; of files that do not say it, those of a byte for known pictures."""
+    data = config.get("data")
+    name = data.get("name") if isinstance(data, dict) else None
+    bins = config.get("bins", 17 if name == "digits" else 256 if name else None)
+    if bins is not None and (type(bins) is not int or not 2 <= bins <= 2**16):
+        raise UsageError(f"bins: expected an integer from 2 to 65536, got {bins!r:.60}")
+    return bins
+
+
+def _moments(config: dict[str, Any], shape: list[int] | None) -> tuple[Tensor, Tensor] | None:
+    """Mean and variances of the data, where the card has them."""
+    moments = config.get("moments")
+    if moments is None or shape is None:
+        return None
+    found = []
+    for key in ("mean", "variances"):
+        values = moments.get(key) if isinstance(moments, dict) else None
+        low = 0 if key == "variances" else -math.inf
+        if not isinstance(values, list) or len(values) != math.prod(shape):
+            raise UsageError(f"moments: {key}: expected {math.prod(shape)} numbers")
+        if not all(type(one) in (int, float) and math.isfinite(one) and one >= low for one in values):
+            raise UsageError(f"moments: {key}: expected finite numbers" + (" of at least 0" if low == 0 else ""))
+        found.append(torch.tensor(values, dtype=torch.float64, device="cpu").reshape(shape))
+    return found[0], found[1]
 
 
 def _unseen(config: dict[str, Any], classes: int) -> list[int]:

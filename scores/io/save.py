@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["FIELDS", "REQUIRED", "architecture_of", "save"]
 
 REQUIRED = {"architecture", "process", "prediction", "sigma_data", "time_scale", "shape", "labels"}
-FIELDS = REQUIRED | {"unseen"}  # of the configuration that speak of the model itself; what else is there is its card
+FIELDS = REQUIRED | {
+    "unseen",
+    "bins",
+    "moments",
+}  # of the configuration that speak of the model itself; what else is there is its card
 
 
 def save(
@@ -61,6 +65,12 @@ def save(
     }
     if den.unseen:
         config["unseen"] = sorted(den.unseen)
+    if den.bins:
+        config["bins"] = den.bins
+    if den.moments is not None:
+        mean, variances = (value.double().flatten().tolist() for value in den.moments)
+        if len(mean) == len(variances):  # a covariance does not go into a file
+            config["moments"] = {"mean": [round(v, 6) for v in mean], "variances": [round(v, 6) for v in variances]}
     try:
         text = json.dumps(config, sort_keys=True, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:

@@ -94,6 +94,15 @@ class Data:
         images, labels, styles = self.images[chosen], of(self.labels), of(self.styles)
         return Data(images, labels, self.names, card, self.left_out, styles)
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variances of every pixel in [-1, 1], float64, each of the shape of one picture."""
+        total, square = (torch.zeros(self.shape, dtype=torch.float64, device="cpu") for _ in range(2))
+        for part in self.images.split(1024):
+            x = part.double() / 127.5 - 1
+            total, square = total + x.sum(0), square + x.square().sum(0)
+        mean = total / len(self)
+        return mean, (square / len(self) - mean**2).clamp(min=0)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of one picture: (channels, size, size)."""

@@ -104,7 +104,7 @@ class Trainer:
             parts = f"training: batch: {config.batch} in {config.accum} parts"
             raise UsageError(f"{parts} cannot be split over {processes} processes", f"a multiple of {processes}")
         self.share, self.first = part // processes, self.accelerator.process_index  # pictures of this process, its rank
-        self.batch, self.balance = Batch(config, data), Balance(config.batch)
+        self.batch, self.balance, self.moments = Batch(config, data), Balance(config.batch), _moments(data)
         self.step, self.seconds = 0, 0.0
         torch.manual_seed(config.seed)
         self.net = network(config)
@@ -235,6 +235,8 @@ class Trainer:
             shape=self.data.shape,
             labels=self.data.names or None,
             unseen=unseen_classes(self.config, self.data),
+            bins=self.data.card.get("levels", 256) if isinstance(self.data, Data) else None,
+            moments=self.moments,
         )
 
     def _advance(self) -> float:
@@ -403,6 +405,11 @@ class Trainer:
 def network(config: TrainConfig) -> torch.nn.Module:
     """A new network of a configuration."""
     return config.network.make() if isinstance(config.network, MLPConfig) else UNet(config.network)
+
+
+def _moments(data: Data | Points) -> tuple[Tensor, Tensor] | None:
+    """Mean and variances of pictures; points are drawn without end."""
+    return data.moments() if isinstance(data, Data) else None
 
 
 def _check_fit(config: TrainConfig, data: Data | Points) -> None:

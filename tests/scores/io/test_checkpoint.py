@@ -213,3 +213,15 @@ def test_shipped_models(name):
     config = header.config("pfode.config")
     assert config["licence"]
     assert config["data"]["sha256"]
+
+
+def test_bins_and_moments_of_the_data_are_kept(tmp_path):
+    den = denoiser()
+    assert (den.bins, den.moments) == (None, None)
+    den.bins, den.moments = 17, (torch.rand(den.shape), torch.rand(den.shape))
+    back = pfode.load(save(den, tmp_path / "m.safetensors", card={}))
+    assert back.bins == 17
+    assert back.moments is not None
+    for ours, theirs in zip(back.moments, den.moments, strict=True):
+        assert torch.allclose(ours.float(), theirs, atol=1e-6)
+    assert (pfode.load("digits").bins, pfode.load("emoji").bins) == (17, 256)
