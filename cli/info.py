@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pfode.cli.options import Command, FileName, find_command, source
 from pfode.cli.settings import typed
 from pfode.cli.streams import output, table
 from pfode.cli.trust import names_code
-from pfode.errors import FileError, MissingError, UsageError
+from pfode.errors import FileError, MissingError, UsageError, nearly
 from pfode.files import open_regular
 from pfode.header import Header, read_header
 from pfode.scores.io import kinds
@@ -46,10 +47,22 @@ def command(ctx: click.Context, what: str, verify: bool) -> None:
         found, text = words[what](ctx)
     else:
         name, guidance = guided_name(what)
-        found = _own(name, verify) if names_code(name) else _file(model_path(name), verify)
+        found = _own(name, verify) if names_code(name) else _file(_path(name, words), verify)
         found |= {} if guidance is None else {"guidance": guidance}
         text = _lines(_shown(found))
     output(ctx).emit(found, text)
+
+
+def _path(name: str, words: Iterable[str]) -> Path:
+    """The file or the folder of a model, a plan or a picture.
+
+    Raises:
+        UsageError: no such model; a word that is nearly the name is named.
+    """
+    try:
+        return model_path(name)
+    except UsageError as error:
+        raise UsageError(error.message, nearly(name, words) or error.hint) from error
 
 
 def _own(name: str, verify: bool) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class UnseenLabelWarning(PfodeWarning):
 
 
 NEAR = 0.65  # how alike two names are, of 1, that one is suggested for the other
+ENOUGH = 4  # characters of the beginning of a name that stand for it
 FEW = 10  # names that are listed where none is near
 
 
@@ -120,6 +121,8 @@ def nearly(name: object, known: Iterable[str]) -> str:
     """The question after the one to three known names that are nearly the given one; empty where none is."""
     given = _plain(str(name)[:100])
     like = {one: difflib.SequenceMatcher(None, given, _plain(one)).ratio() for one in known}
+    begun = (one for one in like if len(given) >= ENOUGH and _plain(one).startswith(given))
+    like |= {one: max(like[one], NEAR) for one in begun}
     best = max(like.values(), default=0.0)
     near = sorted((one for one in like if like[one] >= max(NEAR, best - 0.12)), key=lambda one: (-like[one], one))
     return "did you mean " + " or ".join(repr(one) for one in near[:3]) + "?" if near else ""

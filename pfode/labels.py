@@ -99,7 +99,7 @@ def class_index(names: Sequence[str] | None, label: Any, count: int | None = Non
         return folded.index(wanted)
     if label.isdecimal() and len(label) < 10 and int(label) < count:
         return int(label)
-    hint = nearly(label, names) or f"known: {known}"
+    hint = ("" if label.isdecimal() else nearly(label, names)) or f"known: {known}"
     raise UsageError(f"unknown label {label!r:.60}", hint)
 
 

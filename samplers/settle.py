@@ -158,6 +158,8 @@ def find_device(name: torch.device | str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         count = torch.get_device_module(device).device_count()
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        if name == "gpu":
+            raise UsageError("unknown device 'gpu'", 'device="cuda"') from error
         raise unknown("device", name, DEVICES) from error
     if not 0 <= (device.index or 0) < count:
         seen = f"this torch sees {count} {device.type.upper()} devices"

@@ -57,7 +57,7 @@ MISTAKES = [
     ("version", 2, "`pfode --version`"),
     ("generate", 2, "`pfode sample`"),
     ("samples", 2, "did you mean 'samplers'"),
-    ("benchmark", 2, "known: "),
+    ("benchmark", 2, "did you mean 'bench'"),
     ("--verbose", 2, "no such option --verbose"),
     # train
     ("train --learning-rate 1", 2, "here it is called --lr"),
@@ -81,7 +81,6 @@ MISTAKES = [
     ("train --widths 32-64", 2, "--widths"),
     ("train --ema all", 2, "--ema"),
     ("train --drop 2", 2, "drop"),
-    ("train --resume --out nowhere", 2, "nowhere"),
     ("train --device gpu", 2, "cuda"),
     # fit
     ("fit --nfe 4-8", 2, "--nfe 4,6,8"),
