@@ -27,6 +27,7 @@ __all__ = [
     "conditioning",
     "conditions",
     "digest",
+    "energy",
     "fingerprint",
     "forwards",
     "inmost",
@@ -210,6 +211,19 @@ def network_digest(network: nn.Module) -> str:
     state = network.state_dict()
     prefix = "model." if state and all(name.startswith("model.") for name in state) else ""
     return digest("network", {name.removeprefix(prefix): value for name, value in state.items()})
+
+
+def energy(denoiser: Any, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    """E(x, t), (batch,): -log p_t(x) up to a constant of x, by `denoiser.energy` or else its `log_prob`.
+
+    Raises:
+        UsageError: it has neither.
+    """
+    if hasattr(denoiser, "energy"):
+        return denoiser.energy(x, t, **cond)
+    if hasattr(denoiser, "log_prob"):
+        return -denoiser.log_prob(x, t)
+    raise UsageError(f"energy: {type(denoiser).__name__} has none", "an EnergyDenoiser, or an exact denoiser")
 
 
 def forwards(denoiser: Denoiser, times: Tensor) -> int:

@@ -16,6 +16,7 @@ __getattr__, __dir__ = lazy(
         "fit.fitting": ["Progress", "fit_plan"],
         "adapters": ["kdiffusion"],
         "inversion": ["Pair", "decode", "encode"],
+        "mala": ["Chain", "mala"],
         "sampling": ["Samples", "sample"],
         "adapters.scheduler": ["PFODEScheduler"],
         "fit.search": ["Jumps", "gits", "measure_jumps"],
@@ -42,5 +43,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from pfode.samplers.inversion import Pair as Pair
     from pfode.samplers.inversion import decode as decode
     from pfode.samplers.inversion import encode as encode
+    from pfode.samplers.mala import Chain as Chain
+    from pfode.samplers.mala import mala as mala
     from pfode.samplers.sampling import Samples as Samples
     from pfode.samplers.sampling import sample as sample

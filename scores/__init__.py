@@ -11,6 +11,7 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "denoiser": ["Denoiser"],
+        "energy": ["EnergyDenoiser", "EnergySum", "energy_denoiser"],
         "guidance": ["cfg_plus_plus", "guide"],
         "io.pipelines": ["from_pipeline"],
         "wrapping": ["clip", "threshold"],
@@ -22,6 +23,9 @@ __getattr__, __dir__ = lazy(
 
 if TYPE_CHECKING:  # the same names for type checkers
     from pfode.scores.denoiser import Denoiser as Denoiser
+    from pfode.scores.energy import EnergyDenoiser as EnergyDenoiser
+    from pfode.scores.energy import EnergySum as EnergySum
+    from pfode.scores.energy import energy_denoiser as energy_denoiser
     from pfode.scores.exact import Empirical as Empirical
     from pfode.scores.exact import Gaussian as Gaussian
     from pfode.scores.exact import GaussianMixture as GaussianMixture

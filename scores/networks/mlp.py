@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -126,13 +126,13 @@ class Potential(nn.Module):
     """Minus the gradient, in x, of a scalar network psi(x, t): a field whose Jacobian is symmetric.
 
     Args:
-        config: of the network psi; or any module (x, t, label=) -> (batch,) or (batch, 1).
+        config: of the network psi; or any module or function (x, t, label=) -> (batch,) or (batch, 1).
     """
 
-    def __init__(self, config: "MLPConfig | nn.Module"):
+    def __init__(self, config: MLPConfig | Callable[..., Tensor]):
         super().__init__()
         self.config = config if isinstance(config, MLPConfig) else None
-        self.psi: nn.Module = _Scaled(config) if isinstance(config, MLPConfig) else config
+        self.psi: Any = _Scaled(config) if isinstance(config, MLPConfig) else config
         self.classes = getattr(self.psi, "classes", 0)
         self.shape = getattr(self.psi, "shape", None)
 
