@@ -43,13 +43,13 @@ ROWS = {  # name, its colour, its samplers
 }  # fmt: skip
 CALLS = (3, 4, 5, 6, 8, 10, 15, 20)
 SHOWN, PICTURES = (4, 6, 10), 3  # calls of the columns of pictures; pictures in each
-CELL, GAP, LABEL, HEAD = 128, 3, 150, 30  # pixels
+CELL, GAP, LABEL, HEAD = 160, 3, 150, 30  # pixels
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All cells of the figure, from the folder where they are there."""
     how = {"device": defaults.DEVICE, "features": None, "truth": None, "n": options.n, "seed": None}
-    how |= {"validation": 32, "teacher": options.teacher, "batch": defaults.Bench.BATCH}
+    how |= {"validation": max(8, options.n // 2), "teacher": options.teacher, "batch": defaults.Bench.BATCH}
     problem = find_problem(options.model, how)
     fitted = [options.plans] if options.plans else ROWS["pfode, fitted"][1]
     ROWS["pfode, fitted"] = (ROWS["pfode, fitted"][0], fitted)

@@ -4,17 +4,21 @@
 
 `nfe.png`: the same seeds at 5, 10, 20 and 40 denoiser calls for several samplers. `guidance.png`: the same seeds at
 several scales of classifier-free guidance and, where the model has a sibling NAME-small, of autoguidance.
+`denoising.webp`: the steps of one run as an animation, of at most 400 kB. Two minutes on one core.
 """
 
 import argparse
+import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 import pfode
-from pfode.cli.images import to_pixels
+from pfode import defaults
+from pfode.cli.images import contact_sheet, to_pixels
 from pfode.header import read_header
 from pfode.scores.io.shipped import shipped
 
@@ -50,6 +54,28 @@ def table(cells: list[list[Image.Image]], rows: list[str], columns: list[str]) -
     return out
 
 
+def animation(net: Any, seed: int, scale: int, most: int = 400_000) -> bytes:
+    """The states of a run of 20 steps, scaled to one variance, as an endless WebP of at most `most` bytes.
+
+    Two rows of eight pictures, the classes in turn; the last frame is held. Quality falls until the bytes suffice.
+    """
+    classes = len(net.labels or ())
+    label = [i % classes for i in range(16)] if classes else None
+    out = pfode.sample(net, 16, steps=20, label=label, seed=seed, trajectory=True)
+    assert isinstance(out.plan, pfode.Plan)
+    levels = torch.hypot(*(level[out.plan.node] for level in (out.plan.alpha, out.plan.sigma))).tolist()
+    states = [x / level for x, level in zip(out.trajectory, levels, strict=True)]
+    frames = [Image.fromarray(contact_sheet(to_pixels(x), scale, 8)).convert("RGB") for x in states]
+    durations = [110] * (len(frames) - 1) + [2500]
+    for quality in range(90, 0, -10):
+        stream = io.BytesIO()
+        how: dict[str, Any] = {"duration": durations, "loop": 0, "quality": quality, "method": 6}
+        frames[0].save(stream, "WEBP", save_all=True, append_images=frames[1:], **how)
+        if stream.tell() <= most:
+            return stream.getvalue()
+    raise SystemExit(f"an animation of less than {most} bytes is not to be had: a smaller --scale")
+
+
 def save(picture: Image.Image, path: Path, model: str) -> None:
     """With the model's digest in the text, so that a test can tell a picture of an older network."""
     text = PngImagePlugin.PngInfo()
@@ -59,7 +85,7 @@ def save(picture: Image.Image, path: Path, model: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--model", default=defaults.MODEL)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -67,6 +93,8 @@ def main() -> None:
     net = pfode.load(options.model)
     classes = len(net.labels or ())
     scale = max(1, 64 // (net.shape or (1, 32, 32))[1])
+
+    (options.out / "denoising.webp").write_bytes(animation(net, options.seed, scale))
 
     few = torch.tensor([0, 3, 4, 8]) % classes
     cells = [

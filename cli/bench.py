@@ -129,7 +129,7 @@ def command(ctx: click.Context, **options: Any) -> None:
 
 
 def find_problem(name: str, options: dict[str, Any]) -> "Problem":
-    """The benchmark problem of a model and the options.
+    """The benchmark problem of a model and the options; those of prompts may be left out.
 
     Raises:
         UsageError, FileError: no such model, truth or features, or samples whose shape is not known.
@@ -138,9 +138,10 @@ def find_problem(name: str, options: dict[str, Any]) -> "Problem":
     from pfode.samplers.settle import find_device
 
     device = find_device(options["device"])
-    words = load_words(options, options["guidance"])
-    if options["guidance"] is not None and not words:
-        raise UsageError("--guidance is of a pipeline under prompts", f"--model {name}@{options['guidance']:g}")
+    guidance = options.get("guidance")
+    words = load_words(options, guidance) if "prompt" in options else {}
+    if guidance is not None and not words:
+        raise UsageError("--guidance is of a pipeline under prompts", f"--model {name}@{guidance:g}")
     denoiser = choose(name, words=words, device=device).denoiser if words else find_denoiser(name)
     if hasattr(denoiser, "to"):
         denoiser = denoiser.to(device)  # type: ignore[attr-defined]
