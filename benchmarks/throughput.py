@@ -15,9 +15,10 @@ import harness
 import torch
 
 import pfode
+from pfode import defaults
 from pfode.errors import PfodeError
 
-MODELS = ("digits", "emoji")
+MODELS = ("digits", defaults.MODEL)
 STEPS = 20
 TARGET = 0.97
 

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 FILES = sorted(file for file in (ROOT / "benchmarks").glob("*.py") if file.name != "harness.py")
 README = (ROOT / "benchmarks" / "README.md").read_text()
-MAKERS = ("emoji.py", "pictures.py", "quality.py")  # write folders of their own, and measure no time
+MAKERS = ("emoji.py", "figure.py", "pictures.py", "quality.py")  # write folders of their own, and measure no time
 
 
 @pytest.fixture(scope="module")
