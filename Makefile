@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: sample test test-oldest test-alone check sbom clean
 
 sample: .venv/.base
-	$(BIN)/pfode sample --steps 20
+	$(BIN)/pfode sample
 
 test: .venv/.test
 	$(BIN)/python -m pytest --numprocesses auto

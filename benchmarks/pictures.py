@@ -1,6 +1,6 @@
 """The pictures of the documentation, drawn by the shipped networks.
 
-    python benchmarks/pictures.py [--model emoji] [--out docs]
+    python benchmarks/pictures.py [--model avatars] [--out docs]
 
 `nfe.png`: the same seeds at 5, 10, 20 and 40 denoiser calls for several samplers. `guidance.png`: the same seeds at
 several scales of classifier-free guidance and, where the model has a sibling NAME-small, of autoguidance.

@@ -2,12 +2,12 @@
 
     python benchmarks/quality.py [--jobs 2] [--beds mixture-64 ...] [--pictures 32] [--transfer]
 
-Fits plans to the beds that have none yet (the emoji beds: those that ship with the model), then measures. Writes
+Fits plans to the beds that have none yet (the avatars beds: those that ship with the model), then measures. Writes
 benchmarks/results/fitted/ and benchmarks/results/quality/ (report.html, table.md, quality.png and .svg, results.json),
 goes on with what is there, and prints the geometric means that the project's targets are about. Every sampler, ours and
 theirs, takes the best of the same five grids, chosen on validation noise; ours also of its charts, theirs of their
-orders. Nothing was fitted or chosen on the noise that is measured on. Network beds have 256 samples, the emoji beds
-`--pictures`. With `--transfer` instead: the plans that ship with emoji on digits and on guided emoji, beside auto.
+orders. Nothing was fitted or chosen on the noise that is measured on. Network beds have 256 samples, the avatars beds
+`--pictures`. With `--transfer` instead: the plans that ship with avatars on digits and on guided avatars, beside auto.
 """
 
 import argparse
@@ -81,7 +81,7 @@ EXACT = [
     *["mixture-64x15", "digits-ideal"],
 ]
 SMALL = ["digits", "digits-vp", "digits-flow"]
-LARGE = ["emoji", "emoji@2"]
+LARGE = ["avatars", "avatars@2"]
 SCALES = (1.5, 2, 3)
 OF_AUTO = [*SMALL, *LARGE]  # beds that the table of `auto` was made from, or weighed against
 
@@ -136,12 +136,12 @@ def measure(names: Sequence[str], pictures: int, plans: Path, out: Path, evals: 
 
 
 def transfer(pictures: int, out: Path) -> dict[str, Any]:
-    """Plans fitted to emoji where they were not fitted."""
-    plans = os.path.relpath(model_path("emoji").with_suffix(""), ROOT)
+    """Plans fitted to avatars where they were not fitted."""
+    plans = os.path.relpath(model_path("avatars").with_suffix(""), ROOT)
     samplers = ["auto", *(f"{plans}.plan-{k}.safetensors" for k in FITTED)]
     sizes = beds(pictures)
     run([(made("digits", sizes["digits"][0]), samplers)], out, FITTED)
-    guided = [(made(f"emoji@{scale}", sizes["emoji@2"][0]), samplers) for scale in SCALES]
+    guided = [(made(f"avatars@{scale}", sizes["avatars@2"][0]), samplers) for scale in SCALES]
     run(guided, out, [2 * k for k in FITTED])
     return bench.bench([], out)
 
@@ -249,8 +249,8 @@ def main() -> None:
     parser.add_argument("--beds", nargs="+", default=every, choices=every)
     parser.add_argument("--nfe", nargs="+", type=int, default=list(EVALS))
     parser.add_argument("--plans", type=Path, default=PLANS, help="the folder of the plans")
-    parser.add_argument("--transfer", action="store_true", help="instead: emoji's plans on other models")
-    parser.add_argument("--pictures", type=int, default=32, help="samples of the emoji beds")
+    parser.add_argument("--transfer", action="store_true", help="instead: avatars's plans on other models")
+    parser.add_argument("--pictures", type=int, default=32, help="samples of the avatars beds")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
@@ -260,7 +260,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.transfer:
         out = OUT.parent / "transfer"
-        finish(out, transfer(options.pictures, out), "Plans fitted to emoji, on other models")
+        finish(out, transfer(options.pictures, out), "Plans fitted to avatars, on other models")
         return
     if options.jobs > 1:
         words = ["--pictures", str(options.pictures), "--nfe", *map(str, options.nfe)]

@@ -4,9 +4,9 @@
 
 On the shipped networks, unguided and guided: the distance of the drawn pictures from the converged ones, same noise,
 same labels; the root of the mean square over all pictures, and the median over pictures of their own (a few that land
-in another mode dominate the first). `emoji-small` serves in all three processes: D depends on x/alpha and sigma/alpha
-alone. Then the same on exact test beds, other ones than those of benchmarks/quality.py, and on `emoji`, which no choice
-was made from; and what lower_order_final makes of the chosen ones. `--choices` only tells what the file says of every
+in another mode dominate the first). `avatars-small` serves in all three processes: D depends on x/alpha and sigma/alpha
+alone. Then the same on exact test beds, other ones than those of benchmarks/quality.py, and on `avatars`, from which no
+choice was made; and what lower_order_final makes of the chosen ones. `--choices` only tells what the file says of every
 choice: how much more it errs than the best of the table, bed by bed, and what loses least on all of them. A recipe is
 written sampler@chart. Figures of beds that are not run again stay in the file.
 """
@@ -48,15 +48,15 @@ NETWORKS: dict[str, tuple[str, Process | None, int]] = {  # the network, another
     "digits": ("digits", None, 32),
     "digits-vp": ("digits-vp", None, 32),
     "digits-flow": ("digits-flow", None, 32),
-    "emoji-small": ("emoji-small", None, 9),
-    "emoji-small VP": ("emoji-small", pfode.VP(), 9),
-    "emoji-small Flow": ("emoji-small", pfode.Flow(), 9),
-    "emoji": ("emoji", None, 4),
+    "avatars-small": ("avatars-small", None, 9),
+    "avatars-small VP": ("avatars-small", pfode.VP(), 9),
+    "avatars-small Flow": ("avatars-small", pfode.Flow(), 9),
+    "avatars": ("avatars", None, 4),
 }
 EXACT = [  # names of test beds
     *["mixture-16", "mixture-16-vp", "mixture-16-flow", "mixture-256", "mixture-256-vp", "mixture-256-flow"],
 ]
-FAMILIES = {"": (pfode.EDM(), ("digits", "emoji-small")), "-vp": (pfode.VP(), ("digits-vp",)),
+FAMILIES = {"": (pfode.EDM(), ("digits", "avatars-small")), "-vp": (pfode.VP(), ("digits-vp",)),
             "-flow": (pfode.Flow(), ("digits-flow",))}  # fmt: skip
 GUIDED = 3.0
 Errors = tuple[float, float]

@@ -31,7 +31,7 @@ EVALS = ",".join(map(str, defaults.Bench.EVALS))
 
 @click.command(cls=Command, name="bench")
 @model_option(
-    "Model, guided as in emoji@2; an exact problem: gaussian-16, mixture-64-vp, mixture-64~0.1, digits-ideal; "
+    "Model, guided as in avatars@2; an exact problem: gaussian-16, mixture-64-vp, mixture-64~0.1, digits-ideal; "
     "or a denoiser of your own, or a function that makes one.",
     multiple=True,
 )

@@ -30,7 +30,7 @@ LOSSES = ("balanced", "log", "root", "l1", "l2", "geman-mcclure")
 @click.command(cls=Command, name="fit")
 @model_option(
     "Model to fit to: a name of `pfode info models`, a file, a folder of diffusers, owner/name on the hub, or a "
-    "denoiser of your own, or a function that makes one; emoji@2 is --guidance 2."
+    "denoiser of your own, or a function that makes one; avatars@2 is --guidance 2."
 )
 @trust_option
 @prompt_options

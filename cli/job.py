@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,6 +176,8 @@ class Job:
         """The number of columns of the sheet."""
         from pfode.cli import images
 
+        if self.options["text"] is not None:
+            return max(1, math.isqrt(len(self.seeds)))
         return images.sheet_columns(len(self.sheet.seeds), drawn_classes(self.net, self.options))
 
     @property
@@ -199,7 +202,12 @@ def prepare(options: dict[str, Any]) -> Job:
     model, digest = load_model(options, device)
     if options["prompt"]:  # what the pipeline settled
         options = {**options, "guidance": model.guidance, "size": format_size(picture_shape(model))}
-    if options["label"] is None and labels(model):
+    if options["text"] is not None:
+        from pfode.cli.typeset import check_text
+
+        check_text(options["text"], options["model"], tuple(labels(model)))
+        options = {**options, "label": "all", "n": options["n"] or 1}
+    elif options["label"] is None and labels(model):
         options = {**options, "label": "all"}
     classes(model, _label(options), 1)  # raises where there is no such class
     net = guided(options, model)
@@ -352,7 +360,10 @@ def settings(job: Job, cost: Cost, index: int | None = None) -> dict[str, Any]:
         options |= {"strength": job.options["strength"]} if job.start.init is not None else {}
     if index is None:
         options["scale"] = job.scale
-        options |= {"label": job.options["label"]} if job.options["label"] and not job.options["prompt"] else {}
+        if job.options["text"] is not None:
+            options["text"] = job.options["text"]
+        elif job.options["label"] and not job.options["prompt"]:
+            options["label"] = job.options["label"]
         if job.seeds == list(range(job.seeds[0], job.seeds[0] + len(job.seeds))):
             options |= {"seed": job.seeds[0], "n": len(job.seeds)}
         else:

@@ -20,7 +20,17 @@ from pfode.files import write_atomic
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["check_outputs", "flaw", "flaws", "non_finite", "write", "write_film", "write_sheet"]
+__all__ = [
+    "check_outputs",
+    "flaw",
+    "flaws",
+    "non_finite",
+    "store_film",
+    "store_sheet",
+    "write",
+    "write_film",
+    "write_sheet",
+]
 
 
 def check_outputs(out: str | None, trajectory: str | None, separate: str | None) -> None:
@@ -100,13 +110,19 @@ def write_sheet(job: Job, pixels: "np.ndarray", cost: Cost) -> str:
     Where --out names no file it takes the first free name: one that is there is replaced by --separate alone, where it
     is the sheet of the same run.
     """
+    from pfode.cli import images
+
+    return store_sheet(job, pixels, images.contact_sheet(pixels, job.scale, job.columns), job.columns, cost)
+
+
+def store_sheet(job: Job, pixels: "np.ndarray", sheet: "np.ndarray", columns: int, cost: Cost) -> str:
+    """Write a sheet of these pictures, in so many columns, and show it where there is a terminal; return its name."""
     from pfode.cli import images, preview
     from pfode.cli.folder import same_run
 
     out, said = job.options["out"], settings(job, cost)
-    sheet = images.contact_sheet(pixels, job.scale, job.columns)
     data = images.encode(sheet, said, suffix_of(out))
-    preview.show(pixels, sheet, job.columns, job.options["preview"], output(click.get_current_context()))
+    preview.show(pixels, sheet, columns, job.options["preview"], output(click.get_current_context()))
     folder = folder_of(out)
     if out == STDOUT:
         output(click.get_current_context()).emit_bytes(data)
@@ -124,10 +140,14 @@ def write_sheet(job: Job, pixels: "np.ndarray", cost: Cost) -> str:
 
 def write_film(job: Job, result: Any) -> str:
     """Write the animation of a result that has its trajectory, and return its name."""
+    return store_film(job, [_frame(job, result, k) for k in range(len(result.trajectory))])
+
+
+def store_film(job: Job, frames: "list[np.ndarray]") -> str:
+    """Write an animation, and return its name."""
     from pfode.cli import images
 
     path = job.options["trajectory"]
-    frames = [_frame(job, result, k) for k in range(len(result.trajectory))]
     write_atomic(path, images.encode_animation(frames, Path(path).suffix.lower()))
     return path
 

@@ -80,7 +80,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("pfode sample --help", "the page of a command"),
     ),
     "sample": (
-        ("pfode sample --steps 20 --open", "a sheet of every class, shown"),
+        ("pfode sample --open", "a sheet of every class, shown"),
+        ("pfode sample --text PFODE --seed 7", "a word in a typeface that does not exist"),
         ("pfode sample --label 3 --model digits --n 16 --guidance 2 --out three.png", "one class, more of it"),
         ("pfode sample --nfe 8 --sampler 'DPM++ 2M Karras'", "another sampler, at most 8 network calls"),
         ("pfode sample --model ./sdxl --prompt 'a red bicycle' --size 1024", "text to image, by diffusers' models"),
@@ -94,7 +95,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "fit": (
         ("pfode fit --model digits --nfe 4,6,8", "plans/digits.plan-4.safetensors ..."),
-        ("pfode fit --model emoji@2 --nfe 6", "for guidance of scale 2"),
+        ("pfode fit --model avatars@2 --nfe 6", "for guidance of scale 2"),
         ("pfode sample --model digits --sampler plans/digits.plan-6.safetensors", "draw with one"),
     ),
     "convert": (

@@ -30,7 +30,7 @@ __all__ = ["command", "one_sheet"]
 @click.command(cls=Command, name="sample")
 @model_option(
     "Model to draw from: a name of `pfode info models`, a file, a folder of diffusers, owner/name on the hub, or a "
-    "denoiser of your own, or a function that makes one; emoji@2 is --guidance 2."
+    "denoiser of your own, or a function that makes one; avatars@2 is --guidance 2."
 )
 @trust_option
 @prompt_options
@@ -99,6 +99,11 @@ __all__ = ["command", "one_sheet"]
     "--label",
     metavar="NAME|all|none",
     help="Class of the pictures. all: every class in turn; none: no class.  [default: all, if the model has classes]",
+)
+@click.option(
+    "--text",
+    metavar="WORD",
+    help=f"Set a word in typefaces that do not exist, one for each seed. [model: {defaults.TEXT_MODEL}]",
 )
 @click.option(
     "--guidance",
@@ -173,7 +178,7 @@ def command(ctx: click.Context, **options: Any) -> None:
         check_stdout(out, options["open"])
     if options["overwrite"] and options["separate"] is None:
         raise UsageError("--overwrite: nothing is continued without --separate", "--separate DIR")
-    from pfode.cli import many
+    from pfode.cli import many, text
     from pfode.plans.table import foreign
     from pfode.samplers.sampling import unsound
 
@@ -186,14 +191,17 @@ def command(ctx: click.Context, **options: Any) -> None:
     if isinstance(plan, pfode.Plan) and foreign(plan, job.net):
         out.note(f"{options['sampler']} was fitted to another model: a hand-made sampler may serve better")
         warnings.simplefilter("ignore", OtherModelWarning)
-    if (text := unsound(plan)) is not None:
-        out.note(text)
+    if (remark := unsound(plan)) is not None:
+        out.note(remark)
         warnings.simplefilter("ignore", UnsoundWarning)
     how = f"grid {plan.meta.get('grid', 'of the plan')}" if job.fixed else f"rtol {plan.meta['rtol']:g}"
     names = f"model {options['model']}, sampler {plan.name}, {how}"
     if os.environ.get("LOCAL_RANK", "0") == "0":
         out.note(f"{names}, n {n}, seeds {format_seeds(job.seeds)}, device {job.device}")
-    done = one_sheet(job, out) if options["separate"] is None else many.draw(job, out)
+    if options["text"] is not None:
+        done = text.draw(job, out)
+    else:
+        done = one_sheet(job, out) if options["separate"] is None else many.draw(job, out)
     if done is None:
         return
     drawn, seconds, cost = done.get("drawn", n), done["seconds"], done.pop("cost")

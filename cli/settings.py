@@ -1,5 +1,7 @@
 """Which settings a run uses: of two that exclude each other the stronger, those of --like, and lists of values."""
 
+import contextlib
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,11 +10,14 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from pfode import defaults
 from pfode.cli.options import check_value
 from pfode.cli.prompts import OF_THE_PROMPT
 from pfode.cli.trust import TRUST, names_code
-from pfode.errors import FileError, UsageError, unknown
+from pfode.errors import FileError, PfodeError, UsageError, unknown
+from pfode.header import read_header
 from pfode.scores.io.find import guided_name
+from pfode.scores.io.shipped import shipped
 
 __all__ = [
     "DTYPES",
@@ -47,7 +52,7 @@ OF_THE_PLAN = ("steps", "nfe", "grid", *OF_THE_SAMPLER, "strength")
 OF_THE_GUIDANCE = ("negative", "guidance_interval", "guidance_rescale")
 RECORDED = (
     "model", "prompt", *OF_THE_PROMPT, "sampler", *OF_THE_PLAN, "brownian", "init", "mask", "label", "guidance",
-    *OF_THE_GUIDANCE, "seed", "n", "seeds", "dtype", "scale",
+    *OF_THE_GUIDANCE, "text", "seed", "n", "seeds", "dtype", "scale",
 )  # fmt: skip
 KEPT = ("model", "base", "sampler", "init", "mask")  # names of files that a picture keeps
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}  # and torch's names
@@ -67,7 +72,11 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
         if options[name] is not None and not options[name].isprintable():
             problem = f"{flag(name)} {options[name]!r:.60}: such a name cannot be kept in a picture"
             raise UsageError(problem, "rename the file: no line breaks, control characters or broken UTF-8")
+    if options["text"] is not None and ranks["model"] == _DEFAULT:
+        options["model"] = defaults.TEXT_MODEL
     _take_guidance(options, ranks)
+    if options["like"] is None:
+        _take_recommended(ctx, options, ranks)
     named = options["sampler"]
     if named.endswith(".safetensors"):
         foreign, why = OF_THE_PLAN, f"with a plan file: the plan {named} has its own"
@@ -81,7 +90,8 @@ def settle(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
             if foreign is OF_A_TOLERANCE and named != "auto":
                 find_sampler(named)  # raises where there is none
             raise UsageError(f"{flag(name)} {why}", f"leave {flag(name)} out{hint}")
-    for name, other in (("steps", "nfe"), ("seed", "seeds"), ("n", "seeds")):
+    alone = tuple(("text", name) for name in ("label", "separate", "init", "mask", "prompt"))
+    for name, other in (("steps", "nfe"), ("seed", "seeds"), ("n", "seeds"), *alone):
         if ranks[name] == ranks[other] < _DEFAULT:
             raise UsageError(f"--{name} and --{other} exclude each other", "give one of them")
     for name, other, value in (
@@ -124,6 +134,26 @@ def _take_guidance(options: dict[str, Any], ranks: dict[str, int]) -> None:
         raise UsageError(problem, "give one of them")
     if ranks["guidance"] > ranks["model"]:
         options["guidance"], ranks["guidance"] = scale, ranks["model"]
+
+
+def _take_recommended(ctx: click.Context, options: dict[str, Any], ranks: dict[str, int]) -> None:
+    """Where nothing else says them: the guidance that a model's card recommends, and its sampler with its steps."""
+    name = options["model"]
+    known = shipped().get(name) or (Path(name) if os.path.isfile(name) else None)
+    found: Any = None
+    with contextlib.suppress(PfodeError):  # what is damaged is said by who loads it
+        header = None if known is None or known.suffix != ".safetensors" else read_header(known)
+        found = None if header is None else header.config("pfode.config").get("recommended")
+    if not isinstance(found, dict):
+        return
+    free = all(ranks[key] == _DEFAULT for key in ("sampler", *OF_THE_PLAN))
+    unclassed = options["label"] == "none"
+    for param in ctx.command.params:
+        key = str(param.name)
+        wanted = (key in ("sampler", "steps") and free) or (key == "guidance" and not unclassed)
+        if wanted and key in found and ranks[key] == _DEFAULT:
+            value = check_value(f"{known}: pfode.config: recommended: {key}", param, found[key])
+            options[key] = param.type_cast_value(ctx, value)
 
 
 def find_sampler(name: str) -> Any:

@@ -1,8 +1,22 @@
 """Defaults and limits that a function of Python and the command line both have, stated once, without an import."""
 
-__all__ = ["BATCH", "DEVICE", "MAX_GUIDANCE", "MODEL", "SAMPLES", "SEED", "STEPS", "STRENGTH", "Bench", "Fit", "Train"]
+__all__ = [
+    "BATCH",
+    "DEVICE",
+    "MAX_GUIDANCE",
+    "MODEL",
+    "SAMPLES",
+    "SEED",
+    "STEPS",
+    "STRENGTH",
+    "TEXT_MODEL",
+    "Bench",
+    "Fit",
+    "Train",
+]
 
-MODEL = "emoji"  # of the models that come with pfode
+MODEL = "avatars"  # of the models that come with pfode
+TEXT_MODEL = "letters"  # that sets words
 DEVICE = "auto"  # CUDA where it is there, else the CPU
 SAMPLES = 16  # of a run that says neither how many nor which seeds
 SEED = 0  # of the first sample

@@ -5,7 +5,7 @@ mixture-64-flow     a mixture of 8 Gaussians in 64 dimensions, on a flow process
 mixture-64x15       its modes 15 deviations apart instead of 7
 mixture-64~0.1      the same with a smooth error of a tenth in what a network would have to say
 digits-ideal        the ideal denoiser of the handwritten digits, kernel width 0.1
-emoji, emoji@2      a shipped network or a file; guided by the scale 2
+avatars, avatars@2  a shipped network or a file; guided by the scale 2
 """
 
 import hashlib
@@ -31,7 +31,7 @@ EXACT = re.compile(
     r"(?P<kind>gaussian-\d+|mixture-\d+(x(?P<apart>[\d.]+))?|digits-ideal)"
     r"(-(?P<process>edm|vp|flow))?(~(?P<error>[\d.]+))?"
 )
-HINT = "gaussian-16, mixture-64, mixture-64-vp~0.1, digits-ideal-flow, emoji@2, a model of `pfode info models`, a file"
+HINT = "gaussian-16, mixture-64, mixture-64-vp~0.1, digits-ideal-flow, avatars@2, a name of `pfode info models`, a file"
 
 __all__ = ["Perturbed", "bed", "gaussian", "mixture"]
 

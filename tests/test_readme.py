@@ -4,6 +4,7 @@ commands and lines of the pages beside it are what they say."""
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/samplers.md",
+    "docs/networks.md",
     "docs/pipelines.md",
     "docs/text_to_image.md",
     "docs/your_model.md",
@@ -90,6 +92,13 @@ def test_blocks_of_the_text_to_image_page_run():
     found = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/text_to_image.md").read_text(), re.M | re.S)
     assert len(found) == 1
     exec(found[0], {})
+
+
+def test_the_block_of_the_networks_page_runs():
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/networks.md").read_text(), re.M | re.S)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["word"].shape == found["again"].shape == (5, 1, 32, 32)
 
 
 def test_there_are_blocks():

@@ -17,7 +17,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def guided_name(model: str | os.PathLike[str]) -> tuple[str, float | None]:
-    """A model argument without its guidance, and the scale: ("emoji", 2.0) for "emoji@2"; None where none is given.
+    """A model argument without its guidance, and the scale: ("avatars", 2.0) for "avatars@2"; None where none is given.
 
     After "owner/name" of a hub a number is guidance, too, and anything else a revision; a tag that looks like a number
     is written "@refs/tags/2".

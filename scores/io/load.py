@@ -38,7 +38,7 @@ def load(
         source: a shipped model; a .safetensors file written by `save`; a folder of diffusers (a DDPM, DDIM, PNDM or DiT
             pipeline, or its network alone) or of `Denoiser.save_pretrained`; a network pickle (.pkl) of EDM or EDM2; or
             the name of such a folder on the hub, "owner/name" or "owner/name@revision", fetched unless it is cached.
-            With a number behind an @, "emoji@2", under classifier-free guidance of that scale.
+            With a number behind an @, "avatars@2", under classifier-free guidance of that scale.
         device, dtype: of the network; None: the dtype it was saved in.
         process, prediction: of a network of diffusers without a scheduler beside it.
         words: of a pipeline under prompts (Stable Diffusion, SDXL, SD3, Flux), a folder or one .safetensors file:

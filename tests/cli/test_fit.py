@@ -77,7 +77,7 @@ def test_continues_after_an_interruption(fit, monkeypatch, tmp_path):
 
 def test_a_plan_of_another_model(fit, cli):
     assert fit("--nfe", "2").code == 0
-    drawn = cli("sample", "--model", "emoji-small", "--sampler", "plans/digits.plan-2.safetensors", "--n", 1)
+    drawn = cli("sample", "--model", "avatars-small", "--sampler", "plans/digits.plan-2.safetensors", "--n", 1)
     assert drawn.code == 0, drawn.err
     assert drawn.err.count("another model") == 1
 

@@ -150,10 +150,10 @@ def test_suggestions_are_near_or_not_made(cli):
     for words, near in (
         (("sample", "--sampler", "hoen"), "heun"),
         (("sample", "--sampler", "frobnicate"), None),
-        (("sample", "--model", "emoj"), "emoji"),
+        (("sample", "--model", "avatar"), "avatars"),
         (("sample", "--model", "qwerty"), None),
-        (("sample", "--model", "emoji", "--label", "flag"), "Flags"),
-        (("sample", "--model", "emoji", "--label", "xyzzy"), None),
+        (("sample", "--model", "avatars", "--label", "robo"), "robot"),
+        (("sample", "--model", "avatars", "--label", "xyzzy"), None),
         (("smaple",), "sample"),
         (("frobnicate",), None),
         (("sample", "--guidence", "2"), "--guidance"),

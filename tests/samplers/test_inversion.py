@@ -46,7 +46,7 @@ def test_invertible_recipes_return_the_data(name, process):
 @pytest.mark.parametrize("name", INVERTIBLE)
 def test_invertible_recipes_return_a_picture(name):
     """1e-5 in float32, 1e-10 in float64, 20 steps of a real network (whose own precision is float32)."""
-    net = pfode.load("emoji")
+    net = pfode.load("avatars")
     x = pfode.sample(net, 1, steps=8, seed=3).x
     assert x.dtype == torch.float32
     z = pair(net, x, 20, name)

@@ -224,4 +224,4 @@ def test_bins_and_moments_of_the_data_are_kept(tmp_path):
     assert back.moments is not None
     for ours, theirs in zip(back.moments, den.moments, strict=True):
         assert torch.allclose(ours.float(), theirs, atol=1e-6)
-    assert (pfode.load("digits").bins, pfode.load("emoji").bins) == (17, 256)
+    assert (pfode.load("digits").bins, pfode.load("avatars").bins) == (17, 256)

@@ -1,7 +1,7 @@
 """The pictures that the network `avatars` is trained on: ten styles of the DiceBear avatar library, 32x32, colour.
 
-    pip install -r benchmarks/networks.txt
-    python benchmarks/avatar_data.py runs/avatars.npz [--each 3000] [--first 0]
+    pip install -r benchmarks/networks/requirements.txt
+    python benchmarks/networks/avatar_data.py runs/avatars.npz [--each 3000] [--first 0]
 
 A seed is a picture, the same on every machine: picture i of a style has the seed "pfode-i". Only styles under CC0 1.0
 by their own metadata are taken, and duplicates are left out. About a minute on one core.

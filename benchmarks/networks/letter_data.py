@@ -1,6 +1,6 @@
 """The pictures that the network `letters` is trained on: A-Z, a-z and 0-9 of some hundred free typefaces, 32x32, grey.
 
-    python benchmarks/letter_data.py runs/letters.npz [--fonts runs/fonts] [--held runs/letters-held.npz]
+    python benchmarks/networks/letter_data.py runs/letters.npz [--fonts runs/fonts] [--held runs/letters-held.npz]
 
 The fonts are packages of Debian 12, their versions and licences in letter_fonts.json; those that are not in the folder
 yet are downloaded by `apt-get download` and unpacked there, not installed. Every face is scaled to one height of its
