@@ -44,9 +44,10 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {  # by command and heading, the
     "train": {
         "Data": ("data", "size", "held_out", "name", "source", "licence", "font", "listing", "flip"),
         "Noise and objective": (
-            "process", "prediction", "sigma_data", "levels", "level_mean", "level_std", "balance", "drop",
+            "objective", "process", "prediction", "sigma_data", "levels", "level_mean", "level_std", "balance",
+            "weighting", "coupling", "interpolant", "from_data", "drop",
         ),
-        "Network": ("width", "depth", "widths", "blocks", "attention", "dropout"),
+        "Network": ("width", "depth", "widths", "blocks", "attention", "dropout", "energy"),
         "Optimiser": (
             "steps", "time_budget", "batch", "accum", "lr", "schedule", "warmup", "cooldown", "clip", "ema",
             "export_ema", "seed",
@@ -55,6 +56,17 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {  # by command and heading, the
             "out", "resume", "save_every", "keep", "sheet_every", "sheet_sampler", "sheet_guidance", "tracker",
         ),
         "Where it runs": ("device", "amp"),
+    },
+    "reflow": {
+        "What is trained": ("pairs", "nfe", "steps", "batch", "lr", "seed"),
+        "The run": ("out", "resume"),
+        "Where it runs": ("device",),
+    },
+    "likelihood": {
+        "What is measured": ("data", "n", "against", "label", "guidance"),
+        "How": ("probes", "rtol", "end", "bins", "draws", "elbo", "seed"),
+        "What is written": ("out", "overwrite"),
+        "Where it runs": ("device", "batch"),
     },
     "fit": {
         "What is fitted": (
@@ -93,6 +105,14 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("pfode train --data FOLDER --size 32 --steps 20000 --out runs/mine", "a sub-folder per class"),
         ("pfode train --data FOLDER --size 32 --steps 20000 --out runs/mine --resume", "go on after a stop"),
     ),
+    "reflow": (
+        ("pfode train --data digits --process flow --out runs/flow", "first a flow"),
+        ("pfode reflow runs/flow/model.safetensors --pairs 5000 --steps 1000", "then a straighter one"),
+    ),
+    "likelihood": (
+        ("pfode likelihood digits --data digits --n 16", "bits per dimension of pictures"),
+        ("pfode likelihood digits picture.png", "of one of your own"),
+    ),
     "fit": (
         ("pfode fit --model digits --nfe 4,6,8", "plans/digits.plan-4.safetensors ..."),
         ("pfode fit --model avatars@2 --nfe 6", "for guidance of scale 2"),
@@ -129,7 +149,7 @@ def write_options(command: click.Command, ctx: click.Context, formatter: click.H
     """The options of a command in its groups; those that no group names stand in one of their own."""
     records = {}
     for param in command.get_params(ctx):
-        record = param.get_help_record(ctx)
+        record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
         if record is not None and param.name:
             records[param.name] = (click.style(record[0], fg="cyan"), record[1])
     groups = {

@@ -161,7 +161,7 @@ __all__ = ["command", "one_sheet"]
 @click.option(
     "--like",
     type=FileName(),
-    metavar="FILE.png",
+    metavar="PICTURE",
     help="Repeat a picture's settings; flags are stronger.",
 )
 @click.pass_context
