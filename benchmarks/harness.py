@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 __all__ = ["Count", "facts", "least", "parser", "record", "seconds", "turns", "waiter"]
 
-PEERS = ("diffusers", "k-diffusion", "torchdiffeq", "torchode", "diffrax", "jaxlib")
+PEERS = ("diffusers", "k-diffusion", "torchdiffeq", "torchcde", "torchode", "diffrax", "jaxlib")
 PACKAGES = ("pfode", "torch", "numpy", "scipy", *PEERS)
 READS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"}
 Result = TypeVar("Result")
