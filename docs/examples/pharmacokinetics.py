@@ -1,7 +1,7 @@
 """Concentrations of a drug in sixty people, each measured at 5 to 10 visits: a latent ODE's curves for people it has
 not seen, from their first visits.
 
-    python docs/examples/pharmacokinetics.py     # about 3 CPU minutes; writes docs/pharmacokinetics.png
+    python docs/examples/pharmacokinetics.py     # about 1 CPU minute; writes docs/pharmacokinetics.png
 
 The people are simulated by us, by the one-compartment model with first-order absorption of a dose D taken at t = 0,
 
@@ -46,14 +46,14 @@ def people(count: int, seed: int) -> tuple[Series, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--out", default="docs/pharmacokinetics.png")
     options = parser.parse_args()
     torch.manual_seed(0)
     (train, _), (test, person) = people(60, 0), people(8, 1)
     scale = Scale.of(train)
-    model = LatentODE(1, latent=3, hidden=24, width=32, noise=None, kl=0.3)
-    trainer = Trainer(model, scale.apply(train), Training(epochs=options.epochs, batch=20, rate=0.01))
+    model = LatentODE(1, latent=3, hidden=24, width=32, kl=0.3)
+    trainer = Trainer(model, scale.apply(train), Training(epochs=options.epochs, batch=20, rate=0.02))
     for record in trainer.run():
         if record.step % (50 * trainer.each) == 0:
             print(f"epoch {record.epoch:4.0f}  loss {record.loss:8.3f}", flush=True)

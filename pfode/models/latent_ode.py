@@ -24,7 +24,7 @@ LIKELIHOODS = ("gaussian", "poisson")
 
 
 class LatentODE(torch.nn.Module):
-    """z(t0) ~ q(z | series), dz/dt = f(z), x(t) ~ N(g(z(t)), noise^2); trained by the evidence's lower bound.
+    """z(t0) ~ q(z | series), dz/dt = speed f(z), x(t) ~ N(g(z(t)), noise^2); trained by the evidence's lower bound.
 
     The encoder goes through the series from its end to t0. With likelihood="poisson" the times of a channel's
     observations, too, are explained: as those of a Poisson process whose intensity is a function of z.
@@ -32,11 +32,14 @@ class LatentODE(torch.nn.Module):
     Args:
         channels: of the series.
         latent: the size of z. hidden: of the encoder's state. width: of the networks in between.
-        encoder: "ode-rnn", or "rnn", whose state does not move between the observations.
+        encoder: "ode-rnn", or "rnn", whose state does not move between the observations but is given their times.
         noise: standard deviation of an observation, in the units of the series; None: learnt, for each channel.
         likelihood: "gaussian" or "poisson".
         kl: the share of the training within which the divergence's weight rises from 0 to 1.
+        grow: the share of the training within which what is to be explained grows from the first fifth of the time to
+            all of it: solutions are learnt from their beginnings on, or oscillations are not learnt at all.
         t0: where z begins, at or before the first time of any series.
+        speed: dz/dt is this many times what its network says, so that of times from 0 to 1 it learns oscillations soon.
         context: the encoder sees what was observed up to this time, to learn to extrapolate; None: everything.
         method, rtol, atol: of `solve`, with steps of each sample.
 
@@ -55,7 +58,9 @@ class LatentODE(torch.nn.Module):
         noise: float | None = None,
         likelihood: str = "gaussian",
         kl: float = 0.5,
+        grow: float = 0.5,
         t0: float = 0.0,
+        speed: float = 10.0,
         context: float | None = None,
         method: str = "dopri5",
         rtol: float = 1e-3,
@@ -68,9 +73,11 @@ class LatentODE(torch.nn.Module):
             raise unknown("likelihood", likelihood, LIKELIHOODS)
         self.channels, self.latent = integer("channels", channels, 1), integer("latent", latent, 1)
         self.kl, self.t0, self.context = number("kl", kl, 0.0, 1.0), number("t0", t0), context
+        self.speed, self.grow = number("speed", speed, 1e-6), number("grow", grow, 0.0, 1.0)
         self.options: Any = {"method": method, "rtol": rtol, "atol": atol, "batch": "per-sample"}
-        self.encoder = ODERNN(channels, 2 * latent, hidden=hidden, width=width)
-        if encoder == "rnn":
+        self.timed = encoder == "rnn"  # a state that does not move must be told the time
+        self.encoder = ODERNN(channels + self.timed, 2 * latent, hidden=hidden, width=width)
+        if self.timed:
             self.encoder.recurrence.field = _Still()
         self.field = _network(latent, latent, width)
         self.decoder = _network(latent, channels, width)
@@ -89,8 +96,10 @@ class LatentODE(torch.nn.Module):
         if bool(early.any()):
             i, j = early.nonzero()[0].tolist()
             raise UsageError(f"series {series.ids[i]!r} begins at {float(series.t[i, j]):g}, before t0 = {self.t0:g}")
-        start = series.t.new_full((len(series), 1), self.t0)  # without an observation
-        x = torch.cat([torch.full_like(series.x[:, :1], math.nan), series.x], 1)
+        start, x = series.t.new_full((len(series), 1), self.t0), series.x
+        if self.timed:
+            x = torch.cat([series.t[..., None] - self.t0, x], -1)
+        x = torch.cat([torch.full_like(x[:, :1], math.nan), x], 1)  # at t0 itself nothing is observed
         states = self.encoder.states(torch.cat([start, series.t], 1), x, backwards=True)
         mean, log_std = self.encoder.readout(states[0]).chunk(2, -1)
         return mean, log_std.clamp(-6.0, 3.0)
@@ -106,11 +115,13 @@ class LatentODE(torch.nn.Module):
         t = torch.where(torch.isnan(t), t.gather(1, last), t).nan_to_num(self.t0)
         ts = torch.cat([t.new_full((len(t), 1), self.t0), t.clamp(min=self.t0)], 1)
         if self.intensity is None:
-            states = solve(lambda _, z: self.field(z), z, ts, params=tuple(self.field.parameters()), **self.options)
+            states = solve(
+                lambda _, z: self.speed * self.field(z), z, ts, params=tuple(self.field.parameters()), **self.options
+            )
             return self.decoder(states.ys[1:]).movedim(0, 1), None, None
         intensity = self.intensity
         both = solve(
-            lambda _, state: (self.field(state[0]), intensity(state[0]).exp()),
+            lambda _, state: (self.speed * self.field(state[0]), intensity(state[0]).exp()),
             (z, z.new_zeros(len(z), self.channels)),
             ts,
             params=(*self.field.parameters(), *intensity.parameters()),
@@ -123,6 +134,9 @@ class LatentODE(torch.nn.Module):
         """The negative lower bound of the evidence by one draw of z, for each observation."""
         mean, log_std = self.encode(series)
         drawn = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=generator.device).to(mean.device)
+        if progress < self.grow:
+            last = float(series.t.nan_to_num(nan=-math.inf).max())
+            series = series.until(self.t0 + (last - self.t0) * (0.2 + 0.8 * progress / self.grow))
         likelihood = self.log_likelihood(series, mean + log_std.exp() * drawn)
         kl = divergence(mean, log_std, torch.zeros_like(mean), torch.zeros_like(mean)).sum()
         weight = 1.0 if self.kl == 0 else min(1.0, progress / self.kl)
