@@ -18,6 +18,7 @@ from pfode.prediction import PREDICTIONS
 from pfode.process import Process
 from pfode.samplers import auto
 from pfode.samplers.invertible import Bdia, Belm, Edict
+from pfode.samplers.langevin import AnnealedLangevin, Corrected
 from pfode.samplers.methods import (
     Method,
     Multistep,
@@ -193,6 +194,10 @@ def _recipes() -> list[Recipe]:
     for name, sa in (("sa-solver", SaSolver()), ("sa-solver2", SaSolver(predictor=2, corrector=2))):
         text = f"predictor {sa.predictor}, corrector {sa.corrector}; tau"
         add(name, sa, plus, 2, 2, "Xue et al. 2023 (SA-Solver), alg. 1", text)
+    langevin = AnnealedLangevin(EULER_STEP)
+    add("langevin", langevin, ddim, 0, 0, "Song & Ermon 2019, alg. 1", "annealed Langevin dynamics; rounds, size")
+    source, text = "Song et al. 2021 (score SDE), alg. 4-5", "ddpm, then a Langevin step; rounds, size"
+    add("ddpm-pc", Corrected(Ancestral(EULER_STEP)), ddim, 1, 1, source, text)
     for k in range(1, 4):
         text = f"Taylor order {k} in s"
         source = "Cui et al. 2023 (ER-SDE-Solver)"

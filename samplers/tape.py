@@ -108,6 +108,13 @@ class Tape:
         self.spans[k] = (brownian_clock(start), brownian_clock(stop))
         return Linear({("xi", k): 1.0})
 
+    def fresh(self) -> Linear:
+        """The fresh noise of the latest row where it covers no time, so that it is of no Brownian path."""
+        k = len(self.queried) - 1
+        assert k not in self.spans, "one fresh noise per row"
+        self.spans[k] = (math.nan, math.nan)
+        return Linear({("xi", k): 1.0})
+
     def settled(self, x: Linear) -> Linear:
         """x said in the register as it is, for pairs in the one before it too."""
         oldest = len(self.updates) - (2 if self.pair else 1)
