@@ -17,8 +17,8 @@ OBJECTIVES = ("denoising", "flow", "sliced", "implicit", "likelihood")
 LAW_NAMES = ("8gaussians", "checkerboard", "moons", "swissroll", "rings", "spirals", "twonorm", "ringnorm")
 TAKES = {"weighting": "denoising", "coupling": "flow", "interpolant": "flow", "from_data": "flow"}
 VELOCITIES = ("flow", "likelihood")
-USUAL = {"batch": 256, "steps": 5000, "lr": 2e-3, "drop": 0.0}  # for points, of what is not said
-WIDTH, DEPTH = 64, 3
+USUAL = {"batch": 256, "steps": 5000, "lr": 3e-3, "drop": 0.0}  # for points, of what is not said
+WIDTH, DEPTH = 96, 4
 
 
 def usual(ctx: click.Context, options: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def find_points(options: dict[str, Any]) -> "Points | None":
 
 
 def perceptron(options: dict[str, Any], points: "Points", widths: tuple[int, ...] | None) -> "MLPConfig":
-    """The network of a run on points: 3 x 64 by default.
+    """The network of a run on points: 4 x 96 by default.
 
     Raises:
         UsageError: layers of several widths, or values out of range.
