@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
+from pfode.cli.objective import LAW_NAMES
 from pfode.scores.io.shipped import shipped
 
 __all__ = ["ADAPTIVE", "CHARTS", "GRIDS", "completer", "samplers"]
@@ -37,7 +38,8 @@ KNOWN: dict[str, tuple[Callable[[], Iterable[str]], bool]] = {  # by option: its
     "grid": (lambda: GRIDS, False),
     "chart": (lambda: CHARTS, False),
     "device": (lambda: DEVICES, False),
-    "data": (lambda: ("digits", "emoji"), True),
+    "data": (lambda: ("digits", "emoji", *LAW_NAMES), True),
+    "from_data": (lambda: LAW_NAMES, False),
     "truth": (lambda: ("digits", "emoji"), True),
     "label": (lambda: ("all", "none"), False),
     "what": (lambda: (*shipped(), "models", "config", "env"), True),
