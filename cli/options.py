@@ -41,6 +41,7 @@ COMMANDS = {
     "convert": "Write a model of diffusers or EDM as one file.",
     "info": "Say what a model, a plan or a picture holds.",
     "samplers": "List the samplers.",
+    "likelihood": "Say how likely pictures are under a model.",
     "bench": "Measure samplers: quality against evaluations.",
 }
 CONFIG_FILE = "pfode.toml"

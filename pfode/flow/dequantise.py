@@ -9,7 +9,9 @@ probability of one is bounded by states drawn from q(x_t | x) within its bin, of
     uniform     x_t = alpha (x + w (u - 1/2)), u uniform                                  -log q = d log(alpha w)
     truncated   x_t = alpha x + sigma u, u standard normal within |u| <= alpha w / 2 sigma   (Zheng et al. 2023)
 
-The second is what the network was trained on: it needs no density between the values. With k draws the bound is
+The second needs no density between the values, but a network that knows the least noise: where that is far narrower
+than a bin, levels that training hardly ever draws, the first is often the better bound; "auto" takes the second where
+the noise reaches over a bin, alpha w / 2 sigma <= 3. With k draws the bound is
 log mean_k p_t / q, which rises to log P(x) as k grows (Burda et al. 2016). In every element the k values of u are one
 from each k-th part of its distribution, taken in an order of its own, by which the mean errs less.
 """
@@ -24,11 +26,26 @@ from pfode import noise
 from pfode.errors import unknown
 from pfode.process import Process
 
-__all__ = ["ENDS", "dequantised"]
+__all__ = ["ENDS", "dequantised", "settled_end"]
 
-ENDS = ("none", "uniform", "truncated")
+ENDS = ("none", "uniform", "truncated", "auto")
+REACH = 3.0  # standard deviations of the noise to the edge of a bin
 _ORDER = 2**40  # draw numbers of noise, far from those of plans
 _DRAWS = _ORDER + 1
+
+
+def settled_end(end: str, process: Process, width: float) -> str:
+    """What "auto" is for bins of this width: see this module.
+
+    Raises:
+        UsageError: an unknown end.
+    """
+    if end not in ENDS:
+        raise unknown("end", end, ENDS)
+    if end != "auto":
+        return end
+    reach = process.alpha(process.t_min) * width / (2 * process.sigma(process.t_min))
+    return "truncated" if reach <= REACH else "uniform"
 
 
 def dequantised(
@@ -37,14 +54,9 @@ def dequantised(
     """States at t_min for data x, and -log q of them, shape (n,).
 
     Args:
-        x: data, shape (n, ...). end: of `ENDS`. width: w.
+        x: data, shape (n, ...). end: of `ENDS`, settled. width: w.
         seeds: one per sample. draw: by number, from 0, of so many `draws`.
-
-    Raises:
-        UsageError: an unknown end.
     """
-    if end not in ENDS:
-        raise unknown("end", end, ENDS)
     alpha, sigma, d = process.alpha(process.t_min), process.sigma(process.t_min), math.prod(x.shape[1:])
     if end == "none":
         return alpha * x, x.new_zeros(len(x))

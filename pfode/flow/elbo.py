@@ -5,14 +5,16 @@ With x_t = alpha x + sigma eps at the level v = log(sigma/alpha), and the states
     log p(x) >= - KL(q(x_1 | x) || p(x_1)) - int_{v_0}^{v_1} E |x - D(x_t, t)|^2 e^(-2 v) dv + end
 
 The end is E log P(x | x_0) for data in bins, P(x | x_0) proportional to q(x_0 | x) over the values that an element can
-have; for densities it is - d/2 log(2 pi e sigma_0^2) + d log alpha_0, the entropy of the noise that x_0 has: the bound
-is then on E log p of data with the noise of t_min. For the exact denoiser nothing is lost between the ends: the
-derivative of the divergence by the level is the error of the denoiser (Guo, Shamai & Verdu 2005; Kong et al. 2023).
+have. For densities, and with uniform dequantisation, it is - d/2 log(2 pi e sigma_0^2) + d log alpha_0, the entropy of
+the noise that x_0 has: the bound is then on E log p of data with the noise of t_min. For the exact denoiser nothing is
+lost between the ends: the derivative of the divergence by the level is the error of the denoiser (Guo, Shamai & Verdu
+2005; Kong et al. 2023).
 One sample's bound needs hundreds of levels for a nat; the mean over a data set does with few.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from pfode import noise
 from pfode.denoiser import Denoiser
 from pfode.errors import integer
+from pfode.flow.dequantise import dequantised
 from pfode.flow.likelihood import Likelihood, joined, law_at
 from pfode.flow.prior import moments_for
 from pfode.flow.subject import Subject, subject
@@ -56,7 +59,8 @@ def elbo(
         x: data as `sample` gives them, shape (n, ...), pictures in [-1, 1].
         levels: denoiser calls per sample, two in each of levels / 2 strata, from which `stderr` is made.
         seeds, bins, prior, label, guidance, batch, throw, cond: as for `log_likelihood`.
-        end: "none" for a density; "truncated" and "uniform" are the same here, the probability of data in bins.
+        end: "truncated": the bound above, of data in bins; "uniform": of the density of x + w (u - 1/2), plus d log w;
+            "auto" and "none" as for `log_likelihood`.
 
     Returns:
         a `Likelihood` whose parts are "prior", "diffusion" and "end"; z is x at t_max, with its noise.
@@ -73,7 +77,11 @@ def elbo(
 
 
 def _batch(of: Subject, strata: int, kind: str) -> Likelihood:
-    process, n, d, x = of.denoiser.process, len(of.x), of.dimensions, of.x
+    process, n, d = of.denoiser.process, len(of.x), of.dimensions
+    ending = _end(of)
+    if of.end == "uniform":
+        of = replace(of, x=dequantised(of.x, process, "uniform", of.width, of.seeds)[0] / process.alpha(process.t_min))
+    x = of.x
     low, high = (-0.5 * process.log_snr(t) for t in (process.t_min, process.t_max))
     last = min(high, HIGHEST)
     total, variance = x.new_zeros(n), x.new_zeros(n)
@@ -86,7 +94,7 @@ def _batch(of: Subject, strata: int, kind: str) -> Likelihood:
     eps = noise.normal(of.seeds, _LEVELS, x.shape[1:], x.dtype).to(x)
     state = process.alpha(t) * x + process.sigma(t) * eps
     chance = -0.5 * eps.square().flatten(1).sum(1) - d * (math.log(process.sigma(t)) + 0.5 * math.log(2 * math.pi))
-    parts = {"prior": law.log_prob(state) - chance, "diffusion": -total, "end": _end(of)}
+    parts = {"prior": law.log_prob(state) - chance, "diffusion": -total, "end": ending}
     nats = sum(parts.values(), x.new_zeros(n))
     lost = (~torch.isfinite(nats.detach())).nonzero().flatten().tolist()
     each = torch.full((n,), 2 * strata + calls, dtype=torch.int64, device="cpu")
@@ -114,8 +122,9 @@ def _end(of: Subject) -> Tensor:
     """The last part: E log P(x | x_0) for data in bins, minus an entropy for densities, shape (n,)."""
     process, x, d = of.denoiser.process, of.x, of.dimensions
     alpha, sigma = process.alpha(process.t_min), process.sigma(process.t_min)
-    if not of.width:
-        return x.new_full((len(x),), d * (math.log(alpha / sigma) - 0.5 * math.log(2 * math.pi * math.e)))
+    if of.end != "truncated":
+        wide = math.log(of.width) if of.width else 0.0
+        return x.new_full((len(x),), d * (wide + math.log(alpha / sigma) - 0.5 * math.log(2 * math.pi * math.e)))
     eps = noise.normal(of.seeds, _LEVELS - 1, x.shape[1:], torch.float64).to(x)
     apart = alpha * of.width / sigma  # of the values, in units of the noise
     reach = min(math.ceil(12 / apart) + 1, round(2 / of.width))  # values beyond have no share

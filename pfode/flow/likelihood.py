@@ -120,8 +120,9 @@ def log_likelihood(
         rtol: about the error in nats that the solver makes where densities are smooth; the state is solved to a
             hundredth of it (a tenth with the method of order 8, taken below 1e-6).
         seeds: of every sample, for probes and dequantisation; by default from its own numbers.
-        end: "truncated" or "uniform" dequantisation for data of finitely many values; "none": the density of data with
-            the noise of t_min. Where nothing says how many values there are it is "none".
+        end: "truncated" or "uniform" dequantisation for data of finitely many values, "auto" by the noise of t_min (see
+            pfode.flow.dequantise); "none": the density of data with that noise, also where nothing says how many
+            values there are.
         bins: how many values an element has, evenly from -1 to 1; by default as the denoiser says (`bins`).
         draws: of the dequantisation, importance weighted: the bound rises with them.
         prior: of the states at t_max: "moments", "mean", "plain", or "auto", the best that is known.

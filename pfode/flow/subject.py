@@ -11,8 +11,8 @@ from torch import Tensor
 from pfode import defaults, noise
 from pfode.arguments import guided, need_denoiser, sample_states
 from pfode.denoiser import Denoiser
-from pfode.errors import UsageError, integer, shortened, unknown
-from pfode.flow.dequantise import ENDS
+from pfode.errors import UsageError, integer, shortened
+from pfode.flow.dequantise import settled_end
 from pfode.labels import class_indices
 from pfode.tensors import raw
 
@@ -79,8 +79,7 @@ def subject(
         UsageError: what cannot be carried out as written.
     """
     need_denoiser(denoiser, "a likelihood", "call it outside: its nats take gradients to x by torch.autograd")
-    if end not in ENDS:
-        raise unknown("end", end, ENDS)
+    settled_end(end, denoiser.process, 1.0)
     states = sample_states("x", x)
     own = getattr(denoiser, "shape", None)
     if own is not None and tuple(own) != tuple(states.shape[1:]):
@@ -89,6 +88,7 @@ def subject(
     if bins is None:
         end = "none"
     width = 2 / (bins - 1) if bins is not None and end != "none" else 0.0
+    end = settled_end(end, denoiser.process, width)
     if width and states.detach().abs().max() > FAR:
         problem = f"x: pictures lie in [-1, 1], got values up to {float(states.detach().abs().max()):g}"
         raise UsageError(problem, "x / 127.5 - 1; or end='none' for densities")

@@ -54,6 +54,18 @@ def test_of_data_in_bins():
     assert (pfode.elbo(coarse, points, levels=10, bins=5, seeds=range(4)).parts["end"] < -0.1).all()
 
 
+def test_uniform_dequantisation_is_the_density_within_the_bin():
+    net = eight()
+    x = net.sample(40, seed=3)
+    uniform, plain = (
+        pfode.elbo(net, x, levels=200, seeds=range(40), **how) for how in ({"end": "uniform", "bins": 201}, {})
+    )
+    gap = uniform.nats - plain.nats - 2 * math.log(0.01)
+    assert gap.abs().mean() < 0.5
+    assert abs(gap.mean()) < 4 * gap.std() / math.sqrt(40) + 1e-3
+    assert (uniform.end, uniform.width) == ("uniform", 0.01)
+
+
 def test_by_the_seed_alone_and_the_same_noise_under_every_label():
     net, x = eight(), eight().sample(10, seed=1)
     whole = pfode.elbo(net, x, levels=20)

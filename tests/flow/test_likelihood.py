@@ -191,6 +191,10 @@ def test_bins_are_the_denoisers_own():
     assert pfode.log_likelihood(net, x, end="uniform").width == 2 / 16
     assert pfode.log_likelihood(net, x, end="uniform", bins=256).width == 2 / 255
     assert pfode.log_likelihood(net, x, end="none").width == 0
+    assert [pfode.log_likelihood(net, x, end="auto", bins=k, rtol=1e-2).end for k in (9, 2000)] == [
+        "uniform",
+        "truncated",
+    ]
 
 
 # ---- plans
