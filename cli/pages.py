@@ -78,12 +78,6 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {  # by command and heading, the
         "What is written": ("out", "overwrite"),
         "Where it runs": ("device", "dtype", "batch"),
     },
-    "likelihood": {
-        "Whose": ("data", "n", "against", "label", "guidance"),
-        "How": ("probes", "rtol", "end", "bins", "draws", "elbo", "seed"),
-        "What is written": ("out", "overwrite"),
-        "Where it runs": ("device", "batch"),
-    },
     "bench": {
         "What is measured": ("model", "sampler", "nfe", "n", "seed", "validation", "teacher", "truth", "features"),
         "Text to image": (*TO_IMAGE, "guidance"),
@@ -137,12 +131,6 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("pfode samplers", "all of them"),
         ("pfode samplers dpm++2m", "one in full, with its options"),
         ("pfode samplers auto", "what auto takes"),
-    ),
-    "likelihood": (
-        ("pfode likelihood digits --data digits-test --n 8", "bits per dimension of eight pictures"),
-        ("pfode likelihood digits --data digits-test --elbo 64 --label all", "which class each one is"),
-        ("pfode likelihood emoji a.png b.png --probes 8 --out found", "of files; a sheet and a histogram in found"),
-        ("pfode likelihood digits --data digits-test --against digits-train --elbo 64", "two sets, and their AUROC"),
     ),
     "bench": (
         ("pfode bench --model digits --nfe 4,8 --n 32", "a quick look: bench/report.html"),

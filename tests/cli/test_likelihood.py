@@ -123,7 +123,7 @@ def test_figures():
         (("digits", "nowhere.png"), 3, "nowhere.png"),
         (("digits", "broken.png"), 3, "broken.png"),
         (("digits", "--data", "broken.npz"), 3, "broken.npz"),
-        (("emoji", "--data", "digits", "--n", "1", "--elbo", "2"), 2, "pictures of shape"),
+        (("avatars", "--data", "digits", "--n", "1", "--elbo", "2"), 2, "pictures of shape"),
         (("digits", "--data", "digits", "--probes", "0"), 2, "--probes: need a number of at least 1, or exact"),
         (("digits", "--data", "digits", "--probes", "many"), 2, "--probes"),
         (("digits", "--data", "digits", "--rtol", "0"), 2, "--rtol"),
