@@ -1,6 +1,6 @@
 """The figure at the top of the README: pictures, and the error against network calls, of one network.
 
-    python benchmarks/figure.py [--model emoji] [--n 64] [--teacher 256] [--out docs/figure.png]
+    python benchmarks/figure.py [--model avatars] [--n 64] [--teacher 256] [--out docs/figure.png]
 
 Three rows draw the same noise: the best of diffusers' schedulers, the best of pfode's samplers, and the plans fitted to
 the network; a fourth has the converged solution. The curves are the distance to it (RMS over the samples, per pixel).
@@ -113,7 +113,7 @@ def curves(chosen: dict[str, dict[int, tuple[str, list[float]]]]) -> Image.Image
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=defaults.MODEL, help="also guided, as in emoji@2")
+    parser.add_argument("--model", default=defaults.MODEL, help="also guided, as in avatars@2")
     parser.add_argument("--n", type=int, default=64, help="samples")
     parser.add_argument("--teacher", type=int, default=256, help="most evaluations of the converged solution")
     parser.add_argument("--plans", help="folder of fitted plans, where the model has none of its own")

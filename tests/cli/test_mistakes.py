@@ -110,7 +110,7 @@ MISTAKES = [
     ("bench --scheduler ddim", 2, "here it is called --sampler"),
     ("bench --model gaussian", 2, "gaussian-16"),
     ("bench --model digit", 2, "gaussian-16"),
-    ("bench --model emoji@x", 2, "emoji@2"),
+    ("bench --model avatars@x", 2, "avatars@2"),
     ("bench --model gaussian-0", 2, "dimensions"),
     ("bench --model nothing:net", 2, "from the working folder"),
     ("bench --model gaussian-2 --nfe 4-8", 2, "--nfe 3,4,5,6,8,10,15,20"),

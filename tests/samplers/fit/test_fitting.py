@@ -357,7 +357,7 @@ def test_a_teacher_that_fails_is_named():
 def test_the_shipped_plans():
     """`avatars` has them, auto takes them, and they beat what auto takes by hand."""
     net = pfode.load("avatars")
-    assert set(net.plans) == {4, 6, 8}
+    assert set(net.plans) == {3, 4, 5, 6, 8, 10}
     for nfe, plan in net.plans.items():
         found = plan.meta["fitted"]["validation"]
         assert plan.nfe == nfe
