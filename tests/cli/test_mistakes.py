@@ -82,6 +82,15 @@ MISTAKES = [
     ("train --ema all", 2, "--ema"),
     ("train --drop 2", 2, "drop"),
     ("train --device gpu", 2, "cuda"),
+    # reflow
+    ("reflow", 2, "Missing argument 'MODEL'"),
+    ("reflow nothing", 2, "unknown model 'nothing'"),
+    ("reflow missing.safetensors", 3, "no such file"),
+    ("reflow digits", 2, "pfode train --process flow"),
+    ("reflow digits-flow more", 2, "unexpected extra argument"),
+    ("reflow digits-flow --pairs 0", 2, "1<=x"),
+    ("reflow digits-flow --epochs 3", 2, "here it is called --steps"),
+    ("reflow digits-flow --lr fast", 2, "is not a valid float"),
     # fit
     ("fit --nfe 4-8", 2, "--nfe 4,6,8"),
     ("fit --nfe 0 --model digits", 2, "--nfe 1"),
