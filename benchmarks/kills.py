@@ -26,6 +26,7 @@ from pathlib import Path
 
 import harness
 import torch
+from safetensors.torch import load_file
 
 import pfode
 import pfode.cli.many  # all that the children need
@@ -53,6 +54,7 @@ TRAIN = ["train", "--data", "digits", "--widths", "8,16", "--batch", "8", "--war
 TRAIN += ["--out", "run", "--quiet", "--device", "cpu"]
 LONGEST = 1.0  # seconds to the kill
 LIMIT = 300.0  # seconds for a run
+MODEL = "model.safetensors"  # of a checkpoint
 
 
 class Child:
@@ -193,9 +195,13 @@ def interrupt_sample(work: Path, count: int, n: int, chance: random.Random) -> C
 
 
 def compare_networks(folder: Path, whole: Path, totals: Counter[str]) -> None:
-    """Add what is different between two finished runs: weights, averages, optimiser, losses."""
+    """Add what is different between two finished runs: weights, averages, optimiser, losses; of the checkpoint as a
+    model, whose text tells how long it was trained, its tensors."""
     ours, theirs = (digests(checkpoints(place / "run")[0], "*.safetensors") for place in (folder, whole))
-    totals["different"] += ours != theirs
+    totals["different"] += {**ours, MODEL: None} != {**theirs, MODEL: None}
+    model, wanted = (load_file(checkpoints(place / "run")[0] / MODEL) for place in (folder, whole))
+    same = model.keys() == wanted.keys() and all(torch.equal(model[name], wanted[name]) for name in wanted)
+    totals["different"] += not same
     losses = [
         [json.loads(line)["loss"] for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
         for place in (folder, whole)

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pfode.plans.table import Plan
-    from pfode.samplers import Adaptive
+    from pfode.samplers import Adaptive, Samples
+    from pfode.samplers.request import Keep
 
 __all__ = ["OF_THE_MODEL", "Cost", "Job", "prepare", "settings"]
 
@@ -152,19 +153,26 @@ class Job:
         found = classes(self.net, _label(self.options), len(self.seeds))
         return [] if found is None else found.tolist()
 
-    @property
-    def how(self) -> dict[str, Any]:
-        """The arguments of `pfode.sample`, apart from the seeds."""
-        return {
-            "plan": self.plan,
-            "init": self.start.init,
-            "mask": self.start.mask,
-            "label": self.classes or None,
-            "batch": self.options["batch"],
-            "dtype": self.dtype,
-            "device": self.device,
-            "brownian": self.options["brownian"],
-        }
+    def draw(self, keep: "Keep", some: Sequence[int] | None = None, labels: Sequence[str] | None = None) -> "Samples":
+        """Draw pictures: see `batches`."""
+        from pfode.samplers.sampling import joined
+
+        return joined(self.batches(keep, some, labels), self.plan)
+
+    def batches(
+        self, keep: "Keep", some: Sequence[int] | None = None, labels: Sequence[str] | None = None
+    ) -> "Iterator[Samples]":
+        """Draw the pictures of some indices, or all, batch by batch; `labels` replace their classes."""
+        from pfode.samplers.request import Beginning, Place
+        from pfode.samplers.sampling import batches
+        from pfode.samplers.settle import prepared
+
+        some = range(len(self.seeds)) if some is None else some
+        label = labels or ([self.classes[i] for i in some] if self.classes else None)
+        start, brownian = self.start, self.options["brownian"]
+        beginning = Beginning(init=start.init, mask=start.mask, label=label, brownian=brownian)
+        net, place = prepared(self.net, None, self.device), Place(self.options["batch"], self.dtype, self.device)
+        return batches(net, self.plan, [self.seeds[i] for i in some], beginning, place, keep)
 
     @property
     def sheet(self) -> "Job":

@@ -11,7 +11,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import pfode
 from pfode import defaults
 from pfode.cli.folder import DONE, NON_FINITE, RESULTS, RUN, Folder, picture
 from pfode.cli.job import Cost, Job, settings
@@ -39,13 +38,10 @@ def draw(job: Job, out: Output) -> dict[str, Any] | None:
     Raises:
         PfodeError: as `pfode.sample`, or a folder that cannot be used; what is finished stays.
     """
-    from pfode.samplers.settle import prepared
-
     share = Share.find(job.device)
     if share.device is not None and job.device.type == "cuda" and job.device.index is None:
         job = replace(job, device=share.device)
     out = out if share.first else replace(out, quiet=True)
-    job = replace(job, net=prepared(job.net, None, job.device))
     with contextlib.closing(share), contextlib.closing(Folder(job)) as folder:
         return _draw(job, folder, share, out)
 
@@ -86,19 +82,15 @@ def _draw(job: Job, folder: Folder, share: Share, out: Output) -> dict[str, Any]
 
 def _fill(job: Job, folder: Folder, mine: list[int], batch: int, kept: set[int], rank: int, out: Output) -> None:
     """Draw the pictures of the indices `mine` batch by batch, and write each to the folder and to its journal."""
-    from pfode.samplers.request import Beginning, Keep, Place
-    from pfode.samplers.sampling import batches
+    from pfode.samplers.request import Keep
 
     if not mine:
         return
-    label = [job.classes[i] for i in mine] if job.classes else None
-    beginning = Beginning(init=job.start.init, mask=job.start.mask, label=label, brownian=job.options["brownian"])
-    place, seeds = Place(batch, job.dtype, job.device), [job.seeds[i] for i in mine]
     size, done = batch, 0
     journal = folder.journal(rank)
     with PictureBar(len(mine), out) as progress:
         keep = Keep(progress if progress.visible and job.fixed else None, nan="flag")
-        for part in batches(job.net, job.plan, seeds, beginning, place, keep):
+        for part in job.batches(keep, mine):
             if not job.fixed:
                 progress.bar.update(len(part.x))
             if part.stats["batch"] < size:
@@ -155,4 +147,6 @@ def _read(job: Job, folder: Folder) -> "np.ndarray":
 
 def _film(job: Job) -> str:
     """Write the animation of the pictures on the sheet, for which they are drawn once more."""
-    return write_film(job, pfode.sample(job.net, seeds=job.seeds, trajectory=True, nan="flag", **job.how))
+    from pfode.samplers.request import Keep
+
+    return write_film(job, job.draw(Keep(trajectory=True, nan="flag")))

@@ -22,7 +22,7 @@ from pfode.cli.prompts import prompt_options
 from pfode.cli.settings import DTYPES, format_seeds, settle
 from pfode.cli.streams import Output, output
 from pfode.cli.trust import trust_option
-from pfode.errors import OtherModelWarning, UnsoundWarning, UsageError
+from pfode.errors import OtherModelWarning, UsageError
 
 __all__ = ["command", "one_sheet"]
 
@@ -193,7 +193,6 @@ def command(ctx: click.Context, **options: Any) -> None:
         warnings.simplefilter("ignore", OtherModelWarning)
     if (remark := unsound(plan)) is not None:
         out.note(remark)
-        warnings.simplefilter("ignore", UnsoundWarning)
     how = f"grid {plan.meta.get('grid', 'of the plan')}" if job.fixed else f"rtol {plan.meta['rtol']:g}"
     names = f"model {options['model']}, sampler {plan.name}, {how}"
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -242,16 +241,12 @@ def one_sheet(job: Job, out: Output) -> dict[str, Any]:
     Raises:
         NumericalError: pictures that are not finite; with --nan flag the others have been written.
     """
+    from pfode.samplers.request import Keep
+
     began = time.perf_counter()
     with PictureBar(len(job.seeds), out) as progress:
-        result = pfode.sample(
-            job.net,
-            seeds=job.seeds,
-            **job.how,
-            callback=progress if progress.visible and job.fixed else None,
-            trajectory=job.options["trajectory"] is not None,
-            nan=job.options["nan"],
-        )
+        callback = progress if progress.visible and job.fixed else None
+        result = job.draw(Keep(callback, job.options["trajectory"] is not None, job.options["nan"]))
     seconds = time.perf_counter() - began
     files = write(job, result)
     if result.bad:

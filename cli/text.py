@@ -31,19 +31,16 @@ def draw(job: Job, out: Output) -> dict[str, Any]:
         NumericalError: letters that are not finite.
     """
     from pfode.cli.outputs import store_film, store_sheet
+    from pfode.samplers.request import Keep
 
     text: str = job.options["text"]
     letters = list(dict.fromkeys(text.replace(" ", "")))
     began = time.perf_counter()
     with PictureBar(len(letters) * len(job.seeds), out) as progress:
-        result = pfode.sample(
-            job.net,
-            seeds=[seed for seed in job.seeds for _ in letters],
-            **{**job.how, "label": letters * len(job.seeds)},
-            callback=progress if progress.visible and job.fixed else None,
-            trajectory=job.options["trajectory"] is not None,
-            nan="flag",
-        )
+        callback = progress if progress.visible and job.fixed else None
+        keep = Keep(callback, job.options["trajectory"] is not None, "flag")
+        each = [i for i in range(len(job.seeds)) for _ in letters]
+        result = job.draw(keep, each, letters * len(job.seeds))
     seconds = time.perf_counter() - began
     if result.bad:
         lost = [f"{letters[bad.index % len(letters)]!r} of seed {result.seeds[bad.index]}" for bad in result.bad[:3]]

@@ -292,14 +292,7 @@ def make_plan(
     Raises:
         UsageError: unknown names, options that contradict each other, times outside the process.
     """
-    if not isinstance(process, Process):
-        raise UsageError(f"process: need a noise process, got {process!r:.60}", "process=net.process, or pfode.EDM()")
-    for name, given in (("steps", steps), ("nfe", nfe)):
-        if given is not None:
-            integer(name, given, 1, grids.MAX_STEPS)
-    for name, said in (("lower_order_final", lower_order_final), ("guided", guided)):
-        if not isinstance(said, bool):
-            raise UsageError(f"{name}: need True or False, got {shortened(said)}", f"{name}=True")
+    _check_kinds(process, {"steps": steps, "nfe": nfe}, {"lower_order_final": lower_order_final, "guided": guided})
     count = nfe if steps is None else steps
     chosen = auto.choose(process, defaults.STEPS if count is None else int(count), guided)
     if isinstance(sampler, str) and sampler == "auto":
@@ -315,9 +308,10 @@ def make_plan(
         raise UsageError(f"afs: the first step of {found.name} has inner calls", "choose a multistep recipe")
     afs = None if afs is None else number("afs", afs, 0)
     rule = chosen.grid if grid is None else grid
+    placed = isinstance(rule, str | grids.Grid)  # else it is the times themselves
     named = _chart_of(found, chart)
     if chart is None and method.pair:
-        named = _invertible_chart(found, process, rule, start)
+        named = _invertible_chart(found, process, start if placed else grids.times(process, rule, 0)[0])
     space = Space(method.chart(find_chart(named)), process)
 
     def lay(n: int) -> Plan:
@@ -332,23 +326,32 @@ def make_plan(
             raise UsageError(problem, "smaller values") from error
 
     meta: dict[str, Any] = {"sampler": found.name, "chart": named}
-    if isinstance(rule, str | grids.Grid):
-        meta |= {"grid": getattr(rule, "name", rule), "final": final}
-    else:
-        meta |= {"grid": "given"}
+    meta |= {"grid": getattr(rule, "name", rule), "final": final} if placed else {"grid": "given"}
     meta |= {name: getattr(method, name) for name in method.options if method.stochastic or name in options}
     meta |= {"lower_order_final": True} if lower_order_final else {}
     meta |= {} if afs is None else {"afs": afs}
-    if isinstance(rule, str | grids.Grid):
-        if (steps is None) == (nfe is None):
-            raise UsageError(f"need either steps or nfe, got steps={steps!r}, nfe={nfe!r}", "steps=20")
-        return _within(lay, nfe, method.calls) if steps is None else lay(steps)
-    plan = lay(0)
-    if nfe is not None or steps not in (None, plan.steps):
-        raise UsageError(f"the grid's {plan.steps + 1} times make {plan.steps} steps", "leave steps and nfe out")
-    if start is not None or stop is not None or final != "denoise":
-        raise UsageError("a grid given as times has its own ends", "leave start, stop and final out")
-    return plan
+    if not placed:
+        plan = lay(0)
+        if nfe is not None or steps not in (None, plan.steps):
+            raise UsageError(f"the grid's {plan.steps + 1} times make {plan.steps} steps", "leave steps and nfe out")
+        if start is not None or stop is not None or final != "denoise":
+            raise UsageError("a grid given as times has its own ends", "leave start, stop and final out")
+        return plan
+    if (steps is None) == (nfe is None):
+        raise UsageError(f"need either steps or nfe, got steps={steps!r}, nfe={nfe!r}", "steps=20")
+    return _within(lay, nfe, method.calls) if steps is None else lay(steps)
+
+
+def _check_kinds(process: Any, counts: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Raise UsageError for what is no process, counts that are none (None: not given), or flags that are none."""
+    if not isinstance(process, Process):
+        raise UsageError(f"process: need a noise process, got {process!r:.60}", "process=net.process, or pfode.EDM()")
+    for name, given in counts.items():
+        if given is not None:
+            integer(name, given, 1, grids.MAX_STEPS)
+    for name, said in flags.items():
+        if not isinstance(said, bool):
+            raise UsageError(f"{name}: need True or False, got {shortened(said)}", f"{name}=True")
 
 
 def _with(found: Recipe, options: dict[str, Any]) -> Method:
@@ -374,12 +377,9 @@ def _chart_of(found: Recipe, name: str | None) -> str:
     return name or found.charts[0]
 
 
-def _invertible_chart(found: Recipe, process: Process, rule: Any, start: float | None) -> str:
+def _invertible_chart(found: Recipe, process: Process, start: float | None) -> str:
     """The recipe's first chart that holds at the first time: from pure noise (alpha = 0) no other inverts its steps."""
-    if isinstance(rule, str | grids.Grid):
-        first = process.t_max if start is None else number("start", start)
-    else:
-        first = grids.times(process, rule, 0)[0]
+    first = process.t_max if start is None else number("start", start)
     if not process.t_min <= first <= process.t_max or process.alpha(first) > 0:
         return found.charts[0]
     return next(name for name in found.charts if find_chart(name).nodes(process, [first])[0].regular)

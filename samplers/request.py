@@ -75,8 +75,8 @@ class Stepping:
         """The plan for a denoiser: the one given, else see `settled`."""
         if self.ready is not None:
             return self.ready
-        assert isinstance(self.sampler, str | Recipe | AdaptiveRecipe)
-        return settled(denoiser, self.sampler, self.steps, fitted=self.fitted, **self.options)
+        sampler: Any = self.sampler  # what is no sampler is refused there
+        return settled(denoiser, sampler, self.steps, fitted=self.fitted, **self.options)
 
 
 @dataclass(frozen=True, eq=False)

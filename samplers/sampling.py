@@ -4,7 +4,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -32,10 +32,10 @@ from pfode.samplers.settle import (
     classes,
     data_std,
     data_to_begin_from,
+    first_time,
     prepared,
     sample_shape,
     seed_list,
-    start_time,
     state_dtype,
     usual_count,
 )
@@ -43,6 +43,7 @@ from pfode.samplers.settle import (
 __all__ = [
     "Samples",
     "batches",
+    "joined",
     "non_finite",
     "sample",
     "unsound",
@@ -157,10 +158,7 @@ def sample(
     x = None if x is None else sample_states("x", x)
     seeds = seed_list(n, seed, seeds, x, usual_count(denoiser, label))
     place = Place(batch, dtype, device)
-    if strength is not None:
-        if init is None or start is not None:
-            raise UsageError("strength: says how much noise init= gets, in place of start=", "give init= and no start=")
-        start = start_time(denoiser.process, strength)
+    start = first_time(denoiser.process, init, strength, start)
     denoiser = prepared(denoiser, guidance, device, compile)
     options |= {"nfe": nfe, "grid": grid, "start": start, "stop": stop, "afs": data_std(denoiser, afs)}
     options |= {} if final == "denoise" else {"final": final}
@@ -168,19 +166,24 @@ def sample(
     text = unsound(made)
     if text is not None:
         warnings.warn(text, UnsoundWarning, stacklevel=2)
+    return joined(batches(denoiser, made, seeds, Beginning(x, init, mask, shape, label, brownian), place, keep), made)
+
+
+def joined(batches: Iterable[Samples], plan: Plan | Adaptive) -> Samples:
+    """The samples of `batches` as one, with the seconds that they took."""
     began = time.perf_counter()
-    parts = list(batches(denoiser, made, seeds, Beginning(x, init, mask, shape, label, brownian), place, keep))
+    parts = list(batches)
     bad, done = [], 0
     for part in parts:
         bad += [replace(flaw, index=done + flaw.index) for flaw in part.bad]
         done += len(part.x)
     return Samples(
         x=torch.cat([part.x for part in parts]),
-        seeds=seeds,
-        plan=made,
+        seeds=[seed for part in parts for seed in part.seeds],
+        plan=plan,
         nfe=max(part.nfe for part in parts),
         evals=max(part.evals for part in parts),
-        times=made.times,
+        times=plan.times,
         bad=bad,
         trajectory=[torch.cat(states) for states in zip(*(part.trajectory for part in parts), strict=True)],
         preview=[torch.cat(outputs) for outputs in zip(*(part.preview for part in parts), strict=True)],

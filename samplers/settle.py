@@ -28,6 +28,7 @@ __all__ = [
     "data_std",
     "data_to_begin_from",
     "find_device",
+    "first_time",
     "fitted_plan",
     "prepared",
     "sample_shape",
@@ -252,6 +253,19 @@ def data_std(denoiser: Denoiser, afs: bool | float | None) -> float | None:
     if declared is None:
         raise UsageError("afs: this denoiser does not say how its data are spread", "afs=0.5, their standard deviation")
     return declared
+
+
+def first_time(process: Process, init: Any, strength: float | None, start: float | None) -> float | None:
+    """The time to begin at: `start`, or the `start_time` of a strength; None for the first one of the process.
+
+    Raises:
+        UsageError: as `start_time`; a strength without the data `init` that it is for, or beside a start.
+    """
+    if strength is None:
+        return start
+    if init is None or start is not None:
+        raise UsageError("strength: says how much noise init= gets, in place of start=", "give init= and no start=")
+    return start_time(process, strength)
 
 
 def start_time(process: Process, strength: float) -> float | None:

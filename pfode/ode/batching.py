@@ -20,15 +20,19 @@ class Joint:
     per_sample = False
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
+        """a where the condition holds, else b."""
         return a if condition else b
 
     def low(self, a: Any, b: Any) -> Any:
+        """The smaller of two numbers."""
         return min(a, b)
 
     def high(self, a: Any, b: Any) -> Any:
+        """The larger of two numbers."""
         return max(a, b)
 
     def no(self, a: Any) -> Any:
+        """Whether a condition does not hold."""
         return not a
 
     def sure(self, a: Any) -> bool:
@@ -48,6 +52,7 @@ class Joint:
         return total + counted * work
 
     def fill(self, value: Any, like: Any) -> Any:
+        """A number in the shape of `like`: here as it is."""
         return value
 
     def pick(self, table: Any, at: Any) -> Any:
@@ -55,6 +60,7 @@ class Joint:
         return table[at]
 
     def merge(self, condition: Any, new: Any, old: Any) -> Any:
+        """A tree of tensors: the new one where the condition holds, else the old one."""
         return new if condition else old
 
 
@@ -64,37 +70,47 @@ class PerSample:
     per_sample = True
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
+        """Of each sample a where the condition holds, else b; one of the two may be a number."""
         return torch.where(condition, a, b) if isinstance(a, Tensor) else b.masked_fill(condition, a)
 
     def low(self, a: Any, b: Any) -> Any:
+        """The smaller one of each number and a number b."""
         return a.clamp(max=b)
 
     def high(self, a: Any, b: Any) -> Any:
+        """The larger one of each number and a number b."""
         return a.clamp(min=b)
 
     def no(self, a: Any) -> Any:
+        """Whether a condition does not hold, for each sample."""
         return ~a
 
     def sure(self, a: Any) -> bool:
+        """False: what holds for the samples is not known without reading it back."""
         return False
 
     def any(self, a: Any) -> bool:
+        """Whether a condition holds for any sample: a read-back."""
         return bool(a.any())
 
     def read(self, a: Tensor) -> Any:
+        """The numbers of all samples, which stay on the device."""
         return a
 
     def count(self, total: Any, counted: Any, work: Any) -> Any:
+        """A total of each sample, with the work of an attempt added where that is counted."""
         if isinstance(work, Tensor):
             return total + counted * work
         return torch.add(total, counted, alpha=work) if work else total
 
     def fill(self, value: Any, like: Any) -> Any:
+        """A number for every sample, shape (batch,): whole ones as int64, others of the dtype of `like`."""
         return torch.full(
             like.shape, value, device=like.device, dtype=torch.int64 if type(value) is int else like.dtype
         )
 
     def pick(self, table: Any, at: Any) -> Any:
+        """The entry of a table, shape (stops,) or (stops, batch), at the index of each sample."""
         return table[at] if table.ndim == 1 else table.gather(0, at[None])[0]
 
     def merge(self, condition: Any, new: Any, old: Any) -> Any:

@@ -75,13 +75,19 @@ class Solver(Protocol):
     """A method. `error_order`: its error estimate is O(h^error_order); 0 if it has none."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The method's name, for messages."""
+        ...
 
     @property
-    def order(self) -> int: ...
+    def order(self) -> int:
+        """The order of convergence: the error at a time is O(h^order) for equal steps h."""
+        ...
 
     @property
-    def error_order(self) -> float: ...
+    def error_order(self) -> float:
+        """The error estimate of a step is O(h^error_order); 0 without one."""
+        ...
 
     def init(self, field: Field, t: Time, y: Tensor, slope: Tensor | None = None) -> Any:
         """The carry at (t, y); `slope` is f(t, y) where it is known already."""

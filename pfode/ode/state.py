@@ -315,7 +315,9 @@ class Witness(Protocol):
     """A function to be called in a field's place as long as it is `due`: to see what the field uses."""
 
     @property
-    def due(self) -> bool: ...
+    def due(self) -> bool:
+        """Whether the next evaluation is still to be seen."""
+        ...
 
     def __call__(self, t: Tensor, y: Tree, *args: Any) -> Tree: ...
 

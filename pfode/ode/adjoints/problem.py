@@ -108,9 +108,13 @@ class Adjoint(Protocol):
     """A way to make gradients. `pure`: steps must stay valid, so the solve makes them without in-place operations."""
 
     @property
-    def pure(self) -> bool: ...
+    def pure(self) -> bool:
+        """Whether the solve must make its steps without operations in place."""
+        ...
 
-    def tape(self, problem: Problem) -> Tape: ...
+    def tape(self, problem: Problem) -> Tape:
+        """What is to look on during a solve of this problem, and goes back afterwards."""
+        ...
 
 
 @dataclass(frozen=True)

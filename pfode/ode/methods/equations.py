@@ -41,6 +41,7 @@ class Spectrum(NamedTuple):
 
 @functools.lru_cache(256)
 def spectrum(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Spectrum:
+    """The spectrum of a collocation method, worked out in float64."""
     a, c = tableau.matrix[1:, 1:], np.array(tableau.c[1:])
     back = np.linalg.inv(a)
     values, vectors = np.linalg.eig(back)
@@ -116,12 +117,15 @@ class Stage:
     gamma: float
 
     def residual(self, z: Tensor) -> Tensor:
+        """The equation's two sides, subtracted: z - h f(t, base + gamma z), like y."""
         return z - self.h * self.field(self.t, self.base + self.gamma * z)
 
     def simplified(self, jacobian: Jacobian, factors: Sequence[Factors]) -> Callable[[Tensor], Tensor]:
+        """r -> the inverse of the derivative 1 - gamma h J times r, with factors of 1 / gamma - h J."""
         return self._inverse(jacobian.rows, factors[0])
 
     def exact(self, z: Tensor) -> Callable[[Tensor], Tensor]:
+        """The same with the Jacobian at base + gamma z."""
         made = jacobian(self.field, self.t.detach(), (self.base + self.gamma * z).detach())
         return self._inverse(made.rows, made.factors(1 / self.gamma, _number(self.h)))
 
@@ -140,10 +144,12 @@ class Stages:
     spectrum: Spectrum
 
     def residual(self, z: Tensor) -> Tensor:
+        """Z - h A F(y0 + Z), shape (stages, *y.shape)."""
         slopes = torch.stack([self.field(t, self.y0 + y).clone() for t, y in zip(self.times, z, strict=True)])
         return z - self.h * mix(self.spectrum.a, slopes)
 
     def simplified(self, jacobian: Jacobian, factors: Sequence[Factors]) -> Callable[[Tensor], Tensor]:
+        """R -> (1 - h A J)^-1 R with one J for all stages, by the real and complex shifts of A^-1."""
         rows, (_, back, shifts, columns, across, _) = jacobian.rows, self.spectrum
 
         def inverse(r: Tensor) -> Tensor:
@@ -157,6 +163,7 @@ class Stages:
         return inverse
 
     def exact(self, z: Tensor) -> Callable[[Tensor], Tensor]:
+        """The same with a Jacobian of its own for every stage: coupled systems of stages times m unknowns."""
         at = [(t.detach(), (self.y0 + y).detach()) for t, y in zip(self.times, z, strict=True)]
         made = [jacobian(self.field, *point) for point in at]
         least = min(each.rows.number for each in made)
@@ -188,10 +195,12 @@ class Filter:
     shift: float
 
     def residual(self, x: Tensor) -> Tensor:
+        """x - gamma h J x - error, J x by forward differentiation."""
         moved = torch.func.jvp(lambda y: self.field(self.t, y), (self.y0,), (x,))[1]
         return x - self.h / self.shift * moved - self.error
 
     def exact(self, z: Tensor) -> Callable[[Tensor], Tensor]:
+        """r -> (1 - gamma h J)^-1 r with the Jacobian at (t, y0), whatever z."""
         made = jacobian(self.field, self.t.detach(), self.y0)
         factors = made.factors(self.shift, _number(self.h))
         return lambda r: made.rows.unpack(factors.solve(made.rows.pack(r)) * self.shift)

@@ -123,6 +123,7 @@ class _Kept:
 
     @property
     def further(self) -> int:
+        """How many further stages there are, for dense output."""
         return len(self.slopes) - self.size
 
     def evaluate(self, times: Sequence[Tensor]) -> Tensor:
@@ -141,6 +142,7 @@ class _Kept:
         self.slopes.append(self.field(t, y).clone())  # fields may use one buffer for all their results
 
     def slope(self, i: int) -> Tensor:
+        """The derivative of stage i."""
         return self.slopes[i]
 
     def combine(self, row: int) -> Tensor:
@@ -151,6 +153,7 @@ class _Kept:
         return self._moved(self.rows[row], 1)
 
     def at(self, weights: Tensor) -> Tensor:
+        """States between: y0 + h sum_i w_i k_i for weights of shape (m, stages) or (m, batch, stages)."""
         return _at(weights, torch.stack(self.slopes), self.y0, self.h)
 
     def _moved(self, weights: Tensor, beta: int) -> Tensor:
@@ -187,6 +190,7 @@ class _Lent:
                 self.places = list(zip(self.columns[1:-1], self.rows[1:-1], self.parts[2:], strict=False))
 
     def start(self, y0: Tensor, h: Time, first: Tensor) -> None:
+        """Begin a step of size h at y0, whose first derivative is known."""
         self.h, self.slopes = h, list[Tensor]()
         if y0 is not self.y0 or first is not self.first:  # otherwise they lie there, from a step that was rejected
             self.slots[1].copy_(first)
@@ -202,9 +206,11 @@ class _Lent:
 
     @property
     def further(self) -> int:
+        """How many further stages there are, for dense output."""
         return len(self.slopes)
 
     def evaluate(self, times: Sequence[Tensor]) -> Tensor:
+        """Evaluate the stages after the first; the state of the last one."""
         field, mv, y, done = self.field, torch.mv, self.y0, 0
         if self.inside:
             f, args, put, inside = field.f, field.args, field.put, self.inside
@@ -222,12 +228,15 @@ class _Lent:
         return y
 
     def extend(self, t: Tensor, row: Tensor) -> None:
+        """A further stage, for dense output."""
         self.slopes.append(self.field(t, self.at(row[None])[0]).clone())
 
     def slope(self, i: int) -> Tensor:
+        """The derivative of stage i; a copy where it must outlast the next step."""
         return self.slots[i + 1].clone() if self.field.context.lasting else self.slots[i + 1]
 
     def combine(self, row: int) -> Tensor:
+        """y0 + h sum_i w_i k_i by a row of the weights; by the last, the error's, without y0."""
         moved = torch.mv(self.columns[row], self.rows[row])
         moved = moved if self.y0.ndim == 1 else moved.view(self.y0.shape)
         if self.single:
@@ -236,6 +245,7 @@ class _Lent:
         return self.y0 + moved if row < len(self.rows) - 1 else moved
 
     def at(self, weights: Tensor) -> Tensor:
+        """States between, as in `_Kept`."""
         k = torch.cat([self.stack, torch.stack(self.slopes)]) if self.slopes else self.stack
         return _at(weights, k[1 : 1 + weights.shape[-1]], self.y0, self.h)
 

@@ -331,6 +331,7 @@ class _Solve:
         return found, k
 
     def rows(self, blocks: Tensor) -> Rows:
+        """The rows that blocks of shape (rows, m, m) belong to."""
         return Rows(self.field.layout, len(blocks))
 
     def renew(self, wanted: Any) -> None:
@@ -347,6 +348,7 @@ class _Solve:
         self.factorise()
 
     def factorise(self) -> None:
+        """Make the factors of shift - h J for the shifts of the method and of the error filter."""
         self.factors = tuple(self.jacobian.factors(shift, self.h) for shift in self.shifts)
 
     def better(self, which: Any, first: Found, k: Tensor, second: Found, other: Tensor) -> tuple[Found, Tensor]:
@@ -402,6 +404,7 @@ class _Solve:
         return found, torch.stack(k)
 
     def stage(self, i: int, y0: Tensor, h: Any, times: Sequence[Tensor], k: list[Tensor]) -> "Stage":
+        """The equation of stage i, from the increments k of those before it."""
         row = self.tableau.matrix[i]
         base = y0 + sum(float(w) * z for w, z in zip(row, k, strict=False) if w)
         return Stage(self.field, times[i - 1], base, h, float(row[i]))
@@ -435,6 +438,7 @@ class _Solve:
         return error
 
     def filtered(self, error: Tensor) -> Tensor:
+        """(1 - gamma h J)^-1 error with the factors of this step."""
         lu, rows = self.factors[self.filter], self.jacobian.rows
         return rows.unpack(lu.solve(rows.pack(error)) * self.solver.filter)
 

@@ -33,12 +33,14 @@ class Rows(NamedTuple):
     number: int
 
     def pack(self, y: Tensor) -> Tensor:
+        """A flat state of shape (..., n) or (..., batch, d) as real rows of shape (..., number, m)."""
         if not self.layout.per_sample:
             parts = [p.reshape(*p.shape[:-1], self.number, -1) for p in y.split(self.layout.sizes, -1)]
             y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return torch.view_as_real(y).flatten(-2) if y.is_complex() else y
 
     def unpack(self, x: Tensor) -> Tensor:
+        """Real rows of shape (..., number, m) as the flat state that they were packed from."""
         if self.layout.dtype.is_complex:
             x = x.unflatten(-1, (-1, 2))
             x = torch.complex(x[..., 0], x[..., 1])
@@ -76,6 +78,7 @@ class Factors(NamedTuple):
 
 
 def factor(matrices: Tensor) -> Factors:
+    """LU factors of matrices of shape (rows, m, m), pivoted; numbers (m = 1) are kept as they are."""
     if matrices.shape[-1] == 1:
         return Factors(matrices, torch.ones_like(matrices[..., 0], dtype=torch.int32))
     return Factors(*torch.linalg.lu_factor_ex(matrices)[:2])

@@ -44,6 +44,7 @@ class ReversibleHeun:
         return Step(y1, h * (f1 - f0) / 2, hermite(t1 - t0, y0, f0, y1, f1), (z1, f1))
 
     def back(self, field: Field, t0: Time, t1: Time, y1: Tensor, carry: Any) -> tuple[Tensor, Any]:
+        """The state and the carry at the start of a step, from those at its end: to rounding."""
         z1, f1 = carry
         h = column(t1 - t0, y1)
         z0 = 2 * y1 - z1 - h * f1
@@ -104,6 +105,7 @@ class Coupled:
         return Step(y1, error, dense, z0 - (back.y1 - y1))
 
     def back(self, field: Field, t0: Time, t1: Time, y1: Tensor, carry: Any) -> tuple[Tensor, Any]:
+        """The state and the carry at the start of a step, from those at its end: to rounding."""
         c = self.coupling
         z0 = carry + (self.base.step(field, t1, t0, y1, None).y1 - y1)
         return (y1 - (1 - c) * z0 - (self.base.step(field, t0, t1, z0, None).y1 - z0)) / c, z0
