@@ -172,7 +172,7 @@ def _normal(z: Tensor) -> Tensor:
 
 
 def _torchdiffeq(field: Any, x: Tensor, exact: bool) -> Any:
-    import torchdiffeq
+    import torchdiffeq  # type: ignore[import-not-found]
 
     d = x.shape[1]
 
@@ -205,7 +205,7 @@ def _torchdiffeq(field: Any, x: Tensor, exact: bool) -> Any:
 
 
 def _zuko(field: Any, x: Tensor, exact: bool) -> Any:
-    from zuko.transforms import FreeFormJacobianTransform
+    from zuko.transforms import FreeFormJacobianTransform  # type: ignore[import-not-found]
 
     def run() -> None:
         field.zero_grad()
