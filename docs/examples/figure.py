@@ -60,7 +60,7 @@ def _panel(drawing: Drawing, panel: Panel, left: float, top: float) -> None:
         drawing.text((place(t, low)[0], top + HEIGHT + 13), f"{t:.3g}", "soft", 10, anchor="middle")
     if panel.split is not None:
         x, _ = place(panel.split, low)
-        drawing.line([(x, top), (x, top + HEIGHT)], "soft", dash=True)
+        drawing.line([(x, top), (x, top + HEIGHT)], "soft")
     for c in range(mean.shape[-1]):
         colour, times = COLOURS[c], ts.tolist()
         lower, upper = ((mean + k * std)[:, c].tolist() for k in (-2, 2))

@@ -109,13 +109,13 @@ def test_a_solve_may_begin_at_any_knot():
     for kind in KINDS:
         for path in (kind(x, t[0]), kind(x, t[:1].expand(3, -1))):
             for options in ({"method": "rk4"}, {"batch": "per-sample"}, {}):
-                options: Any = {**options, "rtol": 1e-9, "atol": 1e-11}
+                options: Any = {**options, "rtol": 1e-7, "atol": 1e-9}
                 whole = cde.cdesolve(f, path, z0, t[0], **options).ys
                 part = cde.cdesolve(f, path, whole[3], t[0, 3:6], **options).ys
-                torch.testing.assert_close(part, whole[3:6], rtol=1e-7, atol=1e-8)
+                torch.testing.assert_close(part, whole[3:6], rtol=1e-5, atol=1e-6)
                 back = cde.cdesolve(f, path, whole[5], t[0, 3:6].flip(0), **options).ys
                 if options.get("method") != "rk4":
-                    torch.testing.assert_close(back[-1], whole[3], rtol=1e-6, atol=1e-7)
+                    torch.testing.assert_close(back[-1], whole[3], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
