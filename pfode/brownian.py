@@ -46,6 +46,7 @@ class Brownian:
         area: give (W, H) rather than W. A path with areas has other increments than one without.
         step: a size of step for which the walk t0, t0 + step, ... is to be quick: the tree's unit is then the power of
             two times it that covers [t0, t1]. Sizes that differ by a power of two see the same path.
+        whole: the increment over [t0, t1] and its area or None, given in place of drawn ones: a path that meets them.
         dtype, device: of the increments. They are made in float64 and rounded, so all dtypes see the same path.
 
     Raises:
@@ -61,6 +62,7 @@ class Brownian:
         area: bool = False,
         *,
         step: float | None = None,
+        whole: Any = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
@@ -80,9 +82,15 @@ class Brownian:
             if step == 0:
                 raise UsageError("step: need a positive number, got 0", "step=0.01")
             self.unit = step * 2.0 ** math.ceil(math.log2(self.unit / step * (1 - 1e-9)))
+        if whole is not None and step is not None:
+            raise UsageError("step and whole: the unit of the tree must be the whole interval", "leave step out")
         self.single_sample = False
         rows = max(1, min(_ROWS, _NUMBERS // max(1, math.prod(self.sample))))
         self._tree = _Tree(self.seeds, math.prod(self.sample), 1 << (rows.bit_length() - 1), self.area)
+        if whole is not None:
+            sign = 1 if self.t1 > self.t0 else -1
+            parts = [None if x is None else x.detach().cpu().double().numpy() for x in whole]
+            self._tree.pin(*(None if x is None else x / (sign * math.sqrt(self.unit)) for x in parts))
 
     @classmethod
     def single(
@@ -214,7 +222,7 @@ class _Tree:
             start, stop = self.ends.get(a), self.ends.get(b)
             start = self._at(a) if start is None else start
             stop = self._at(b) if stop is None else stop
-            self.ends = {a: start, b: stop}
+            self.ends = {**dict(list(self.ends.items())[-2:]), a: start, b: stop}  # of the last two intervals
             h: Any = (b - a) / _FINEST
         else:
             start, stop = self._at_each(a), self._at_each(b)
@@ -233,6 +241,16 @@ class _Tree:
         if self.parts == 2:  # int W = W/2 + H
             block[1, 1] = 0.5 * drawn[:, 0] + drawn[:, 1] / math.sqrt(12)
         return block
+
+    def pin(self, w: Floats | None, h: Floats | None) -> None:
+        """Set the increment of the whole, and its area, each broadcast to (samples, size)."""
+        root, shape = self.blocks[0], (len(self.seeds), self.size)
+        area = root[1, 1] - 0.5 * root[0, 1] if self.parts == 2 else None
+        if w is not None:
+            root[0, 1] = np.broadcast_to(w.reshape(-1, self.size), shape)
+        if area is not None:
+            area = area if h is None else np.broadcast_to(h.reshape(-1, self.size), shape)
+            root[1, 1] = 0.5 * root[0, 1] + area
 
     def _rows(self, level: int) -> int:
         """How many middles a block of a level has."""

@@ -35,7 +35,7 @@ class Dyadic(PID):
 
     @property
     def stretch(self) -> float:
-        return 1.0
+        return 1 + 1e-6
 
     def fit(self, batching: Any, t: Any, h: Any) -> Any:
         """To the next multiple of a cell, the largest unit / 2^k that is at most h and of which t is a multiple; of one

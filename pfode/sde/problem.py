@@ -11,7 +11,7 @@ from torch import Tensor
 from pfode._torch import transformed, version
 from pfode.errors import UsageError, unknown
 from pfode.ode.adjoints.sources import search_graph
-from pfode.ode.state import Context, Field, Layout, Tree, changed, leaves, rebuild
+from pfode.ode.state import Context, Field, Layout, Tree, changed, leaves, rebuild, unchanged
 
 __all__ = ["CALCULI", "NOISES", "SDE", "Driver", "Form", "StochasticField", "find_form"]
 
@@ -48,6 +48,7 @@ class SDE:
         product: (t, y, v, *args) -> g(t, y) v, v of shape (samples, m), a tree like y: used in place of g wherever a
             method needs no more, so that the matrix is never formed. Give `channels` with it.
         channels: m; None: read off g's result.
+        check: hold a "diagonal" g to its word, at the start of the first solve.
 
     Raises:
         UsageError: what is no function, or unknown words.
@@ -59,6 +60,7 @@ class SDE:
     calculus: str = "ito"
     product: Callable[..., Tree] | None = None
     channels: int | None = None
+    check: bool = True
     _forms: dict[Any, "Form"] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -253,10 +255,12 @@ def _form(sde: SDE, layout: Layout, t: Tensor, y: Tensor, args: tuple[Any, ...])
             raise UsageError("SDE: product= needs channels=, how many Brownian motions v has", "channels=3")
         return Form("product", sde.channels)
     state = layout.tree(y)
-    alone = sde.noise == "diagonal" and not transformed()
+    alone = sde.noise == "diagonal" and sde.check and not transformed()
     with torch.enable_grad() if alone else torch.no_grad():
         asked = [x.detach().clone().requires_grad_(alone and x.is_floating_point()) for x in leaves(state)]
-        value = sde.g(t, rebuild(state, iter(asked)), *args)
+        shown = [x.clone() for x in asked]
+        with unchanged("the diffusion", shown):
+            value = sde.g(t, rebuild(state, iter(shown)), *args)
         parts = list(leaves(value))
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else None for part in parts]
         like = [tuple(shape) for shape in layout.shapes]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pfode._torch import transformed
 from pfode.brownian import Brownian
-from pfode.errors import UsageError, integer, unknown
+from pfode.errors import UsageError, integer, number, unknown
 from pfode.ode import checks, options
 from pfode.ode.adjoints.problem import Adjoint, Direct, Problem, Work
 from pfode.ode.adjoints.reversible import Reversible
@@ -168,6 +168,8 @@ def _prepare(
     if transformed() == "vmap":
         raise UsageError("sdesolve: not inside torch.func.vmap", "the samples as y0's first dimension")
     integer("max_steps", wanted.max_steps, 1)
+    if wanted.step_size is not None and number("step_size", wanted.step_size, 0.0) == 0:
+        raise UsageError("step_size: need a positive number, got 0", "step_size=0.01")
     for name, function in (("f", sde.f), ("g", sde.g)):
         _callable(name, function, args)
     per_sample, fixed = wanted.batch == "per-sample", wanted.step_size is not None

@@ -131,7 +131,7 @@ def test_memory_does_not_grow():
     blocks = bm._tree.blocks
     assert len(blocks) <= 25
     assert sum(b.size for b in blocks) < 25 * 2 * 65 * 6
-    assert len(bm._tree.ends) == 2
+    assert len(bm._tree.ends) <= 4
 
 
 def test_the_numbers_are_pinned():
