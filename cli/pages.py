@@ -63,7 +63,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {  # by command and heading, the
         "Where it runs": ("device",),
     },
     "likelihood": {
-        "What is measured": ("data", "n", "against", "label", "guidance"),
+        "Whose": ("data", "n", "against", "label", "guidance"),
         "How": ("probes", "rtol", "end", "bins", "draws", "elbo", "seed"),
         "What is written": ("out", "overwrite"),
         "Where it runs": ("device", "batch"),
@@ -110,8 +110,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("pfode reflow runs/flow/model.safetensors --pairs 5000 --steps 1000", "then a straighter one"),
     ),
     "likelihood": (
-        ("pfode likelihood digits --data digits --n 16", "bits per dimension of pictures"),
-        ("pfode likelihood digits picture.png", "of one of your own"),
+        ("pfode likelihood digits --data digits-test --n 8", "bits per dimension of eight pictures"),
+        ("pfode likelihood digits --data digits-test --n 8 --label all", "which class each one is"),
+        ("pfode likelihood avatars a.png b.png --out found", "of files; a sheet and a histogram in found"),
+        ("pfode likelihood digits --data digits-test --against digits-train", "two sets, and their AUROC"),
     ),
     "fit": (
         ("pfode fit --model digits --nfe 4,6,8", "plans/digits.plan-4.safetensors ..."),
