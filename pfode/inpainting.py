@@ -41,6 +41,10 @@ class Inpainted:
         there = at(self.denoiser, t)
         return self if there is self.denoiser else Inpainted(there, self.data, self.mask)
 
+    def only(self, samples: Tensor) -> "Inpainted":
+        """The same for some samples, by their numbers (m,)."""
+        return Inpainted(self.denoiser, self.data[samples], self.mask[samples])
+
     def ended(self, x: Tensor, alpha: float) -> Tensor:
         """The states x at sigma = 0, where what is known is alpha x0, whatever was rounded on the way."""
         return torch.where(self.mask == 0, alpha * self.data, x)

@@ -15,6 +15,7 @@ from torch import Tensor
 from pfode.denoiser import Denoiser
 from pfode.errors import UsageError
 from pfode.plans.executor import Point
+from pfode.plans.parallel import Parallel
 from pfode.plans.table import Plan
 from pfode.samplers.adaptive import Adaptive, AdaptiveRecipe
 from pfode.samplers.catalogue import Recipe
@@ -129,16 +130,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Keep:
-    """What to do at the nodes and what to keep of them; see `sample`.
+    """What to do at the nodes and what to keep of them, or how to run without coming to them; see `sample`.
 
     Raises:
-        UsageError: another word for nan than "raise" and "flag".
+        UsageError: another word for nan than "raise" and "flag"; nodes that a run in sweeps does not come to.
     """
 
     callback: Callable[[Point], Tensor | None] | None = None
     trajectory: bool = False
     nan: str = "raise"
+    parallel: Parallel | None = None
 
     def __post_init__(self) -> None:
+        for name, given in (("callback", self.callback is not None), ("trajectory", self.trajectory)):
+            if self.parallel is not None and given:
+                raise UsageError(f"{name}: parallel makes all nodes at once", f"leave {name} out, or parallel")
         if self.nan not in ("raise", "flag"):
             raise UsageError(f"nan: got {self.nan!r}", 'nan="raise" or nan="flag"')

@@ -20,9 +20,11 @@ from pfode.errors import (
     PfodeError,
     UnsoundWarning,
     UsageError,
+    number,
 )
 from pfode.inpainting import Inpainted, share_drawn
 from pfode.plans.executor import Failure, Point, find_failures, iterate, not_finite, replaced, run
+from pfode.plans.parallel import Parallel, sweep
 from pfode.plans.table import Plan
 from pfode.plans.unrolled import spread
 from pfode.samplers.adaptive import Adaptive, Stopped
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 EACH = ("nfe", "evals", "steps", "rejected")  # what samples of an adaptive sampler differ in
+IN_SWEEPS: tuple[str, ...] = ("nfe", "evals", "sweeps")  # and of a plan that is run in sweeps
 WIDE, MANY = 3.0, 100  # how wide what a plan draws may be, in plans of at most so many calls
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # in the RuntimeErrors of torch
 
@@ -116,6 +119,7 @@ def sample(
     trajectory: bool = False,
     nan: str = "raise",
     fitted: bool = True,
+    parallel: bool | float | Parallel | None = None,
     **options: Any,
 ) -> Samples:
     """Draw n samples.
@@ -148,12 +152,16 @@ def sample(
         nan: "raise" an error that names sample, step and time, or "flag" the samples in `bad`.
         fitted: let "auto" take a plan that was fitted to the denoiser (its `plans`) where one has just the calls asked
             for and nothing else of a plan is settled.
+        parallel: evaluate the rows of the plan in sweeps of one large call each, until every sample's states change by
+            less than a tolerance (True: 1e-3; 0.0: until they are the plan's own): fewer calls one after the other, in
+            more altogether, see `pfode.plans.parallel`. A number is the tolerance; a `Parallel` says more. `stats` then
+            has the sweeps and the calls (nfe, evals) of every sample.
 
     Raises:
         UsageError: options that cannot be carried out; NumericalError: a sample that is not finite;
             MemoryLimitError: out of memory at a single sample.
     """
-    keep = Keep(callback, trajectory, nan)
+    keep = Keep(callback, trajectory, nan, _parallel(parallel))
     need_denoiser(denoiser)
     x = None if x is None else sample_states("x", x)
     seeds = seed_list(n, seed, seeds, x, usual_count(denoiser, label))
@@ -188,7 +196,11 @@ def joined(batches: Iterable[Samples], plan: Plan | Adaptive) -> Samples:
         trajectory=[torch.cat(states) for states in zip(*(part.trajectory for part in parts), strict=True)],
         preview=[torch.cat(outputs) for outputs in zip(*(part.preview for part in parts), strict=True)],
         stats={"seconds": time.perf_counter() - began, "batch": parts[-1].stats["batch"]}
-        | {key: torch.cat([part.stats[key] for part in parts]) for key in EACH if key in parts[0].stats},
+        | {
+            key: torch.cat([part.stats[key] for part in parts])
+            for key in dict.fromkeys((*EACH, *IN_SWEEPS))
+            if key in parts[0].stats
+        },
     )
 
 
@@ -224,7 +236,9 @@ def batches(
         as `sample`; the batches before have been handed out.
     """
     if isinstance(plan, Adaptive):
-        _refuse(plan, callback=keep.callback is not None, trajectory=keep.trajectory)
+        _refuse(
+            plan, callback=keep.callback is not None, trajectory=keep.trajectory, parallel=keep.parallel is not None
+        )
     if beginning.brownian and not (isinstance(plan, Plan) and plan.stochastic):
         raise UsageError(f"brownian: {plan.name} draws no noise", "leave brownian out, or a stochastic sampler")
     x, dtype, batch = beginning.x, state_dtype(place.dtype, beginning.x), place.size
@@ -275,8 +289,8 @@ def batches(
             x=states[-1],
             seeds=chosen,
             plan=plan,
-            nfe=plan.nfe if isinstance(plan, Plan) else int(each["nfe"].max()),
-            evals=forwards(denoiser, plan.t) if isinstance(plan, Plan) else int(each["evals"].max()),
+            nfe=plan.nfe if isinstance(plan, Plan) and not each else int(each["nfe"].max()),
+            evals=forwards(denoiser, plan.t) if isinstance(plan, Plan) and not each else int(each["evals"].max()),
             times=plan.times,
             bad=bad,
             trajectory=states if keep.trajectory else [],
@@ -292,6 +306,13 @@ def _mask(mask: Tensor | None, init: Tensor | None, shape: tuple[int, ...], n: i
     if init is None:
         raise UsageError("mask: says where init= is drawn anew", "give init=, the data to be kept elsewhere")
     return share_drawn(mask, shape, n)
+
+
+def _parallel(given: bool | float | Parallel | None) -> Parallel | None:
+    """How to run in sweeps; None for row by row."""
+    if given is None or given is False or isinstance(given, Parallel):
+        return given or None
+    return Parallel() if given is True else Parallel(number("parallel", given, 0))
 
 
 def _refuse(plan: Adaptive, **asked: bool) -> None:
@@ -324,7 +345,12 @@ def _draw(
         done = plan.run(denoiser, x, **cond)
         return _Drawn([done.x], [], [*done.failed], {key: getattr(done, key) for key in EACH})
     states, previews, spoilt = [x], [], []
-    if keep.callback is None and not keep.trajectory:
+    each: dict[str, Tensor] = {}
+    if keep.parallel is not None:
+        swept = sweep(plan, denoiser, x, seeds, keep.parallel, **cond)
+        counts = swept.calls.cpu(), swept.calls.cpu() * getattr(denoiser, "evals", 1), swept.sweeps.cpu()
+        states, each = [swept.x], dict(zip(IN_SWEEPS, counts, strict=True))
+    elif keep.callback is None and not keep.trajectory:
         states = [run(plan, denoiser, x, seeds, **cond)]
     else:
         points, sent = iterate(plan, denoiser, x, seeds, **cond), None
@@ -337,9 +363,9 @@ def _draw(
             spoilt.append(~(torch.isfinite(end) & torch.isfinite(point.x0)).flatten(1).all(1))
     lost = not_finite(states[-1])
     if not lost:
-        return _Drawn(states, previews, [], {})
+        return _Drawn(states, previews, [], each)
     found = find_failures(plan, denoiser, x, seeds, **cond) if keep.callback is None else {}
-    return _Drawn(states, previews, [found.get(i) or _seen(plan, i, spoilt) for i in lost], {})
+    return _Drawn(states, previews, [found.get(i) or _seen(plan, i, spoilt) for i in lost], each)
 
 
 def _seen(plan: Plan, index: int, spoilt: list[Tensor]) -> Failure:

@@ -25,6 +25,7 @@ __all__ = [
     "Transition",
     "as_state",
     "check_output",
+    "check_plan",
     "find_failures",
     "iterate",
     "not_finite",
@@ -217,6 +218,26 @@ def check_output(out: Any, x: Tensor) -> Tensor:
     return out if out.dtype is x.dtype else out.to(x.dtype)
 
 
+def check_plan(plan: Plan, denoiser: Denoiser) -> None:
+    """Find out whether a plan can be run with a denoiser; warn of one that was fitted to another.
+
+    Raises:
+        UsageError: no plan, no denoiser, or another process than the plan's.
+    """
+    if not isinstance(plan, Plan):
+        raise UsageError(f"plan: need a Plan, got {shortened(plan)}", "make_plan(...) or Plan.load(path)")
+    if not callable(denoiser) or not hasattr(denoiser, "process"):
+        problem = f"denoiser: need a callable (x, t) -> x0 with a process, got {shortened(denoiser)}"
+        raise UsageError(problem, "pfode.load(...), or pfode.scores.Denoiser(network, process, prediction)")
+    if plan.process != denoiser.process:
+        raise UsageError(
+            f"plan {plan.name!r} was made for {plan.process}, the denoiser has {denoiser.process}",
+            "make_plan(..., process=denoiser.process)",
+        )
+    plan.check_times(denoiser.process)
+    _remark(plan, denoiser)
+
+
 def _walk(
     plan: Plan,
     denoiser: Denoiser,
@@ -233,18 +254,7 @@ def _walk(
     change: no state that others hold, or that is needed after the call, is handed to it, and its output is used up
     before it is called again.
     """
-    if not isinstance(plan, Plan):
-        raise UsageError(f"plan: need a Plan, got {shortened(plan)}", "make_plan(...) or Plan.load(path)")
-    if not callable(denoiser) or not hasattr(denoiser, "process"):
-        problem = f"denoiser: need a callable (x, t) -> x0 with a process, got {shortened(denoiser)}"
-        raise UsageError(problem, "pfode.load(...), or pfode.scores.Denoiser(network, process, prediction)")
-    if plan.process != denoiser.process:
-        raise UsageError(
-            f"plan {plan.name!r} was made for {plan.process}, the denoiser has {denoiser.process}",
-            "make_plan(..., process=denoiser.process)",
-        )
-    plan.check_times(denoiser.process)
-    _remark(plan, denoiser)
+    check_plan(plan, denoiser)
     state = as_state(x)
     draw = _noise_source(plan, state, seeds, brownian)
     net = preconditioned(denoiser)
@@ -339,7 +349,7 @@ def _remark(plan: Plan, denoiser: Denoiser) -> None:
             problem = f"plan {plan.name!r} was tuned to another model: its offsets belong to the weights of that one"
             raise UsageError(problem, "fit_plan(denoiser, nfe, tune=True)")
         text = f"plan {plan.name!r} was fitted to another model: here a hand-made sampler may serve better"
-        warnings.warn(text, OtherModelWarning, stacklevel=4)
+        warnings.warn(text, OtherModelWarning, stacklevel=5)
 
 
 def replaced(x: Tensor, sent: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """A plan as linear algebra: its states as combinations of x_T, of the denoiser's outputs and of the noises.
 
-Both functions run the plan itself, on vectors of coefficients instead of samples.
+All functions run the plan itself, on vectors of coefficients instead of samples.
 """
 
 import math
@@ -16,7 +16,9 @@ from pfode.process import Process
 
 __all__ = [
     "matrix",
+    "outputs",
     "spread",
+    "states",
 ]
 
 
@@ -46,6 +48,25 @@ def matrix(plan: Plan) -> Tensor:
     denoiser = _Linear(plan.process, lambda k, x: unit[k + 1 : k + 2])
     end = run(plan, denoiser, unit[:1])
     return torch.cat([*denoiser.asked, end])
+
+
+def outputs(plan: Plan) -> Tensor:
+    """The factors of the denoiser's outputs in the states of any plan, shape (nfe + 1, nfe): row k is of y_k."""
+    unit = torch.eye(plan.nfe, dtype=torch.float64, device="cpu")
+    denoiser = _Linear(plan.process, lambda k, x: unit[k : k + 1])
+    end = run(plan, denoiser, torch.zeros_like(unit[:1]), lambda k: torch.zeros_like(unit[:1]))
+    return torch.cat([*denoiser.asked, end])
+
+
+def states(plan: Plan, x: Tensor, seeds: Any = None, *, brownian: bool = False) -> Tensor:
+    """The states of a plan for a denoiser that returns zeros, from x with the noise of the seeds.
+
+    Returns:
+        shape (nfe + 1, *x.shape).
+    """
+    denoiser = _Linear(plan.process, lambda k, x: torch.zeros_like(x))
+    end = run(plan, denoiser, x, seeds, brownian=brownian)
+    return torch.stack([*denoiser.asked, end])
 
 
 def spread(plan: Plan, std: float = 0.5) -> float:
