@@ -1,8 +1,8 @@
 """Plans in sweeps: how many calls one after the other are left of 20, 50 and 100, and what they miss.
 
-    python benchmarks/parallel.py [--json FILE] [--device cpu] [--emoji 4]
+    python benchmarks/parallel.py [--json FILE] [--device cpu] [--avatars 4]
 
-Every plan is run row by row and by `pfode.sample(parallel=...)`, on the digits network with 32 samples and on emoji
+Every plan is run row by row and by `pfode.sample(parallel=...)`, on the digits network with 32 samples and on avatars
 with 4, unguided, classes in turn. Of each tolerance: the mean and the largest number of sweeps over the samples, the
 calls of a sample altogether, and the root mean square difference from the row by row run, pixels from -1 to 1. No time
 is measured: a sweep is one call of up to (samples x rows) states, which pays where a device has room for them.
@@ -46,13 +46,15 @@ def figures(net, sampler: str, rows: int, n: int, device: str) -> dict[str, dict
 
 def main() -> None:
     parser = harness.parser(__doc__, device=True)
-    parser.add_argument("--emoji", type=int, default=4, metavar="N", help="samples of the emoji network; 0: none (4)")
+    parser.add_argument(
+        "--avatars", type=int, default=4, metavar="N", help="samples of the avatars network; 0: none (4)"
+    )
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     print("| model | sampler | steps | tolerance | sweeps | most | calls | difference |")
     print("|---|---|---|---|---|---|---|---|")
     results: dict[str, object] = {}
-    for model, n in (("digits", 32), ("emoji", options.emoji)):
+    for model, n in (("digits", 32), ("avatars", options.avatars)):
         net = pfode.load(model)
         for sampler in SAMPLERS if n and model == "digits" else SAMPLERS[1:2] if n else ():
             for rows in ROWS:
