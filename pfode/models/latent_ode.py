@@ -83,7 +83,8 @@ class LatentODE(torch.nn.Module):
         self.decoder = _network(latent, channels, width)
         self.intensity = _network(latent, channels, width) if likelihood == "poisson" else None
         start = math.log(0.1 if noise is None else number("noise", noise, 1e-6))
-        self.log_noise = torch.nn.Parameter(torch.full((channels,), start), requires_grad=noise is None)
+        level = torch.full((channels,), start, device=torch.get_default_device())  # as the networks lie
+        self.log_noise = torch.nn.Parameter(level, requires_grad=noise is None)
 
     def encode(self, series: Series) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the standard deviation of z at t0, shape (series, latent).

@@ -41,7 +41,11 @@ class SecondOrderODE(torch.nn.Module):
         if velocity is None and size is None:
             raise UsageError("velocity: need a function of the position, or the size of one that is learnt", "size=1")
         self.acceleration, self.velocity, self.options = acceleration, velocity, options
-        self.start = torch.nn.Parameter(torch.zeros(size)) if velocity is None and size is not None else None
+        self.start = (
+            torch.nn.Parameter(torch.zeros(size, device=torch.get_default_device()))
+            if velocity is None and size is not None
+            else None
+        )
 
     def field(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(x', x'') at (x, x')."""

@@ -109,7 +109,7 @@ class Source:
         """
         made = self._drawn(first + index * n, n)
         mine = list(team.own(made))
-        whole = torch.cat([end.cpu() for end in self._ends(joined(mine))]) if mine else torch.zeros(0)
+        whole = torch.cat([end.cpu() for end in self._ends(joined(mine))]) if mine else torch.zeros(0, device="cpu")
         ends = team.whole(whole.split([len(group) for group in mine]))
         _need_finite(ends)
         return [replace(group, target=end.to(group.x)) for group, end in zip(made, ends, strict=True)]
