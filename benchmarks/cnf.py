@@ -1,7 +1,7 @@
 """Continuous normalising flows in the plane, against entropies that are known, and the cost of a training step.
 
     python benchmarks/cnf.py [LAW ...] [--seconds 290] [--json FILE]    5 CPU minutes a law; by default six and twonorm
-    PYTHONPATH=peers python benchmarks/cnf.py --step [--json FILE]      half a minute, with torchdiffeq and zuko
+    python benchmarks/cnf.py --step [--json FILE]                       half a minute, with torchdiffeq and zuko
 
 LAW is one of pfode.scores.toys. A velocity field (an MLP of 4 x 96) is trained by flow matching for three quarters of
 the seconds and then by its own likelihood; the gap is the negative log-likelihood of 20,000 fresh points, by its

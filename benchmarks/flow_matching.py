@@ -1,9 +1,9 @@
 """Flow matching from eight Gaussians to two moons, beside torchcfm in the same run, and what a coupling costs.
 
-    PYTHONPATH=peers python benchmarks/flow_matching.py [--steps 4000] [--json FILE]    4 CPU minutes
-    PYTHONPATH=peers python benchmarks/flow_matching.py --coupling                      15 seconds
+    python benchmarks/flow_matching.py [--steps 4000] [--json FILE]    4 CPU minutes
+    python benchmarks/flow_matching.py --coupling                      15 seconds
 
-`peers` has torchcfm and POT. The settings are those of torchcfm's tutorial: an MLP of 3 x 64 with SELU, Adam at 1e-3,
+torchcfm and POT are on PYTHONPATH. The settings are those of torchcfm's tutorial: an MLP of 3 x 64, SELU, Adam at 1e-3,
 batches of 256, 4,000 steps; the paths are 100 steps of Euler from 1,024 points. W2^2 is the squared Wasserstein
 distance of the ends to as many fresh points of the moons, beside its floor, that of two independent sets of moons;
 every set has as many points of either moon, and of each Gaussian. The normalised path energy is
