@@ -42,7 +42,7 @@ ROWS = {  # name, its colour, its samplers
     "pfode, fitted": ("s0", ["fitted"]),
 }  # fmt: skip
 CALLS = (3, 4, 5, 6, 8, 10, 15, 20)
-SHOWN, PICTURES = (4, 6, 10), 3  # calls of the columns of pictures; pictures in each
+SHOWN, PICTURES = (4, 6, 8), 3  # calls of the columns of pictures; pictures in each
 CELL, GAP, LABEL, HEAD = 160, 3, 150, 30  # pixels
 
 
@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ROWS["pfode, fitted"] = (ROWS["pfode, fitted"][0], fitted)
     texts = [text for _, samplers in ROWS.values() for text in samplers]
     with CellBar(Output()) as progress:
-        return bench.bench([(problem, texts)], options.results, CALLS, progress=progress)
+        return bench.bench([(problem, texts)], options.results, options.calls, progress=progress)
 
 
 def best(result: dict[str, Any], model: str) -> dict[str, dict[int, tuple[str, list[float]]]]:
@@ -63,7 +63,7 @@ def best(result: dict[str, Any], model: str) -> dict[str, dict[int, tuple[str, l
     cells = {(c["sampler"], c["evals"]): c["rms"] for c in result["cells"] if c["bed"] == model and "rms" in c}
     found: dict[str, dict[int, tuple[str, list[float]]]] = {}
     for row, (_, samplers) in ROWS.items():
-        for k in CALLS:
+        for k in sorted({k for _, k in cells}):
             there = [(cells[text, k], text) for text in samplers if (text, k) in cells]
             if there:
                 error, text = min(there, key=lambda pair: pair[0][0])
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--model", default=defaults.MODEL, help="also guided, as in avatars@2")
     parser.add_argument("--n", type=int, default=64, help="samples")
     parser.add_argument("--teacher", type=int, default=256, help="most evaluations of the converged solution")
+    parser.add_argument("--calls", type=int, nargs="+", default=CALLS, help="network calls of the curves")
     parser.add_argument("--plans", help="folder of fitted plans, where the model has none of its own")
     parser.add_argument("--results", type=Path, help="folder of the measurements")
     parser.add_argument("--out", type=Path, default=Path("docs/figure.png"))
