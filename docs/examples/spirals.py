@@ -63,7 +63,11 @@ def main() -> None:
         truth = spiral(ts[None], phase[i : i + 1], side[i : i + 1])[0]
         way = "one way" if side[i] > 0 else "the other way"
         panels.append(Panel(f"series {i}, {way}", seen.t[0], seen.x[0], one, truth, 0.5))
-    draw(options.out, panels, what="Latent ODE: dots were seen, lines are the mean, bands two standard deviations, grey is true")
+    draw(
+        options.out,
+        panels,
+        what="Latent ODE: dots were seen, lines are the mean, bands two standard deviations, grey is true",
+    )
 
 
 if __name__ == "__main__":
