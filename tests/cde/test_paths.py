@@ -115,7 +115,8 @@ def test_rectilinear_paths_move_time_first():
 @pytest.mark.parametrize("kind", [*KINDS, cde.rectilinear])
 def test_gradients_to_what_a_path_is_made_of(kind):
     x, t = series((2,), 5, 2, 0.25, seed=1)
-    x.requires_grad_(), t.requires_grad_()
+    x.requires_grad_()
+    t.requires_grad_()
 
     def solved(x, t):
         path = kind(x, t)

@@ -137,7 +137,7 @@ def test_inpainting_of_pixels(cli, tmp_path):
     """The shipped digits: what the mask keeps is the picture to the byte, for any sampler."""
     given = np.random.default_rng(3).integers(0, 256, (8, 8), np.uint8)
     Image.fromarray(given).save(tmp_path / "given.png")
-    Image.fromarray(np.repeat(np.uint8([[0, 255]]), 4, 1).repeat(8, 0)).save(tmp_path / "hole.png")
+    Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 4, 1).repeat(8, 0)).save(tmp_path / "hole.png")
     words = ("--n", 4, "--steps", 4, "--init", "given.png", "--mask", "hole.png", "--label", "3")
     for sampler in ("auto", "euler-a", "rk45"):
         run = cli("sample", *(words if sampler != "rk45" else (*words[:2], *words[4:])), "--sampler", sampler,

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_guided_both_halves_are_asked_alike():
     plan = with_offsets(net)
     guided = pfode.run(plan, guide(net, 2.0), x, label=label)
     one = {name: value[0] for name, value in plan.tune.items()}
-    there = tuned(guide(net, 2.0), one)
+    there: Any = tuned(guide(net, 2.0), one)
     assert there.conditioning == net.conditioning
     assert (guided - pfode.run(GRID, guide(net, 2.0), x, label=label)).abs().max() > 0.01
     t = torch.tensor(3.0)

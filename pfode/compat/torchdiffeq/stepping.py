@@ -136,7 +136,7 @@ class _Observed(PID):
 
     callbacks: _Callbacks | None = None
 
-    def factor(self, batching: Any, error: Any, accepted: Any, memory: Any, order: int) -> Any:
+    def factor(self, batching: Any, error: Any, accepted: Any, memory: Any, order: float) -> Any:
         if self.callbacks is not None:
             self.callbacks("callback_accept_step" if accepted else "callback_reject_step")
         return super().factor(batching, error, accepted, memory, order)

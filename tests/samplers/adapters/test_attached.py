@@ -100,7 +100,7 @@ def test_a_network_that_was_not_asked_for_the_row(made):
             out = made.pipe.unet(made.x, scheduler.timesteps[0], tiny.words(1).expand(2, -1, -1)).sample
             scheduler.step(out, t, made.x)
         with pytest.raises(UsageError, match="row 2 of a tuned plan"):
-            scheduler.step(out, scheduler.timesteps[2], made.x)
+            scheduler.step(made.x, scheduler.timesteps[2], made.x)
 
 
 def test_a_copy_is_attached_to_nothing(made):

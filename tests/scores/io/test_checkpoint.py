@@ -218,7 +218,7 @@ def test_shipped_models(name):
 def test_bins_and_moments_of_the_data_are_kept(tmp_path):
     den = denoiser()
     assert (den.bins, den.moments) == (None, None)
-    den.bins, den.moments = 17, (torch.rand(den.shape), torch.rand(den.shape))
+    den.bins, den.moments = 17, (torch.rand(1, 8, 8), torch.rand(1, 8, 8))
     back = pfode.load(save(den, tmp_path / "m.safetensors", card={}))
     assert back.bins == 17
     assert back.moments is not None

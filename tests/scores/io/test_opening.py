@@ -87,7 +87,8 @@ def test_several_prompts_are_the_classes(pipelines):
     close(pfode.sample(guided, seeds=[7, 8], steps=3, sampler="ddim", label=["a cat", 1]).x, both.x)
     part = pfode.scores.guide(den.guided(1.0), 3.0, interval=(0.1, 2.0))
     assert pfode.sample(part, seeds=[7, 8], steps=3, sampler="ddim", label="all").evals < 6
-    assert den.words != pfode.load(folder, prompts=["a cat", "a hat"], **words).words
+    other: Any = pfode.load(folder, prompts=["a cat", "a hat"], **words)
+    assert den.words != other.words
     assert den.fingerprint == pfode.load(folder, prompt="a hat").fingerprint
 
 
@@ -112,6 +113,8 @@ def test_dtype_variant_and_tiles(pipelines, tmp_path):
     with pytest.raises(FileError, match="no weights of the variant 'ema'"):
         pfode.load(copy, prompt="a cat", variant="ema")
     x = torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(5))
+    large: Any
+    tiled: Any
     large, tiled = (pfode.load(folder, prompt="a cat", height=48, width=48, tiling=t) for t in (False, True))
     whole, parts = large.decode(x), tiled.decode(x)
     assert whole.shape == parts.shape == (1, 3, 48, 48)

@@ -351,7 +351,7 @@ def test_noise_levels(data):
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     trainer = Trainer(CONFIG, data, tmp_path, device="cpu")
-    trainer.net.last.weight.data.fill_(math.inf)
+    trainer.net.get_parameter("last.weight").data.fill_(math.inf)
     with pytest.raises(NumericalError, match="the loss is"):
         finish(trainer)
     assert not checkpoints(tmp_path)
