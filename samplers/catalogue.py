@@ -392,7 +392,8 @@ def _within(lay: Callable[[int], Plan], nfe: Any, calls: int) -> Plan:
         plan = lay(n)
         if plan.nfe <= nfe:
             return plan
-    raise UsageError(f"nfe: {nfe} calls are too few for one step of {calls}", f"nfe={calls}")
+    least = lay(1).nfe
+    raise UsageError(f"nfe: {nfe} calls are too few for one step of {least}", f"nfe={least}")
 
 
 def _march(space: Space, method: Method, nodes: list[Node], lower: bool, afs: float | None, **about: Any) -> Plan:

@@ -250,7 +250,7 @@ def test_out_of_memory(cli, monkeypatch, tmp_path, error):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory") if error == "torch" else MemoryError
 
-    monkeypatch.setattr(pfode, "sample", full)
+    monkeypatch.setattr("pfode.samplers.sampling.batches", full)
     assert_clear(cli("sample", "--quiet"), 6, "--batch")
 
 
@@ -258,7 +258,7 @@ def test_interrupt(cli, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pfode, "sample", stop)
+    monkeypatch.setattr("pfode.samplers.sampling.batches", stop)
     run = cli("sample", "--quiet")
     assert run.code == 130
     assert run.err.strip() == "pfode: error: interrupted"

@@ -140,7 +140,7 @@ def test_a_misspelt_variable_is_said(cli, monkeypatch):
         (("sample", "--lable", 3), "did you mean '--label'?"),
         (("sample", "--qwertyuiop", 3), "`pfode sample --help` lists the options"),
         (("sample", "--sampler", "DPM++2M-SDE-x"), "did you mean 'dpm++2m-sde'"),
-        (("xyz",), "known: bench, convert, fit, info, reflow, sample, samplers, train"),
+        (("xyz",), "known: bench, convert, fit, info, likelihood, reflow, sample, samplers, train"),
     ],
 )
 def test_near_names_are_suggested_and_no_others(cli, words, hint):

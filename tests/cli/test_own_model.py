@@ -44,6 +44,7 @@ FIT = ("--nfe", 3, "--n", 8, "--check", 8, "--active", 8, "--iterations", 2, "--
 def mine(cli, tmp_path):
     """The module `mine` in the working folder."""
     (tmp_path / "mine.py").write_text(CODE)
+    sys.modules.pop("mine", None)  # of another test
     yield cli
     sys.modules.pop("mine", None)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pfode.ode.batching import Joint, PerSample
+from pfode.ode.control import PID
 from pfode.ode.loop import advance
 from pfode.ode.records import Reply, Schedule, Status
 from pfode.ode.solver import Step
@@ -56,6 +57,8 @@ class Factors:
     max_step: float = math.inf
     force: bool = False
     seen: list[Any] = field(default_factory=list)
+
+    fit, stretch = PID.fit, PID.stretch
 
     def factor(self, batching, error, accepted, memory, order):
         k = len(self.seen)

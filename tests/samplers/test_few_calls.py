@@ -42,6 +42,8 @@ def plans(name: str) -> tuple[list[tuple[str, int, bool, int]], list[Plan]]:
         long = recipe in LONG_STEPS and name != "digits-flow"
         for chart in (None, "flow") if long and recipe in MENDED_BY_FLOW else (None,):
             for nfe in NFE:
+                if nfe < make_plan(recipe, process, steps=1, chart=chart, grid=NETWORKS[name]).nfe:
+                    continue
                 plan = make_plan(recipe, process, nfe=nfe, chart=chart, grid=NETWORKS[name])
                 assert plan.nfe <= nfe
                 k = next((k for k, other in enumerate(different) if other.nfe == plan.nfe and other == plan), None)

@@ -289,7 +289,7 @@ def test_every_recipe_says_what_it_is():
         assert recipe.name == name
         assert recipe.source
         assert recipe.summary
-        assert 1 <= recipe.order_as_shipped <= recipe.order
+        assert (0 if name == "langevin" else 1) <= recipe.order_as_shipped <= recipe.order  # it converges to no path
 
 
 def test_a_plan_of_too_few_steps_says_so():
