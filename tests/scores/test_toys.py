@@ -62,6 +62,7 @@ def test_ringnorm_is_breimans():
 
 
 def test_patches_are_photographs():
+    pytest.importorskip("sklearn", reason="pip install scikit-learn: its photographs")
     some = patches(40, seed=9)
     assert some.shape == (40, 63)
     assert torch.equal(patches(1, seed=9 + 17)[0], some[17])
