@@ -1,6 +1,6 @@
 """torchsde's names on pfode: `from pfode.compat.torchsde import sdeint, sdeint_adjoint, BrownianInterval`.
 
-Its own suite runs unedited by tests/upstream/torchsde.py. What is better than there: steps end at all output times
+Its own suite passes unedited (tests/upstream/torchsde.py). What is better than there: steps end at all output times
 instead of being interpolated between; gradients of `sdeint_adjoint` are exact for every method; the Brownian motions
 are the same numbers whatever was asked for before; srk calls f and g as often as its tableau has stages.
 """
