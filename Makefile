@@ -11,6 +11,7 @@ BIN := .venv/bin
 LOCK := .ci/lock
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(INSTALL) --require-hashes --no-deps --requirement
+ALONE := .venv-alone/bin/python -m pip install --quiet
 PFODE := $(INSTALL) --no-build-isolation --editable
 export OMP_WAIT_POLICY ?= passive
 
@@ -30,7 +31,9 @@ test-oldest:
 
 test-alone:
 	$(PYTHON) -m venv .venv-alone
-	.venv-alone/bin/python -m pip install --quiet torch safetensors numpy pillow click tqdm scipy pytest pytest-xdist
+	$(ALONE) --require-hashes --no-deps --requirement $(LOCK)/torch-cpu.txt 2> /dev/null \
+		|| $(ALONE) --require-hashes --no-deps --requirement $(LOCK)/torch.txt
+	$(ALONE) torch safetensors numpy pillow click tqdm scipy pytest pytest-xdist
 	.venv-alone/bin/python -m pip install --quiet --no-deps --editable .
 	.venv-alone/bin/python -m pytest --numprocesses auto tests/engine tests/ode tests/models tests/test_alone.py
 

@@ -95,6 +95,8 @@ for package in ("pfode", "pfode.samplers", "pfode.scores"):
     ],
 )
 def test_what_is_missing_is_named_with_the_command_that_installs_it(gone, call, words, tmp_path):
+    if gone == "accelerate":  # it is missed after diffusers
+        pytest.importorskip("diffusers")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text(json.dumps(UNET))
     without((gone,), f'missing(lambda: {call}, {words!r}, "pip install")\n', tmp_path)
