@@ -14,13 +14,14 @@ import torch
 from pfode import defaults
 from pfode.denoiser import Denoiser, fingerprint
 from pfode.errors import NumericalError, UsageError, integer
-from pfode.plans.executor import run
 from pfode.plans.table import Plan
 from pfode.samplers import auto
 from pfode.samplers.auto import Choice
 from pfode.samplers.catalogue import make_plan
 from pfode.samplers.fit.cache import Cache
-from pfode.samplers.fit.samples import CHECK, Source, joined
+from pfode.samplers.fit.samples import CHECK, Source
+from pfode.samplers.fit.team import Team
+from pfode.samplers.fit.tuning import errors
 
 __all__ = ["SHORTLIST", "calibrate", "calibration_calls"]
 
@@ -111,7 +112,7 @@ def calibrate(
     tried: dict[str, tuple[float, float]] = {}
     best: tuple[float, Plan] | None = None
     with torch.no_grad():
-        groups = list(joined(source.groups(CHECK, n, Cache(None, {}), lambda done, total: None), batch))
+        groups, team = source.groups(CHECK, n, Cache(None, {}), lambda done, total: None), Team()
         for done, choice in enumerate(choices):
             if callback is not None:
                 callback(done, len(choices))
@@ -119,16 +120,11 @@ def calibrate(
                 plan = make_plan(choice.sampler, process, nfe=nfe, grid=choice.grid, chart=choice.chart)
             except UsageError:  # too few calls for it
                 continue
-            each = []
-            for group in groups:
-                apart = run(plan, group.denoiser, group.x, **group.cond) - group.target
-                each.append(apart.double().flatten(1).square().mean(1).cpu())
-            errors = torch.cat(each)
-            rms, median = errors.mean().sqrt().item(), errors.sqrt().median().item()
-            if not math.isfinite(rms):
+            found = errors(plan, groups, team, batch)
+            if not math.isfinite(found.rms):
                 continue
-            tried[f"{choice.sampler}@{choice.chart} {choice.grid}"] = rms, median
-            score = math.log(max(rms, 1e-300)) + math.log(max(median, 1e-300))
+            tried[f"{choice.sampler}@{choice.chart} {choice.grid}"] = found.rms, found.median
+            score = math.log(max(found.rms, 1e-300)) + math.log(max(found.median, 1e-300))
             if best is None or score < best[0]:
                 best = score, plan
         if callback is not None:

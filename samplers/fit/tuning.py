@@ -26,7 +26,7 @@ from pfode.samplers.fit.samples import GROUP, STREAM, Group, Source, joined
 from pfode.samplers.fit.tangents import Numbers
 from pfode.samplers.fit.team import Team
 
-__all__ = ["Tuning", "tune"]
+__all__ = ["Tuning", "errors", "tune"]
 
 PIECE = 8  # batches whose samples are drawn at once
 VISITS = 4  # how often each is used
@@ -201,8 +201,7 @@ def errors(plan: Plan, groups: Sequence[Group], team: Team, batch: int) -> Error
 
 def _apart(plan: Plan, group: Group, checkpoint: bool) -> Tensor:
     """The mean square end-point error of every sample of a group, float64, shape (batch,)."""
-    cond = group.cond
-    ends = run(plan, group.denoiser, group.x, checkpoint=checkpoint, **cond)
+    ends = run(plan, group.denoiser, group.x, checkpoint=checkpoint, **group.cond)
     return (ends - group.target).double().flatten(1).square().mean(1)
 
 
