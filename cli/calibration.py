@@ -1,5 +1,6 @@
 """pfode sample --calibrate: the plan that serves a model best, chosen once and kept beside the model's file."""
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,8 +75,8 @@ def _announce(nfe: int, out: Output) -> None:
 def _say(plan: "Plan", file: Path, out: Output) -> None:
     """Keep a plan and say how it compares."""
     tried = plan.meta["calibrated"]["tried"]
-    least, auto = min(map(sum, tried.values())), sum(next(iter(tried.values())))
+    ratio = math.sqrt(min(map(math.prod, tried.values())) / max(math.prod(next(iter(tried.values()))), 1e-300))
     plan.save(file)
     meta = plan.meta
     name = f"{meta['sampler']} {meta['chart']} {meta['grid']}"
-    out.note(f"{name}, errors {least / auto:.2f} of what auto takes unasked: {file}")
+    out.note(f"{name}, errors (geometric mean of RMS and median) {ratio:.2f} of what auto takes unasked: {file}")
