@@ -96,12 +96,12 @@ class Adam:
 
     @classmethod
     def new(cls, size: int) -> "Adam":
-        """That of zeros."""
+        """An optimiser before its first step, at the parameters 0, shape (size,)."""
         zeros = torch.zeros(size, dtype=torch.float64, device="cpu")
         return cls(zeros, zeros, zeros, zeros)
 
     def step(self, gradient: Tensor, rates: Tensor) -> None:
-        """One step against the gradient."""
+        """Take one step against the gradient, shape (size,), its length cut to `CLIP`; rates: one per parameter."""
         self.done += 1
         gradient = gradient * min(1.0, CLIP / max(float(gradient.norm()), 1e-30))
         first, second = BETAS
